@@ -1,0 +1,114 @@
+"""`python -m mimo_kernels.collect_env`: versions, what was compiled, and which backend serves every operator here.
+
+It is what to look at, and to send, when something is slow or does not run; so it works where torch or Triton do not.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import platform
+import sys
+import types
+
+import mimo_kernels
+from mimo_kernels import _dispatch
+
+OPS = {
+    "frame_attention": "attention",
+    "paged_frame_attention": "attention.paged",
+    "gather_tokens": "tokens",
+    "scatter_tokens": "tokens",
+    "modulate": "modulate",
+    "gated_residual_modulate": "modulate",
+    "qk_norm_rope": "qk_norm_rope",
+}
+PACKAGES = ("torch", "triton", "flash-attn", "einops", "numpy")
+
+
+def collect() -> dict[str, dict[str, str]]:
+    """Heading -> name -> value, in reading order."""
+    torch, torch_reason = _load("torch")
+    sections = {
+        "system": {"platform": platform.platform(), "python": f"{platform.python_version()} at {sys.executable}"},
+        "packages": {"mimo_kernels": mimo_kernels.__version__} | {name: _version(name) for name in PACKAGES},
+        "gpu": _gpu(torch, torch_reason),
+        "extension": _extension(),
+    }
+    for device in ("cpu", "cuda"):
+        sections[f"operators on {device}"] = {op: _serves(family, device, torch) for op, family in OPS.items()}
+    return sections
+
+
+def _load(name: str) -> tuple[types.ModuleType | None, str]:
+    try:
+        return importlib.import_module(name), ""
+    except Exception as error:  # a broken installation raises anything
+        return None, f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _version(package: str) -> str:
+    """The installed version, and why it does not load where it does not."""
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+    _, reason = _load(package.replace("-", "_"))
+    return f"{version}, does not load ({reason})" if reason else version
+
+
+def _gpu(torch: types.ModuleType | None, torch_reason: str) -> dict[str, str]:
+    if torch is None:
+        return {"torch": f"does not load ({torch_reason})"}
+    facts = {"torch built for": f"CUDA {torch.version.cuda}" if torch.version.cuda else "cpu"}
+    try:
+        facts["driver"] = open("/proc/driver/nvidia/version").readline().removeprefix("NVRM version:").strip()
+    except OSError:
+        facts["driver"] = "no NVIDIA driver"
+    if not torch.cuda.is_available():
+        return facts | {"devices": "none that torch can use"}
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        memory = f"{device.total_memory / 2**30:.0f} GiB, {device.multi_processor_count} multiprocessors"
+        facts[f"cuda:{index}"] = f"{device.name}, sm_{device.major}{device.minor}, {memory}"
+    return facts
+
+
+def _extension() -> dict[str, str]:
+    module = _dispatch.extension()
+    if module is None:
+        return {"mimo_kernels._C": _dispatch.extension_reason()}
+    facts = {"mimo_kernels._C": module.__file__, "compiled for": ", ".join(module.cuda_archs) or "host code only"}
+    if module.cuda_archs:
+        facts |= {"compiler": module.cuda_compiler, "CUDA runtime": f"{module.cuda_version}, linked statically"}
+    return facts | ({"note": module.cuda_reason} if module.cuda_reason else {})
+
+
+def _serves(family: str, device: str, torch: types.ModuleType | None) -> str:
+    """The backend that "auto" takes for a typical call; then, a line each, those that cannot serve, and why."""
+    if torch is None:
+        return "none: torch does not load"
+    if device == "cuda" and not torch.cuda.is_available():
+        return "none: torch sees no CUDA device"
+    try:
+        module = importlib.import_module(f"mimo_kernels.{family}")
+        refusals = module.describe_backends(torch.device(device))
+    except Exception as error:
+        return f"none: mimo_kernels.{family} fails ({type(error).__name__}: {error})"
+    ready = [backend for backend, reasons in refusals.items() if not reasons]
+    refused = [f"not {backend}: {', '.join(reasons)}" for backend, reasons in refusals.items() if reasons]
+    return "\n".join([", then ".join(ready) or "none", *refused])
+
+
+def render(sections: dict[str, dict[str, str]]) -> str:
+    width = max(len(name) for facts in sections.values() for name in facts)
+    indent = "\n" + " " * (width + 6)
+    blocks = []
+    for heading, facts in sections.items():
+        lines = [f"  {name:<{width}}  {value}".replace("\n", indent) for name, value in facts.items()]
+        blocks.append("\n".join([heading, *lines]))
+    return "\n\n".join(blocks)
+
+
+if __name__ == "__main__":
+    print(render(collect()))

@@ -1,0 +1,118 @@
+"""setup.py: which architectures are compiled, and that the module builds without CUDA and says why."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from setuptools import Distribution, Extension
+from setuptools.errors import CompileError, OptionError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def build() -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location("mimo_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["mimo_setup"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["mimo_setup"]
+
+
+@pytest.mark.parametrize(
+    "text, targets",
+    [
+        ("8.0;9.0a;10.0+PTX", "sm_80 sm_90a sm_100 compute_100"),
+        ("8.0 9.0", "sm_80 sm_90"),
+        (" 10.0f, 8.6+PTX;", "sm_86 compute_86 sm_100f"),
+        ("9.0;9.0+PTX;9.0a;9.0", "sm_90 compute_90 sm_90a"),
+    ],
+)
+def test_arch_list(build: types.ModuleType, text: str, targets: str):
+    assert " ".join(name for arch in build.parse_archs(text) for name in arch.targets) == targets
+
+
+@pytest.mark.parametrize("text, word", [("Hopper", "Hopper"), ("8.0;9", "9"), ("8.0+ptx", "8.0+ptx"), ("9.0b", "9.0b")])
+def test_bad_arch_list(build: types.ModuleType, text: str, word: str):
+    with pytest.raises(OptionError) as error:
+        build.parse_archs(text)
+    assert str(error.value).startswith(
+        f"TORCH_CUDA_ARCH_LIST={text!r}: {word!r} is not an architecture; expected a list"
+    )
+
+
+@pytest.mark.parametrize(
+    "text, supported, targets, left_out",
+    [
+        ("8.0;9.0a;10.0+PTX", {75, 80, 90, 100}, "sm_80 sm_90a sm_100 compute_100", []),
+        ("8.0;9.0a;10.0+PTX", {75, 80, 90}, "sm_80 sm_90a sm_90 compute_90", ["sm_100"]),
+        ("8.0;10.0+PTX", {75, 80, 90}, "sm_80 compute_80", ["sm_100"]),
+        ("7.5;9.0", {75, 80, 90}, "sm_90", ["sm_75"]),
+        ("10.0+PTX", {80}, "", ["sm_100"]),
+    ],
+)
+def test_what_an_nvcc_cannot_do_is_left_out_and_said(
+    build: types.ModuleType, text: str, supported: set[int], targets: str, left_out: list[str]
+):
+    notes = []
+    kept = build.keep_supported(build.parse_archs(text), supported, notes)
+    assert " ".join(name for arch in kept for name in arch.targets) == targets
+    assert [note.split(":")[0] for note in notes] == [f"left out {name}" for name in left_out]
+
+
+def test_without_a_working_nvcc_the_host_part_is_built(
+    build: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    broken = tmp_path / "cuda" / "bin" / "nvcc"
+    broken.parent.mkdir(parents=True)
+    broken.write_text("#!/bin/sh\necho 'nvcc fatal error: no licence to compile' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", "/no/such/toolkit")
+    candidates = [("CUDA_HOME=/no/such/toolkit", Path("/no/such/toolkit/bin/nvcc")), ("a broken toolkit", broken)]
+    monkeypatch.setattr(build, "nvcc_candidates", lambda: candidates)
+    module = build_in(tmp_path, build, monkeypatch, {"kernel.cu": "this file is not compiled"})
+
+    reasons = (
+        "CUDA_HOME=/no/such/toolkit holds no bin/nvcc",
+        "nvcc from a broken toolkit does not work: nvcc fatal error: no licence to compile",
+        "no working nvcc in CUDA_HOME, on the PATH, in /usr/local/cuda or among the installed wheels",
+    )
+    printed = capfd.readouterr().out
+    assert "mimo_kernels._C: host code only, no CUDA\n" + "".join(f"  {reason}\n" for reason in reasons) in printed
+    code = "import _C; print(_C.cuda_archs, repr(_C.cuda_version)); print(_C.cuda_reason)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=module.parent, capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == ["() ''", "; ".join(reasons)]
+
+
+def test_a_function_nobody_defines_stops_the_build(
+    build: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(build, "nvcc_candidates", list)
+    with pytest.raises(CompileError, match="does not load: .*undefined symbol: .*missing"):
+        build_in(tmp_path, build, monkeypatch, {"caller.cpp": "int missing();\nint caller = missing();\n"})
+
+
+def build_in(folder: Path, build: types.ModuleType, monkeypatch: pytest.MonkeyPatch, files: dict[str, str]) -> Path:
+    """Build _C in `folder` from bindings.cpp and some files; the module's path."""
+    (folder / "csrc").mkdir()
+    (folder / "mimo_kernels").mkdir()
+    for name in ("bindings.cpp", "bindings.h"):
+        shutil.copy(ROOT / "csrc" / name, folder / "csrc")
+    for name, text in files.items():
+        (folder / "csrc" / name).write_text(text)
+    monkeypatch.setattr(build, "ROOT", folder)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    extension = Extension("mimo_kernels._C", sources=["csrc/bindings.cpp"])
+    command = build.BuildExtension(Distribution({"ext_modules": [extension]}))
+    command.build_lib, command.build_temp = str(folder / "lib"), str(folder / "temp")
+    command.ensure_finalized()
+    command.run()
+    (beside,) = (folder / "mimo_kernels").iterdir()
+    (module,) = (folder / "lib" / "mimo_kernels").iterdir()
+    assert beside.name == module.name and beside.read_bytes() == module.read_bytes()
+    return module

@@ -1,0 +1,104 @@
+"""Imports run one way: csrc <- mimo_kernels <- mimo <- benchmarks, tests. Read from the sources; nothing is imported."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+OP_FILES = ["cache", "modulate", "qk_norm_rope", "tokens"]  # and attention/: op families, strangers to each other
+NEVER = {"mimo_kernels": {"mimo", "benchmarks", "tests"}, "mimo": {"benchmarks", "tests"}, "benchmarks": {"tests"}}
+
+
+def sources(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that the file imports anywhere, functions included, with relative imports resolved."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            names.update(f"{base}.{alias.name}" for alias in node.names)
+    return names
+
+
+def family(module: str) -> str | None:
+    """The op family of mimo_kernels that a module name belongs to."""
+    parts = module.split(".")
+    if parts[0] == "mimo_kernels" and len(parts) > 1 and parts[1] in [*OP_FILES, "attention"]:
+        return parts[1]
+    return None
+
+
+def type_checking_only(path: Path) -> set[str]:
+    """Modules imported under `if TYPE_CHECKING:`, which never run."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            for inner in node.body:
+                if isinstance(inner, ast.ImportFrom):
+                    names.update(f"{inner.module}.{alias.name}" for alias in inner.names)
+    return names
+
+
+@pytest.mark.parametrize("package", NEVER)
+def test_imports_run_one_way(package: str):
+    files = sources(package)
+    assert files or package == "benchmarks"
+    upward = {
+        f"{path.relative_to(ROOT)} imports {module}"
+        for path in files
+        for module in imported(path)
+        if module.split(".")[0] in NEVER[package]
+    }
+    assert not upward
+
+
+def test_op_families_do_not_import_each_other():
+    crossings = set()
+    for path in sources("mimo_kernels"):
+        own = family(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        for module in imported(path) - type_checking_only(path):
+            if own and family(module) not in (None, own):
+                crossings.add(f"{path.relative_to(ROOT)} imports {module}")
+    assert not crossings
+
+
+def test_importing_the_package_needs_only_the_standard_library():
+    tops = {module.split(".")[0] for module in imported(ROOT / "mimo_kernels" / "__init__.py")}
+    assert tops == {"importlib", "sys", "types"}
+
+
+def test_csrc_includes_no_torch_header():
+    files = [path for path in (ROOT / "csrc").iterdir() if path.suffix in {".cpp", ".cu", ".cuh", ".h"}]
+    assert files
+    included = {
+        (path.name, header) for path in files for header in re.findall(r'#\s*include\s*[<"]([^>"]+)', path.read_text())
+    }
+    assert ("bindings.cpp", "bindings.h") in included
+    assert not {(name, header) for name, header in included if re.match(r"(torch|ATen|c10|caffe2)\b", header)}
+
+
+@pytest.mark.parametrize(
+    "source, expected",
+    [
+        ("from . import mask", "mimo_kernels.attention.mask"),
+        ("from .mask import FrameMask", "mimo_kernels.attention.mask.FrameMask"),
+        ("def f():\n    from ..modulate import modulate", "mimo_kernels.modulate.modulate"),
+        ("import mimo.config as c", "mimo.config"),
+        ("from mimo import config", "mimo.config"),
+    ],
+)
+def test_the_walk_sees_every_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, expected: str):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    path = tmp_path / "mimo_kernels" / "attention" / "some.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(source)
+    assert imported(path) == {expected}

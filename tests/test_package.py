@@ -1,0 +1,203 @@
+"""The package as installed: lazy names, the extension's account of itself, backend choice, collect_env without torch or Triton."""
+
+import importlib
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+import mimo_kernels
+from mimo_kernels import _dispatch, collect_env
+from mimo_kernels.testing import assert_within_budget, between_nans, poisoned_memory
+
+
+def python(code: str) -> str:
+    """Standard output of a fresh interpreter; the test fails when it does."""
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("name", mimo_kernels.__all__)
+def test_public_names_load(name: str):
+    value = getattr(mimo_kernels, name)
+    assert callable(value) and value.__name__ == name
+    assert name in dir(mimo_kernels)
+
+
+def test_unknown_name():
+    with pytest.raises(AttributeError, match="no attribute 'moduulate'"):
+        _ = mimo_kernels.moduulate
+
+
+@pytest.mark.parametrize("name", ["modulate", "qk_norm_rope"])
+def test_a_file_never_hides_its_function(name: str):
+    """Whatever was imported first, the name in the package is the function."""
+    code = f"""
+        import mimo_kernels.{name}
+        from mimo_kernels.{name} import {name} as direct
+        from mimo_kernels import {name}
+        print(callable({name}) and {name} is direct is mimo_kernels.{name})
+    """
+    assert python(code).split() == ["True"]
+
+
+def test_import_loads_neither_torch_nor_triton():
+    assert python("import sys, mimo_kernels; print({'torch', 'triton'} & set(sys.modules))").strip() == "set()"
+
+
+def test_extension_says_what_it_was_compiled_for():
+    module = _dispatch.extension()
+    assert module is not None, _dispatch.extension_reason()
+    assert isinstance(module.cuda_archs, tuple)
+    if module.cuda_archs:
+        assert all(arch.startswith(("sm_", "compute_")) for arch in module.cuda_archs)
+        assert module.cuda_version in module.cuda_compiler
+        assert _dispatch.extension_reason() == ""
+    else:
+        assert module.cuda_reason and module.cuda_reason in _dispatch.extension_reason()
+
+
+def test_extension_loads_without_driver_torch_or_libcudart():
+    """Nothing but the C and C++ libraries is linked, so the module loads wherever Python does."""
+    code = """
+        import mimo_kernels._C
+        maps = open("/proc/self/maps").read()
+        print([name for name in ("libcudart", "libcuda.so", "libtorch") if name in maps])
+    """
+    assert python(code).strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "archs, capability, serves",
+    [
+        (("sm_80",), (8, 0), True),
+        (("sm_80",), (8, 9), True),
+        (("sm_86",), (8, 0), False),
+        (("sm_80",), (9, 0), False),
+        (("sm_90a",), (9, 0), True),
+        (("sm_90a",), (10, 0), False),
+        (("sm_100",), (10, 3), True),
+        (("sm_100f",), (10, 3), True),
+        (("sm_100a",), (10, 3), False),
+        (("sm_100",), (12, 0), False),
+        (("sm_80", "compute_100"), (12, 0), True),
+        (("compute_100",), (9, 0), False),
+        (("compute_90a",), (10, 0), False),
+    ],
+)
+def test_which_gpu_runs_what(archs: tuple[str, ...], capability: tuple[int, int], serves: bool):
+    assert _dispatch._runs_on(capability, archs) is serves
+
+
+def test_choose():
+    refusals = {"triton": ["no triton", "q is on cpu"], "cuda": [], "reference": []}
+    assert _dispatch.choose("op", "auto", refusals) == "cuda"
+    assert _dispatch.choose("op", "reference", refusals) == "reference"
+    with pytest.raises(ValueError, match=r"^op: backend 'triton' cannot serve: no triton; q is on cpu$"):
+        _dispatch.choose("op", "triton", refusals)
+    with pytest.raises(
+        ValueError, match=r"^op: unknown backend 'flash'; expected one of auto, triton, cuda, reference$"
+    ):
+        _dispatch.choose("op", "flash", refusals)
+    with pytest.raises(ValueError, match=r"^op: no backend can serve: 'cuda': a, b; 'reference': c$"):
+        _dispatch.choose("op", "auto", {"cuda": ["a", "b"], "reference": ["c"]})
+
+
+@pytest.mark.parametrize("op", collect_env.OPS)
+def test_every_operator_is_served_on_the_cpu_by_its_reference(op: str):
+    """Also where Triton is interpreted, as in these tests: an interpreted kernel serves only who asks for it."""
+    family = importlib.import_module(f"mimo_kernels.{collect_env.OPS[op]}")
+    refusals = family.describe_backends(torch.device("cpu"))
+    assert _dispatch.choose(op, "auto", refusals) == "reference"
+    assert all(reason.strip() for reasons in refusals.values() for reason in reasons)
+
+
+def test_collect_env_here():
+    report = collect_env.render(collect_env.collect())
+    assert mimo_kernels.__version__ in report and torch.__version__ in report
+    assert report.count("operators on") == 2 and "fails" not in report
+    for op in collect_env.OPS:
+        assert report.count(f"  {op} ") == 2
+
+
+@pytest.mark.parametrize("blocked", [["torch"], ["triton"], ["torch", "triton"], ["mimo_kernels._C"]])
+def test_collect_env_without(blocked: list[str]):
+    report = python(f"""
+        import runpy
+        import sys
+
+        class Blocker:
+            def find_spec(self, name, path=None, target=None):
+                if name in {blocked}:
+                    raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+        sys.meta_path.insert(0, Blocker())
+        runpy.run_module("mimo_kernels.collect_env", run_name="__main__")
+    """)
+    for name in blocked:
+        assert f"No module named {name!r}" in report
+    operators = report.partition("operators on cpu")[2].splitlines()
+    for op in collect_env.OPS:
+        answer = next(line.removeprefix(f"  {op} ").strip() for line in operators if line.startswith(f"  {op} "))
+        if "torch" in blocked:
+            assert answer == "none: torch does not load"
+        elif op == "frame_attention" and "mimo_kernels._C" in blocked:  # its mask is made by the extension
+            assert answer.startswith("none: ") and "No module named 'mimo_kernels._C'" in answer
+        else:
+            assert answer.startswith("reference")
+
+
+class TestBudget:
+    exact = torch.linspace(-3, 3, 1000)
+    plain = exact.bfloat16()
+
+    def test_accepts_the_plain_result_and_the_exact_one(self):
+        assert_within_budget(self.plain, self.plain, self.exact)
+        assert_within_budget(self.exact, self.plain, self.exact)
+
+    def test_refuses_one_bad_element_and_names_it(self):
+        actual = self.plain.float()
+        actual[7] += 0.1
+        with pytest.raises(AssertionError, match=r"dq: largest error 1\.\d+e-01 exceeds .* worst at \(7,\)"):
+            assert_within_budget(actual, self.plain, self.exact, name="dq")
+
+    def test_refuses_a_bias_that_no_single_element_shows(self):
+        with pytest.raises(AssertionError, match="root mean square error"):
+            assert_within_budget(self.exact + 0.0075, self.plain, self.exact)
+
+    def test_refuses_nan_shape_and_a_rounded_reference(self):
+        actual = self.plain.clone()
+        actual[3] = float("nan")
+        with pytest.raises(AssertionError, match=r"1 non-finite values differ; at \(3,\)"):
+            assert_within_budget(actual, self.plain, self.exact)
+        with pytest.raises(AssertionError, match="shape"):
+            assert_within_budget(actual[:-1], self.plain, self.exact)
+        with pytest.raises(AssertionError, match="expected float32 or float64"):
+            assert_within_budget(self.plain, self.plain, self.plain)
+
+    def test_infinities_have_to_stand_where_they_stand(self):
+        exact = torch.tensor([0.0, -torch.inf])
+        assert_within_budget(exact.clone(), exact, exact)
+        with pytest.raises(AssertionError, match="non-finite"):
+            assert_within_budget(-exact, exact, exact)
+        with pytest.raises(AssertionError, match="non-finite"):
+            assert_within_budget(torch.tensor([-torch.inf, -torch.inf]), exact, exact)
+
+
+def test_poisoned_memory():
+    with poisoned_memory():
+        assert torch.empty(1000).isnan().all() and torch.empty(64, dtype=torch.bfloat16).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_between_nans():
+    x = torch.randn(5, 24, dtype=torch.float16, requires_grad=True)
+    y = between_nans(x)
+    assert torch.equal(x, y) and y.requires_grad and y.is_leaf and y.is_contiguous() and y.data_ptr() % 16 == 0
+    around = y.detach().as_strided((y.numel() + 2,), (1,), y.storage_offset() - 1)
+    assert around[0].isnan() and around[-1].isnan()
