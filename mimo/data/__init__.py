@@ -1,0 +1,38 @@
+"""Video data: files, datasets, batches."""
+
+from mimo.data.datasets import LAYOUTS, NpzTrajectories, ShapesDataset, VideoFolder, open_dataset
+from mimo.data.errors import DataError, UnreadableVideo
+from mimo.data.latents import LatentShards
+from mimo.data.loader import batches
+from mimo.data.shapes import moving_shapes
+from mimo.data.video import (
+    VideoReader,
+    atomic_path,
+    contact_sheet,
+    read_clip,
+    to_float,
+    to_uint8,
+    write_gif,
+    write_video,
+)
+
+__all__ = [
+    "LAYOUTS",
+    "DataError",
+    "LatentShards",
+    "NpzTrajectories",
+    "ShapesDataset",
+    "UnreadableVideo",
+    "VideoFolder",
+    "VideoReader",
+    "atomic_path",
+    "batches",
+    "contact_sheet",
+    "moving_shapes",
+    "open_dataset",
+    "read_clip",
+    "to_float",
+    "to_uint8",
+    "write_gif",
+    "write_video",
+]

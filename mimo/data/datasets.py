@@ -1,0 +1,424 @@
+"""Datasets: folders of videos, npz trajectories with actions, and procedural shapes.
+
+All share one interface. `len(dataset)` clips; `dataset.sample(index, seed)` gives
+
+    video     uint8 [F, H, W, 3]
+    label     int64, when the clips have classes
+    actions   int64 [F], one per frame, when the clips have actions
+    interval  int64, when the frame interval is drawn per clip
+
+and is a pure function of (index, seed). A file that cannot be used raises UnreadableVideo with its name; the loader
+reports it and goes on. What is wrong for all of a dataset (a missing folder, a bad annotation) raises DataError at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mimo.data.errors import DataError
+from mimo.data.latents import LatentShards, is_latents
+from mimo.data.shapes import moving_shapes
+from mimo.data.video import (
+    VIDEO_SUFFIXES,
+    UnreadableVideo,
+    clip_span,
+    load_actions,
+    open_clip,
+)
+
+
+@dataclass(frozen=True)
+class ClipFile:
+    """One clip on disk: its file, its class, and the npz that holds its actions."""
+
+    path: Path
+    label: int | None = None
+    actions: Path | None = None
+
+
+class _ClipFiles:
+    """What the file datasets share: choosing frames, cropping, labels and actions.
+
+    Args:
+        path: a folder, searched recursively, or one file.
+        num_frames, height, width: shape of a sample. Frames are resized to cover height x width, then cropped. A clip with
+            fewer frames counts as unreadable.
+        interval: distance of the frames in the source; a clip too short for it falls back to 1. A pair (low, high) draws
+            the interval of every sample uniformly, as far as the clip reaches (MAGI, dynamic interval training), and
+            samples gain `interval`.
+        annotation: JSON list of {"video_path": ..., "label": ..., "action_path": ...}, the last two optional. Relative
+            paths are relative to `path`, to the annotation's folder or to the current one, whichever holds the first.
+        split: a subfolder of `path` to use alone, as in Kinetics-600 and TECO's datasets.
+        folder_labels: classes are the names of the files' own folders, sorted.
+        random_start: draw the first frame; False starts at frame 0.
+        random_crop, flip: draw the place of the crop; mirror half of the samples.
+        num_classes, num_actions: labels and actions must be below; None takes what the annotation holds.
+        use_actions: False leaves actions unread, for files whose actions are not classes.
+    """
+
+    kind: str
+    suffixes: tuple[str, ...]
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        num_frames: int,
+        height: int,
+        width: int,
+        interval: int | tuple[int, int] = 1,
+        annotation: str | Path | None = None,
+        split: str | None = None,
+        folder_labels: bool = False,
+        random_start: bool = True,
+        random_crop: bool = False,
+        flip: bool = False,
+        num_classes: int | None = None,
+        num_actions: int | None = None,
+        use_actions: bool = True,
+    ):
+        low, high = (interval, interval) if isinstance(interval, int) else interval
+        if min(num_frames, height, width) < 1 or not 1 <= low <= high:
+            raise ValueError(f"clips of {num_frames} x {height} x {width}, interval {interval}: expected all >= 1")
+        self.num_frames, self.height, self.width = num_frames, height, width
+        self.interval, self.dynamic = (low, high), not isinstance(interval, int)
+        self.random_start, self.random_crop, self.flip = random_start, random_crop, flip
+        self.num_actions, self.use_actions = num_actions, use_actions
+        self.path = _split_folder(Path(path), split)
+        if annotation is not None:
+            self.clips = _read_annotation(Path(annotation), self.path)
+        else:
+            self.clips = [ClipFile(file) for file in find_files(self.path, self.suffixes)]
+            if not self.clips:
+                raise DataError(f"{self.path}: holds no {self.kind} ({', '.join(self.suffixes)})")
+            if folder_labels:
+                self.clips = _label_by_folder(self.clips)
+            if self.suffixes == VIDEO_SUFFIXES and use_actions:
+                self.clips = _attach_actions(self.clips)
+        labels = [clip.label for clip in self.clips]
+        self.num_classes = num_classes
+        if labels[0] is not None:
+            self.num_classes = num_classes or max(labels) + 1
+            if max(labels) >= self.num_classes:
+                worst = max(self.clips, key=lambda clip: clip.label)
+                raise DataError(f"{worst.path}: label {worst.label}, expected one below num_classes {self.num_classes}")
+        if flip and use_actions and self.clips[0].actions is not None:
+            raise DataError(f"{self.path}: flip mirrors the video but not its actions: turn one of them off")
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def name(self, index: int) -> str:
+        """The file of a clip, for reports."""
+        return str(self.clips[index].path)
+
+    def sample(self, index: int, seed: int) -> dict[str, np.ndarray]:
+        clip = self.clips[index]
+        rng = np.random.default_rng((seed, index))
+        # All numbers are drawn in one order, whatever the switches, so that a switch changes nothing else.
+        at_interval, at_start, at_y, at_x, at_flip = rng.random(5)
+        with open_clip(clip.path) as reader:
+            interval = self._draw_interval(reader.num_frames, at_interval)
+            slack = max(0, reader.num_frames - clip_span(self.num_frames, interval))
+            start = int(at_start * (slack + 1)) if self.random_start else 0
+            crop = (at_y, at_x) if self.random_crop else (0.5, 0.5)
+            size = (self.height, self.width)
+            video = reader.read(self.num_frames, start=start, interval=interval, size=size, crop=crop)
+            actions = reader.actions if self.use_actions else None
+            total = reader.num_frames
+        if self.flip and at_flip < 0.5:
+            video = np.ascontiguousarray(video[:, :, ::-1])
+        sample = {"video": video}
+        if clip.label is not None:
+            sample["label"] = np.int64(clip.label)
+        if clip.actions is not None and self.use_actions:
+            actions = load_actions(clip.actions)
+        if actions is not None:
+            self._check_actions(clip, actions, total)
+            sample["actions"] = actions[start : start + clip_span(self.num_frames, interval) : interval]
+        if self.dynamic:
+            sample["interval"] = np.int64(interval)
+        return sample
+
+    def _draw_interval(self, total: int, uniform: float) -> int:
+        low, high = self.interval
+        reach = (total - 1) // (self.num_frames - 1) if self.num_frames > 1 else high
+        high = min(high, reach)
+        return low + int(uniform * (high - low + 1)) if high >= low else 1
+
+    def _check_actions(self, clip: ClipFile, actions: np.ndarray, total: int) -> None:
+        where = clip.actions or clip.path
+        if len(actions) < total:
+            raise UnreadableVideo(
+                where,
+                f"holds {len(actions)} actions for the {total} frames of {clip.path.name}",
+            )
+        top = self.num_actions
+        if actions.size and (actions.min() < 0 or (top is not None and actions.max() >= top)):
+            bound = f"in 0..{top - 1}" if top is not None else ">= 0"
+            raise UnreadableVideo(
+                where,
+                f"actions reach from {actions.min()} to {actions.max()}, expected {bound}",
+            )
+
+    def check_readable(self) -> None:
+        """Raises DataError, with the first file's reason, when not a single file gives a sample."""
+        first = None
+        for index in range(len(self)):
+            try:
+                self.sample(index, 0)
+                return
+            except UnreadableVideo as error:
+                first = first or error
+        raise DataError(f"{self.path}: none of its {len(self)} {self.kind} can be used; the first is {first}")
+
+    def sources(self) -> list[Path]:
+        """Every file that is read."""
+        return [file for clip in self.clips for file in (clip.path, clip.actions) if file is not None]
+
+    def settings(self) -> dict:
+        """What decides, besides the files, what a sample is; survives JSON."""
+        names = ("dynamic", "random_start", "random_crop", "flip", "use_actions")
+        return {"interval": list(self.interval)} | {name: getattr(self, name) for name in names}
+
+    def evaluation_order(self) -> list[int]:
+        """Indices so that every prefix is as class-balanced as possible: one clip of each class in turn."""
+        by_class: dict[int | None, list[int]] = {}
+        for index, clip in enumerate(self.clips):
+            by_class.setdefault(clip.label, []).append(index)
+        turns = [(turn, label or 0, index) for label, many in by_class.items() for turn, index in enumerate(many)]
+        return [index for _, _, index in sorted(turns)]
+
+    def __repr__(self) -> str:
+        classes = f", {self.num_classes} classes" if self.clips[0].label is not None else ""
+        return f"{type(self).__name__}({self.path}: {len(self)} {self.kind}{classes})"
+
+
+class VideoFolder(_ClipFiles):
+    """Videos (mp4, avi, mkv, webm, mov, m4v). An npz of the same name beside each video holds its actions, as in TECO."""
+
+    kind = "videos"
+    suffixes = VIDEO_SUFFIXES
+
+
+class NpzTrajectories(_ClipFiles):
+    """Npz files with `video` uint8 [F, H, W, 3] and, if there, `actions` int [F], as in TECO's DMLab."""
+
+    kind = "npz trajectories"
+    suffixes = (".npz",)
+
+
+class ShapesDataset:
+    """Procedural clips of moving shapes; every (index, seed) is another clip.
+
+    Args:
+        num_frames, height, width: shape of a sample.
+        length: clips per epoch.
+        shapes, speed: as for `moving_shapes`.
+    """
+
+    num_classes = None
+    num_actions = None
+
+    def __init__(
+        self,
+        *,
+        num_frames: int,
+        height: int,
+        width: int,
+        length: int = 10_000,
+        shapes: tuple[int, int] = (1, 3),
+        speed: tuple[float, float] = (0.02, 0.07),
+    ):
+        if min(num_frames, height, width, length) < 1:
+            raise ValueError(f"{length} clips of {num_frames} x {height} x {width}: expected all >= 1")
+        self.num_frames, self.height, self.width, self.length = num_frames, height, width, length
+        self.options = {"shapes": shapes, "speed": speed}
+
+    def __len__(self) -> int:
+        return self.length
+
+    def name(self, index: int) -> str:
+        return f"shapes {index}"
+
+    def sample(self, index: int, seed: int) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng((seed, index))
+        return {"video": moving_shapes(self.num_frames, self.height, self.width, rng, **self.options)}
+
+    def sources(self) -> list[Path]:
+        return []
+
+    def settings(self) -> dict:
+        return {name: list(value) for name, value in self.options.items()}
+
+    def check_readable(self) -> None:
+        """Nothing is read."""
+
+    def evaluation_order(self) -> list[int]:
+        return list(range(self.length))
+
+    def __repr__(self) -> str:
+        return f"ShapesDataset({self.length} procedural clips)"
+
+
+# How the papers read their datasets, as options of `open_dataset`.
+LAYOUTS = {
+    # train/ and val/ folders of videos, searched recursively
+    "kinetics600": {"num_frames": 17, "height": 128, "width": 128, "split": "train"},
+    # FAR: an annotation with video_path and label
+    "ucf101": {"num_frames": 16, "height": 256, "width": 256, "interval": 3, "random_crop": True, "flip": True}
+    | {"num_classes": 101},
+    # TECO: videos with their actions in an npz beside each; or FAR's annotation with video_path and action_path
+    "minecraft": {"num_frames": 300, "height": 128, "width": 128, "num_actions": 4},
+    # TECO: npz files with video and actions
+    "dmlab": {"num_frames": 300, "height": 64, "width": 64, "num_actions": 4},
+    # FAR: videos; the robot's actions are continuous and are not used
+    "bair": {"num_frames": 30, "height": 64, "width": 64, "use_actions": False},
+}
+
+
+def open_dataset(path: str | Path, *, layout: str | None = None, **options):
+    """The dataset that `path` holds: "shapes", a folder of videos, of npz trajectories or of latent shards, one such file,
+    or an annotation (.json).
+
+    Args:
+        layout: a name in LAYOUTS, whose options hold where `options` says nothing else.
+        options: num_frames, height, width, and what VideoFolder and NpzTrajectories, or for "shapes" ShapesDataset, take.
+
+    Raises: DataError when there is nothing there, nothing in it, two kinds in it, or not one readable file.
+    """
+    if layout is not None:
+        if layout not in LAYOUTS:
+            raise DataError(f"unknown layout {layout!r}: known layouts are {', '.join(LAYOUTS)}")
+        options = LAYOUTS[layout] | options
+    if str(path) == "shapes":
+        return ShapesDataset(**options)
+    if is_latents(Path(path)):
+        return LatentShards(path, clip_shape=tuple(options[key] for key in ("num_frames", "height", "width")))
+    kinds, path, options = find_kinds(Path(path), options)
+    if len(kinds) != 1:
+        contents = " and ".join(f"{count} {kind.kind}" for kind, count in kinds.items())
+        raise DataError(f"{path}: holds {contents or 'no video and no npz file'}, expected videos or npz trajectories")
+    dataset = next(iter(kinds))(path, **options)
+    dataset.check_readable()
+    return dataset
+
+
+def find_kinds(path: Path, options: dict) -> tuple[dict[type[_ClipFiles], int], Path, dict]:
+    """Which dataset classes serve a path and for how many files; and path and options as they take them."""
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder")
+    if path.suffix.lower() == ".json":
+        path, options = path.parent, {**options, "annotation": path}
+    if options.get("annotation") is not None:
+        files = [Path(entry["video_path"]) for entry in _annotation_entries(Path(options["annotation"]))]
+        odd = next((file for file in files if file.suffix.lower() not in (*VIDEO_SUFFIXES, ".npz")), None)
+        if odd is not None:
+            raise DataError(f"{options['annotation']}: {odd} is neither a video nor an npz file")
+        found = {
+            kind: [file for file in files if file.suffix.lower() in kind.suffixes]
+            for kind in (VideoFolder, NpzTrajectories)
+        }
+    else:
+        folder = _split_folder(path, options.get("split"))
+        found = {kind: find_files(folder, kind.suffixes) for kind in (VideoFolder, NpzTrajectories)}
+        if found[VideoFolder]:  # npz files beside videos of the same name are their actions
+            videos = {file.with_suffix("") for file in found[VideoFolder]}
+            found[NpzTrajectories] = [f for f in found[NpzTrajectories] if f.with_suffix("") not in videos]
+    return {kind: len(files) for kind, files in found.items() if files}, path, options
+
+
+def find_files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """The files with one of these suffixes under a folder, sorted, hidden ones left out; or the file itself.
+
+    Links to folders are followed, each folder is entered once.
+    """
+    if path.is_file():
+        return [path] if path.suffix.lower() in suffixes else []
+    if not path.is_dir():
+        raise DataError(f"{path}: no such file or folder")
+    found, entered = [], set()
+    for folder, inside, names in os.walk(path, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in entered:
+            inside.clear()
+            continue
+        entered.add(real)
+        inside[:] = sorted(name for name in inside if not name.startswith("."))
+        found += [Path(folder, n) for n in names if Path(n).suffix.lower() in suffixes and not n.startswith(".")]
+    return sorted(found)
+
+
+def _split_folder(path: Path, split: str | None) -> Path:
+    if split is None:
+        return path
+    if not (path / split).is_dir():
+        there = sorted(entry.name for entry in path.iterdir() if entry.is_dir()) if path.is_dir() else []
+        raise DataError(f"{path}: has no split {split!r}, only the folders {there}")
+    return path / split
+
+
+def _label_by_folder(clips: list[ClipFile]) -> list[ClipFile]:
+    classes = {name: label for label, name in enumerate(sorted({clip.path.parent.name for clip in clips}))}
+    return [ClipFile(clip.path, classes[clip.path.parent.name]) for clip in clips]
+
+
+def _attach_actions(clips: list[ClipFile]) -> list[ClipFile]:
+    beside = [clip.path.with_suffix(".npz") for clip in clips]
+    there = [file.exists() for file in beside]
+    if not any(there):
+        return clips
+    if not all(there):
+        raise DataError(
+            f"{beside[there.index(False)]}: missing, though {sum(there)} other videos have actions beside them"
+        )
+    return [ClipFile(clip.path, clip.label, actions) for clip, actions in zip(clips, beside, strict=True)]
+
+
+def _annotation_entries(path: Path) -> list[dict]:
+    """The entries of an annotation, each checked by itself."""
+    try:
+        entries = json.loads(path.read_text())
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON: {error}") from None
+    if not isinstance(entries, list) or not entries:
+        raise DataError(f'{path}: expected a list [{{"video_path": ..., "label": ...}}, ...] with at least one entry')
+    for number, entry in enumerate(entries):
+        paths = [entry.get("video_path"), entry.get("action_path", "")] if isinstance(entry, dict) else [None]
+        if not all(isinstance(value, str) for value in paths):
+            raise DataError(f"{path}: entry {number} is {json.dumps(entry)[:80]}, expected an object with 'video_path'")
+        label = entry.get("label", 0)
+        if type(label) is not int or label < 0:
+            raise DataError(f"{path}: entry {number} has label {label!r}, expected an integer >= 0")
+    for key in ("label", "action_path"):
+        having = [key in entry for entry in entries]
+        if any(having) and not all(having):
+            raise DataError(f"{path}: entry {having.index(False)} has no {key!r}, though others do")
+    return entries
+
+
+def _read_annotation(path: Path, folder: Path) -> list[ClipFile]:
+    entries = _annotation_entries(path)
+    first = entries[0]["video_path"]
+    base = next((base for base in (folder, path.parent, Path()) if (base / first).is_file()), folder)
+    named = [base / entry[key] for entry in entries for key in ("video_path", "action_path") if key in entry]
+    missing = [file for file in named if not file.is_file()]
+    if missing:
+        raise DataError(
+            f"{path}: {len(missing)} of the {len(named)} files it names are missing, the first is {missing[0]}"
+        )
+    return [
+        ClipFile(
+            base / entry["video_path"],
+            entry.get("label"),
+            base / entry["action_path"] if "action_path" in entry else None,
+        )
+        for entry in entries
+    ]

@@ -1,0 +1,128 @@
+"""Latent shards: clips that went through a tokenizer once, for training without decoding.
+
+    OUT/plan.json                  format, and what is encoded with what
+    OUT/index.json                 the same, and every shard with its size and SHA-256
+    OUT/files.json                 name and size of every source file, to notice later that a dataset has changed
+    OUT/shard-00000.safetensors    latents [n, T, H, W, C], index int64 [n] (the clip), pass int64 [n], and label, actions or
+                                   interval where the clips have them
+
+index.json is written last: without it the folder is not finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from mimo.data.errors import DataError, UnreadableVideo
+
+FORMAT = "mimo-latents-1"
+
+
+def is_latents(path: Path) -> bool:
+    """Whether a folder holds latent shards, finished or not."""
+    return (path / "plan.json").is_file()
+
+
+def read_index(path: Path) -> dict:
+    """OUT/index.json; DataError when the encoding was not finished or the file is damaged."""
+    file = path / "index.json"
+    try:
+        index = json.loads(file.read_text())
+        if index["format"] != FORMAT:
+            raise DataError(f"{file}: format {index['format']!r}, this version reads {FORMAT!r}")
+    except FileNotFoundError:
+        raise DataError(f"{path}: encoding is not finished (no index.json): run mimo encode again") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise error if isinstance(error, DataError) else DataError(f"{file}: is damaged: {error!r}") from None
+    return index
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class LatentShards:
+    """A dataset of encoded clips. `sample` gives `latents` fp32 [T, H, W, C] in place of `video`; its seed changes nothing.
+
+    Shards are memory-mapped, so a sample reads only itself. A shard of another size than recorded, or missing, is
+    reported by name when it is opened and its clips count as unreadable.
+
+    Args:
+        path: a folder that `mimo encode` wrote.
+        clip_shape: (frames, height, width) in pixels that the clips must have had; None takes any.
+    """
+
+    def __init__(self, path: str | Path, *, clip_shape: tuple[int, int, int] | None = None):
+        self.path = Path(path)
+        self.index = read_index(self.path)
+        found = tuple(self.index["clip_shape"])
+        if clip_shape is not None and clip_shape != found:
+            shapes = [" x ".join(map(str, shape)) for shape in (found, clip_shape)]
+            raise DataError(f"{self.path}: holds clips of {shapes[0]}, expected {shapes[1]}")
+        self.num_frames, self.height, self.width = found
+        self.latent_shape = tuple(self.index["latent_shape"])
+        self.num_classes, self.num_actions = self.index["num_classes"], self.index["num_actions"]
+        self._ends = np.cumsum([shard["clips"] for shard in self.index["shards"]])
+        self._open: dict[int, safe_open] = {}
+        if not len(self):
+            raise DataError(f"{self.path}: holds no clip")
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def name(self, index: int) -> str:
+        number, row = self._place(index)
+        return f"{self.path / self.index['shards'][number]['name']} clip {row}"
+
+    def _place(self, index: int) -> tuple[int, int]:
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return number, index - int(self._ends[number - 1] if number else 0)
+
+    def sample(self, index: int, seed: int) -> dict[str, np.ndarray]:
+        number, row = self._place(index)
+        shard = self.open_shard(number)
+        sample = {"latents": shard.get_slice("latents")[row].float().numpy()}
+        for key in ("label", "actions", "interval"):
+            if key in shard.keys():  # noqa: SIM118 (an open shard is not a mapping)
+                sample[key] = shard.get_slice(key)[row].numpy()
+        return sample
+
+    def open_shard(self, number: int) -> safe_open:
+        """The open file of a shard; UnreadableVideo when it is missing, cut short or not safetensors."""
+        if number not in self._open:
+            entry = self.index["shards"][number]
+            file = self.path / entry["name"]
+            try:
+                size = file.stat().st_size
+                if size != entry["bytes"]:
+                    raise UnreadableVideo(file, f"has {size} bytes, {entry['bytes']} were written")
+                self._open[number] = safe_open(file, framework="pt").__enter__()
+            except (OSError, SafetensorError) as error:
+                raise UnreadableVideo(file, str(error).splitlines()[0]) from None
+        return self._open[number]
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_open": {}}  # open files stay in their process
+
+    def check_readable(self) -> None:
+        """Raises DataError naming the first shard that is missing or cut short."""
+        for number in range(len(self._ends)):
+            try:
+                self.open_shard(number)
+            except UnreadableVideo as error:
+                raise DataError(str(error)) from None
+
+    def evaluation_order(self) -> list[int]:
+        return list(range(len(self)))
+
+    def __repr__(self) -> str:
+        return f"LatentShards({self.path}: {len(self)} clips of {' x '.join(map(str, self.latent_shape))})"

@@ -1,0 +1,141 @@
+"""Batches in an endless, repeatable order: batch number i is a pure function of (dataset, seed, i).
+
+The clips are walked in epochs, each a permutation drawn from (seed, epoch). Clip number g of that walk goes to batch
+g // (batch_size * world_size); the ranks take consecutive parts of it. So the ranks never share a clip within an epoch, R
+ranks see together what one rank with R times the batch sees, and a run resumed at step i reads nothing of steps before i.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from mimo.data.errors import DataError, UnreadableVideo
+
+log = logging.getLogger("mimo.data")
+
+
+@lru_cache(maxsize=4)
+def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(length)
+
+
+class _Batches(Dataset):
+    """Map from the step to (batch or None, [(file, why it is unusable)], error or None)."""
+
+    def __init__(self, dataset, batch_size: int, seed: int, rank: int, world_size: int):
+        self.dataset, self.batch_size, self.seed, self.rank, self.world_size = (
+            dataset,
+            batch_size,
+            seed,
+            rank,
+            world_size,
+        )
+
+    def __getitem__(self, step: int):
+        unreadable: list[tuple[str, str]] = []
+        first = (step * self.world_size + self.rank) * self.batch_size
+        samples = []
+        for position in range(first, first + self.batch_size):
+            sample = self._read(position, unreadable)
+            if sample is None:
+                return (
+                    None,
+                    unreadable,
+                    f"none of the {len(self.dataset)} clips can be used",
+                )
+            samples.append(sample)
+        keys = [sorted(sample) for sample in samples]
+        if keys.count(keys[0]) != len(keys):
+            return (
+                None,
+                unreadable,
+                f"clips differ in what they hold: {keys[0]} and {next(k for k in keys if k != keys[0])}",
+            )
+        batch = {key: torch.from_numpy(np.stack([sample[key] for sample in samples])) for key in keys[0]}
+        return batch, unreadable, None
+
+    def _read(self, position: int, unreadable: list) -> dict | None:
+        """The sample at a position of the walk, or the next readable one of the same epoch."""
+        length = len(self.dataset)
+        epoch, place = divmod(position, length)
+        order = _permutation(length, self.seed, epoch)
+        for index in itertools.chain(order[place:], order[:place]):
+            # The walk's own position seeds the sample, so a clip is cut differently in every epoch.
+            seed = int(np.random.SeedSequence((self.seed, position)).generate_state(1, np.uint64)[0])
+            try:
+                return {
+                    **self.dataset.sample(int(index), seed),
+                    "index": np.int64(index),
+                }
+            except UnreadableVideo as error:
+                unreadable.append((error.path, error.why))
+        return None
+
+
+class _From:
+    """The steps from `start` on; itertools.count cannot be iterated twice."""
+
+    def __init__(self, start: int):
+        self.start = start
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.count(self.start)
+
+
+def batches(
+    dataset,
+    batch_size: int,
+    *,
+    seed: int,
+    start_step: int = 0,
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    pin_memory: bool = False,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Endless batches from number `start_step` on: the samples' arrays stacked, and `index` int64 [B] of the clips.
+
+    Args:
+        dataset: any of mimo.data.datasets.
+        batch_size: clips per batch of this rank.
+        num_workers: processes that decode ahead; the batches are the same for every number.
+        rank, world_size: this process among those that share the dataset.
+
+    A clip that cannot be read is replaced by the next readable one of the epoch, and logged once under "mimo.data" with
+    its file and reason. Raises DataError when no clip can be read.
+    """
+    if batch_size < 1 or start_step < 0 or seed < 0 or not 0 <= rank < world_size:
+        raise ValueError(
+            f"batch_size {batch_size} must be >= 1, start_step {start_step} and seed {seed} >= 0, rank {rank} in 0..{world_size - 1}"
+        )
+    source = _Batches(dataset, batch_size, seed, rank, world_size)
+    loader = DataLoader(
+        source,
+        batch_size=None,
+        sampler=_From(start_step),
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if num_workers else None,
+        generator=torch.Generator(),  # or starting to iterate would draw from torch's global generator
+    )
+    return _checked(loader)
+
+
+def _checked(loader: DataLoader) -> Iterator[dict[str, torch.Tensor]]:
+    reported: set[str] = set()
+    for batch, unreadable, error in loader:
+        for path, why in unreadable:
+            if path not in reported:
+                reported.add(path)
+                log.warning("skipped %s: %s", path, why)
+        if error is not None:
+            reason = f"; the first is {unreadable[0][0]}: {unreadable[0][1]}" if unreadable else ""
+            raise DataError(f"{loader.dataset.dataset!r}: {error}{reason}")
+        yield batch

@@ -1,0 +1,297 @@
+"""`mimo encode`: a dataset through a tokenizer into latent shards (see mimo.data.latents), once for many trainings.
+
+Clip `index` of pass p is `dataset.sample(index, seed of p)`. Shard s holds a fixed range of clips and passes, so several
+processes share the work (process r takes shards r, r + R, ...), a process that was stopped skips its whole shards, and
+encoding again gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from mimo.data.errors import DataError, UnreadableVideo
+from mimo.data.latents import FORMAT, read_index, sha256
+from mimo.data.video import atomic_path, to_float
+from mimo.errors import InputError
+
+log = logging.getLogger("mimo.encode")
+
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How a dataset is encoded.
+
+    Args:
+        passes: how often every clip is taken; each pass draws its own start, crop and flip.
+        shard_clips: clips per shard.
+        batch_size: clips that go through the tokenizer at once.
+        dtype: of the stored latents: "fp16", "bf16" or "fp32".
+        seed: of the random starts, crops and flips.
+        workers: processes that decode videos.
+    """
+
+    passes: int = 1
+    shard_clips: int = 256
+    batch_size: int = 8
+    dtype: str = "fp16"
+    seed: int = 0
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        if min(self.passes, self.shard_clips, self.batch_size) < 1 or self.seed < 0:
+            raise InputError(f"passes, shard_clips and batch_size must be >= 1 and seed >= 0: {self}")
+        if self.dtype not in _DTYPES:
+            raise InputError(f"dtype {self.dtype!r}, expected one of {', '.join(_DTYPES)}")
+
+
+class _Walk(Dataset):
+    """Position -> (index, pass, sample or None, (file, why) or None). Positions run through the clips, pass after pass."""
+
+    def __init__(self, dataset, seed: int):
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, position: int):
+        turn, index = divmod(position, len(self.dataset))
+        seed = int(np.random.SeedSequence((self.seed, turn)).generate_state(1, np.uint64)[0])
+        try:
+            return index, turn, self.dataset.sample(index, seed), None
+        except UnreadableVideo as error:
+            return index, turn, None, (error.path, error.why)
+
+
+def encode(
+    dataset,
+    tokenizer: torch.nn.Module,
+    out: str | Path,
+    config: Encoding,
+    *,
+    tokenizer_name: str,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+) -> Path:
+    """Writes the shards of this process, then index.json if all shards are there; returns `out`.
+
+    Args:
+        dataset: any of mimo.data with videos.
+        tokenizer: any of mimo.tokenizers.
+        tokenizer_name: recorded, with the dataset and the settings; `out` must have been begun with the same.
+        rank, world_size: this process among those that share the work.
+
+    Raises: DataError when `out` was begun with other settings or another dataset, or when no clip can be read.
+    """
+    out = Path(out)
+    plan = {
+        "format": FORMAT,
+        "dataset": repr(dataset),
+        "settings": dataset.settings(),
+        "clips": len(dataset),
+        "tokenizer": tokenizer_name,
+        "compression": list(tokenizer.compression),
+        "clip_shape": [dataset.num_frames, dataset.height, dataset.width],
+        "latent_shape": list(tokenizer.latent_shape(dataset.num_frames, dataset.height, dataset.width)),
+        "num_classes": dataset.num_classes,
+        "num_actions": dataset.num_actions,
+        "passes": config.passes,
+        "shard_clips": config.shard_clips,
+        "dtype": config.dtype,
+        "seed": config.seed,
+    }
+    _begin(out, plan, dataset)
+    total = len(dataset) * config.passes
+    ranges = [range(first, min(first + config.shard_clips, total)) for first in range(0, total, config.shard_clips)]
+    todo = [s for s in range(rank, len(ranges), world_size) if not _is_whole(shard_file(out, s), plan, ranges[s])]
+    batches = [ranges[s][i : i + config.batch_size] for s in todo for i in range(0, len(ranges[s]), config.batch_size)]
+    walk, generator = _Walk(dataset, config.seed), torch.Generator()
+    loader = DataLoader(walk, batch_sampler=batches, collate_fn=list, num_workers=config.workers, generator=generator)
+    decoded = iter(loader)
+    tokenizer = tokenizer.to(device)
+    unreadable: dict[str, str] = {}
+    with tqdm(total=sum(len(ranges[s]) for s in todo), unit="clip", desc="encode", disable=None) as bar:
+        for s in todo:
+            rows, done = [], 0
+            while done < len(ranges[s]):
+                batch = next(decoded)
+                done += len(batch)
+                for *_, failure in batch:
+                    if failure is not None and failure[0] not in unreadable:
+                        unreadable[failure[0]] = failure[1]
+                        log.warning("skipped %s: %s", *failure)
+                rows += _encode_batch(
+                    [entry for entry in batch if entry[2] is not None], tokenizer, device, config.dtype
+                )
+                bar.update(len(batch))
+            _write_shard(shard_file(out, s), rows, plan, ranges[s])
+    if all(_is_whole(shard_file(out, s), plan, ranges[s]) for s in range(len(ranges))):
+        _finish(out, plan, len(ranges))
+        verify(out, dataset, tokenizer, device=device)
+    return out
+
+
+def verify(
+    path: str | Path, dataset=None, tokenizer=None, *, clips: int = 2, device: torch.device | str = "cpu"
+) -> int:
+    """Reads every shard back and returns the number of clips.
+
+    Checks sizes, checksums, shapes and that all latents are finite; with `dataset`, that its files are those that were
+    encoded; with `tokenizer` too, that `clips` clips encoded anew give what is stored. Raises DataError at the first fault.
+    """
+    path = Path(path)
+    index = read_index(path)
+    if dataset is not None:
+        _compare_files(path, dataset)
+    places = []
+    for entry in index["shards"]:
+        file = path / entry["name"]
+        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+            size = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
+            raise DataError(f"{file}: is {size}, {entry['bytes']} bytes were written")
+        if sha256(file) != entry["sha256"]:
+            raise DataError(f"{file}: its checksum is not the one that was recorded")
+        latents = load_file(file)["latents"]
+        if list(latents.shape) != [entry["clips"], *index["latent_shape"]]:
+            raise DataError(
+                f"{file}: latents are {list(latents.shape)}, expected {[entry['clips'], *index['latent_shape']]}"
+            )
+        if not torch.isfinite(latents).all():
+            raise DataError(
+                f"{file}: clip {(~torch.isfinite(latents.flatten(1)).all(1)).nonzero()[0].item()} is not finite"
+            )
+        places += [(file, row) for row in range(entry["clips"])]
+    if dataset is not None and tokenizer is not None:
+        chosen = np.random.default_rng(index["seed"]).permutation(len(places))[:clips]
+        for file, row in (places[i] for i in chosen):
+            _compare_clip(file, row, _Walk(dataset, index["seed"]), tokenizer, device, index["dtype"])
+    return len(places)
+
+
+def shard_file(out: Path, number: int) -> Path:
+    return out / f"shard-{number:05d}.safetensors"
+
+
+def _begin(out: Path, plan: dict, dataset) -> None:
+    """Writes plan.json and files.json, or compares with those of the run that is continued."""
+    if (out / "plan.json").exists():
+        begun = json.loads((out / "plan.json").read_text())
+        for key, value in json.loads(json.dumps(plan)).items():
+            if begun.get(key) != value:
+                raise DataError(f"{out}: was begun with {key} {begun.get(key)!r}, not {value!r}: take another --out")
+        _compare_files(out, dataset)
+        return
+    if out.exists() and any(out.iterdir()):
+        raise DataError(f"{out}: is not empty and was not begun by mimo encode")
+    for name, content in (("files.json", _source_files(dataset)), ("plan.json", plan)):
+        with atomic_path(out / name) as temporary:
+            temporary.write_text(json.dumps(content, indent=1))
+
+
+def _source_files(dataset) -> list[list]:
+    return [[str(file), file.stat().st_size] for file in dataset.sources()]
+
+
+def _compare_files(out: Path, dataset) -> None:
+    then, now = dict(json.loads((out / "files.json").read_text())), dict(_source_files(dataset))
+    changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    if changed:
+        sizes = ["absent" if some.get(changed[0]) is None else f"{some[changed[0]]} bytes" for some in (then, now)]
+        raise DataError(
+            f"{out}: the dataset has changed since it was encoded: {len(changed)} of {len(then)} files, first {changed[0]}:"
+            f" {sizes[0]} then, {sizes[1]} now"
+        )
+
+
+@torch.no_grad()
+def _encode_batch(entries: list, tokenizer, device, dtype: str) -> list[dict[str, torch.Tensor]]:
+    """Entries of _Walk -> rows of a shard."""
+    if not entries:
+        return []
+    video = torch.stack([torch.from_numpy(sample["video"]) for _, _, sample, _ in entries])
+    latents = tokenizer.encode(to_float(video.to(device))).to(_DTYPES[dtype]).cpu()
+    rows = []
+    for z, (index, turn, sample, _) in zip(latents, entries, strict=True):
+        if not torch.isfinite(z).all():
+            raise DataError(f"clip {index}, pass {turn}: its latents are not finite in {dtype}")
+        row = {"latents": z, "index": torch.tensor(index), "pass": torch.tensor(turn)}
+        row |= {key: torch.as_tensor(value) for key, value in sample.items() if key != "video"}
+        rows.append(row)
+    return rows
+
+
+def _write_shard(file: Path, rows: list[dict[str, torch.Tensor]], plan: dict, covered: range) -> None:
+    if rows:
+        tensors = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    else:
+        tensors = {"latents": torch.empty(0, *plan["latent_shape"], dtype=_DTYPES[plan["dtype"]])}
+    with atomic_path(file) as temporary:
+        save_file(tensors, temporary, _stamp(plan, covered, tensors))
+
+
+def _is_whole(file: Path, plan: dict, covered: range) -> bool:
+    """Whether a shard is there, of this plan and range, and holds what its digest says."""
+    if not file.exists():
+        return False
+    try:
+        with safe_open(file, framework="pt") as shard:
+            metadata = shard.metadata() or {}
+            tensors = {key: shard.get_tensor(key) for key in shard.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError:
+        return False
+    return metadata == _stamp(plan, covered, tensors)
+
+
+def _stamp(plan: dict, covered: range, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    """What a shard says about itself: of which plan and which range of the walk it is, and a digest of its tensors.
+
+    It is one entry, because safetensors writes several in an order that changes from run to run.
+    """
+    digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+    stamp = {"plan": digest, "covered": [covered.start, covered.stop], "digest": _digest(tensors)}
+    return {"mimo": json.dumps(stamp)}
+
+
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        tensor = tensors[key].contiguous()
+        digest.update(f"{key}{tensor.dtype}{list(tensor.shape)}".encode())
+        digest.update(tensor.view(torch.uint8).numpy() if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def _finish(out: Path, plan: dict, shards: int) -> None:
+    entries = []
+    for number in range(shards):
+        file = shard_file(out, number)
+        with safe_open(file, framework="pt") as shard:
+            clips = shard.get_slice("latents").get_shape()[0]
+        entries.append({"name": file.name, "clips": clips, "bytes": file.stat().st_size, "sha256": sha256(file)})
+    if not sum(entry["clips"] for entry in entries):
+        raise DataError(f"{plan['dataset']}: none of its {plan['clips']} clips could be encoded")
+    with atomic_path(out / "index.json") as temporary:
+        temporary.write_text(json.dumps(plan | {"shards": entries}, indent=1))
+
+
+def _compare_clip(file: Path, row: int, walk: _Walk, tokenizer, device, dtype: str) -> None:
+    stored = {key: value[row] for key, value in load_file(file).items()}
+    index, turn = int(stored["index"]), int(stored["pass"])
+    *_, sample, failure = walk[turn * len(walk.dataset) + index]
+    if failure is not None:
+        raise DataError(f"{file}: clip {row} came from {failure[0]}, which cannot be read any more: {failure[1]}")
+    (fresh,) = _encode_batch([(index, turn, sample, None)], tokenizer, device, dtype)
+    z, again = stored["latents"].float(), fresh["latents"].float()
+    error = ((z - again).square().mean() / again.square().mean().clamp_min(1e-12)).sqrt().item()
+    if error > 0.02:  # batch size and device change the last bits, another tokenizer or clip changes everything
+        raise DataError(f"{file}: clip {row} differs from clip {index} encoded anew by {error:.1%} (relative RMS)")

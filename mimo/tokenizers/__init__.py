@@ -1,0 +1,69 @@
+"""Tokenizers: video to latents and back.
+
+Every tokenizer is a module with
+
+    encode(video [B, F, 3, H, W] in [-1, 1]) -> latents [B, T, H', W', C], about unit variance
+    decode(latents) -> video
+    latent_shape(frames, height, width) -> (T, H', W', C), ValueError for sizes that do not fit
+    num_frames(latent_frames) -> F
+    compression (frames, rows, columns per latent position) and channels (C)
+
+`dct` is computed, the others read weights and are frozen.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from mimo.errors import InputError
+from mimo.tokenizers.dct import DCTTokenizer
+
+TOKENIZERS = ("dct", "dcae", "videovae")
+
+__all__ = ["TOKENIZERS", "DCTTokenizer", "build_tokenizer"]
+
+
+def build_tokenizer(
+    name: str = "dct",
+    *,
+    compression: tuple[int, int, int] = (1, 8, 8),
+    channels: int | None = None,
+    weights: str | Path | None = None,
+    trust_pickle: bool = False,
+) -> nn.Module:
+    """The tokenizer called `name`.
+
+    Args:
+        compression: video frames, rows and columns per latent position.
+        channels: latent channels; None takes all the tokenizer has.
+        weights: what a tokenizer with weights reads; see the `from_pretrained` of each.
+        trust_pickle: read checkpoints that hold pickled objects, which can run any code.
+
+    Raises: InputError for an unknown name, for weights that cannot be read, and for weights of another compression or
+        number of channels than asked for.
+    """
+    if name not in TOKENIZERS:
+        raise InputError(f"unknown tokenizer {name!r}: known tokenizers are {', '.join(TOKENIZERS)}")
+    if name == "dct":
+        if weights is not None:
+            raise InputError(f"the tokenizer 'dct' has no weights, but {weights} was given")
+        return DCTTokenizer(compression, channels)
+    if weights is None:
+        raise InputError(f"the tokenizer {name!r} needs weights: name a folder or a file")
+    # These read big libraries or define big networks, so only who asks for them imports them.
+    if name == "dcae":
+        from mimo.tokenizers.dcae import DCAETokenizer
+
+        tokenizer = DCAETokenizer.from_pretrained(weights, compression=compression[1])
+    else:
+        from mimo.tokenizers.videovae import VideoVAETokenizer
+
+        tokenizer = VideoVAETokenizer.from_pretrained(weights, trust_pickle=trust_pickle)
+    found, asked = (tokenizer.compression, tokenizer.channels), (tuple(compression), channels or tokenizer.channels)
+    if found != asked:
+        raise InputError(
+            f"{weights}: compresses {found[0]} to {found[1]} channels, but {asked[0]} to {asked[1]} was asked for"
+        )
+    return tokenizer

@@ -1,0 +1,212 @@
+"""Training a DC-AE on a dataset, as FAR does: L1 + LPIPS first, then, with a frozen encoder, a patch discriminator too."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from mimo import checkpoint
+from mimo.data import batches, to_float
+from mimo.errors import InputError
+from mimo.tokenizers.dcae import DCAETokenizer, autoencoder_class, far_config
+from mimo.tokenizers.losses import LPIPS, adaptive_weight, patch_discriminator
+
+log = logging.getLogger("mimo.tokenizers")
+
+# Settings that a resumed run may change.
+_FREE = frozenset(("steps", "workers", "log_every", "save_every"))
+
+
+@dataclass(frozen=True)
+class TokenizerTraining:
+    """How a DC-AE is trained; the defaults are FAR's.
+
+    Args:
+        compression: pixels per latent position and axis: 8, 16 or 32.
+        channels: latent channels.
+        width: channels of the first level; 128 is FAR's.
+        frames: frames that a sample contributes to a batch.
+        batch_size: clips per step.
+        steps: optimiser steps.
+        lr: constant learning rate of AdamW with betas (0.5, 0.9) and no weight decay.
+        grad_clip: largest global gradient norm.
+        ema_decay: decay of the average that is saved.
+        lpips_vgg: torchvision's VGG-16 weights; with lpips_linear it turns the perceptual loss on.
+        lpips_linear: LPIPS's published linear weights.
+        perceptual_weight: weight of LPIPS.
+        disc_weight: weight of the discriminator's part; 0 trains without one.
+        disc_start: step from which the discriminator takes part and the encoder stands still.
+        precision: "bf16" (autocast, fp32 weights) or "fp32".
+        seed: of the weights and of the order of the data.
+        workers: processes that decode videos.
+        log_every: steps between status lines.
+        save_every: steps between checkpoints.
+    """
+
+    compression: int = 32
+    channels: int = 32
+    width: int = 128
+    frames: int = 4
+    batch_size: int = 32
+    steps: int = 200_000
+    lr: float = 1e-4
+    grad_clip: float = 1.0
+    ema_decay: float = 0.9999
+    lpips_vgg: Path | None = None
+    lpips_linear: Path | None = None
+    perceptual_weight: float = 1.0
+    disc_weight: float = 0.0
+    disc_start: int = 100_000
+    precision: str = "bf16"
+    seed: int = 0
+    workers: int = 2
+    log_every: int = 100
+    save_every: int = 5_000
+
+    def __post_init__(self) -> None:
+        if (self.lpips_vgg is None) != (self.lpips_linear is None):
+            raise InputError("lpips_vgg and lpips_linear belong together: give both or none")
+        if min(self.frames, self.batch_size, self.steps, self.log_every, self.save_every, self.width) < 1:
+            raise InputError(f"frames, batch_size, steps, width and the intervals must be >= 1: {self}")
+        if self.precision not in ("bf16", "fp32"):
+            raise InputError(f"precision {self.precision!r}, expected 'bf16' or 'fp32'")
+
+
+class TokenizerTrainer:
+    """A DC-AE, its average, and one step of its training."""
+
+    def __init__(self, config: TokenizerTraining, dataset, device: torch.device | str = "cpu"):
+        self.config, self.dataset, self.device, self.step = config, dataset, torch.device(device), 0
+        torch.manual_seed(config.seed)
+        self.model = autoencoder_class()(**far_config(config.compression, config.channels, config.width))
+        self.model = self.model.to(self.device).train()
+        self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
+        self.lpips = LPIPS(config.lpips_vgg, config.lpips_linear).to(self.device) if config.lpips_vgg else None
+        self.disc = patch_discriminator().to(self.device).train() if config.disc_weight > 0 else nn.Module()
+        self.optimizer, self.disc_optimizer = (self._optimizer(module) for module in (self.model, self.disc))
+
+    def _optimizer(self, module: nn.Module) -> torch.optim.AdamW | None:
+        parameters = list(module.parameters())
+        return torch.optim.AdamW(parameters, self.config.lr, (0.5, 0.9), weight_decay=0) if parameters else None
+
+    def train_step(self, video: torch.Tensor) -> dict[str, torch.Tensor]:
+        """One step on frames uint8 [B, F, H, W, 3]; returns the parts of the loss."""
+        x = to_float(video.to(self.device)).flatten(0, 1)
+        adversarial = self.disc_optimizer is not None and self.step >= self.config.disc_start
+        self.model.encoder.requires_grad_(not adversarial)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            y = self.model.decode(self.model.encode(x).latent).sample
+        y = y.float()
+        parts = {"l1": F.l1_loss(y, x)}
+        if self.lpips is not None:
+            parts["lpips"] = self.config.perceptual_weight * self.lpips(y, x)
+        if adversarial:
+            self.disc.requires_grad_(False)
+            reconstruction, fooling = sum(parts.values()), -self.disc(y).mean()
+            last = [p for p in self.model.decoder.conv_out.parameters() if p.dim() == 4][-1]
+            parts["adversarial"] = self.config.disc_weight * adaptive_weight(reconstruction, fooling, last) * fooling
+        self._update(self.optimizer, sum(parts.values()), self.model)
+        if adversarial:
+            self.disc.requires_grad_(True)
+            real, fake = self.disc(x), self.disc(y.detach())
+            parts["discriminator"] = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+            self._update(self.disc_optimizer, parts["discriminator"], self.disc)
+        self.ema.update_parameters(self.model)
+        self.step += 1
+        return {name: value.detach() for name, value in parts.items()} | {"mse": (y.detach() - x).square().mean()}
+
+    def _update(self, optimizer: torch.optim.Optimizer, loss: torch.Tensor, module: nn.Module) -> None:
+        if not torch.isfinite(loss):
+            raise InputError(f"the loss of step {self.step} is {loss.item()}: lower lr ({self.config.lr})")
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), self.config.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def tokenizer(self, count: int = 8) -> DCAETokenizer:
+        """The averaged model, scaled so that latents of `count` batches have unit root mean square."""
+        tokenizer = DCAETokenizer(self.ema.module, scale=1.0)
+        stream = batches(self.dataset, self.config.batch_size, seed=self.config.seed + 1)
+        latents = [tokenizer.encode(to_float(next(stream)["video"].to(self.device))) for _ in range(count)]
+        tokenizer.scale = 1.0 / torch.cat([z.square().flatten() for z in latents]).mean().sqrt().item()
+        return tokenizer
+
+    def save(self, run: Path) -> Path:
+        tensors = {
+            "model": self.model.state_dict(),
+            "ema": self.ema.module.state_dict(),
+            "disc": self.disc.state_dict(),
+        }
+        for name, optimizer, module in self._optimizers():
+            tensors[name] = checkpoint.optimizer_tensors(optimizer, module)
+        state = {"config": self._settings(), "ema_updates": int(self.ema.n_averaged)}
+        return checkpoint.save(run, self.step, tensors, state, keep_last=2)
+
+    def load(self, folder: Path) -> None:
+        state = checkpoint.read_state(folder)
+        checkpoint.require_same_config(state["config"], self._settings(), folder, may_differ=_FREE)
+        for name, module in (("model", self.model), ("ema", self.ema.module), ("disc", self.disc)):
+            checkpoint.load_module(module, checkpoint.read_tensors(folder, name, state), folder)
+        for name, optimizer, module in self._optimizers():
+            checkpoint.load_optimizer(optimizer, module, checkpoint.read_tensors(folder, name, state), folder)
+        self.ema.n_averaged.fill_(state["ema_updates"])
+        self.step = state["step"]
+
+    def _optimizers(self):
+        both = (("optimizer", self.optimizer, self.model), ("disc_optimizer", self.disc_optimizer, self.disc))
+        return [entry for entry in both if entry[1] is not None]
+
+    def _settings(self) -> dict:
+        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self.config).items()} | {
+            "data": repr(self.dataset)
+        }
+
+
+def train_tokenizer(
+    dataset, out: str | Path, config: TokenizerTraining, *, resume: bool = False, device: torch.device | str = "cpu"
+) -> Path:
+    """Trains to config.steps and writes the tokenizer; returns its folder, which `build_tokenizer("dcae")` reads.
+
+    Args:
+        dataset: any of mimo.data, with samples of config.frames frames.
+        out: run folder: checkpoints/ and, at the end, tokenizer/.
+        resume: continue from the newest whole checkpoint in `out`, exactly as if never stopped.
+    """
+    out = Path(out)
+    sides = dataset.height, dataset.width
+    if any(side % config.compression for side in sides):
+        raise InputError(
+            f"frames of {sides[0]} x {sides[1]}: expected sides that compression {config.compression} divides"
+        )
+    if checkpoint.step_folders(out) and not resume:
+        raise InputError(f"{out} already holds checkpoints: pass --resume to continue it, or another --out")
+    trainer = TokenizerTrainer(config, dataset, device)
+    newest, passed_over = checkpoint.latest(out)
+    for reason in passed_over:
+        log.warning("passed over: %s", reason)
+    if newest is not None:
+        trainer.load(newest)
+    checkpoint.delete_unfinished(out)
+    stream = batches(dataset, config.batch_size, seed=config.seed, start_step=trainer.step, num_workers=config.workers)
+    began, first = time.monotonic(), trainer.step
+    while trainer.step < config.steps:
+        parts = trainer.train_step(next(stream)["video"])
+        ends = trainer.step == config.steps
+        if ends or trainer.step % config.log_every == 0:
+            psnr = -10 * torch.log10(parts.pop("mse") / 4).item()
+            eta = (time.monotonic() - began) / (trainer.step - first) * (config.steps - trainer.step)
+            values = "  ".join(f"{name} {value.item():.4f}" for name, value in parts.items())
+            print(f"step {trainer.step}/{config.steps}  {values}  PSNR {psnr:.2f} dB  ETA {eta:.0f} s", flush=True)
+        if ends or trainer.step % config.save_every == 0:
+            trainer.save(out)
+    tokenizer = trainer.tokenizer()
+    tokenizer.save(out / "tokenizer")
+    print(f"wrote {out / 'tokenizer'}, scale {tokenizer.scale:.4f}", flush=True)
+    return out / "tokenizer"

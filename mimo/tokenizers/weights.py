@@ -1,0 +1,71 @@
+"""Reading weights that others have saved, without running their code."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from mimo.errors import InputError
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}") from None
+
+
+def load_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a whole safetensors file: {error}") from None
+
+
+def load_torch(path: Path, *, trust_pickle: bool = False):
+    """What torch.save wrote. A file that needs more than tensors and plain containers can run any code when it is loaded,
+    so it is refused unless `trust_pickle`."""
+    if not path.is_file():
+        raise InputError(f"{path}: No such file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=not trust_pickle)
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"{path}: its pickled objects need the module {error.name!r}, which is not installed"
+        ) from None
+    except pickle.UnpicklingError as error:
+        if not trust_pickle and "weights_only" in str(error):
+            raise InputError(
+                f"{path}: holds pickled objects, which can run any code when loaded: pass trust_pickle=True"
+                " (--trust-pickle) if you trust its source"
+            ) from None
+        raise InputError(f"{path}: not a whole torch file") from None
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
+        raise InputError(f"{path}: not a whole torch file: {str(error).splitlines()[0]}") from None
+
+
+def load_state(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
+    """Loads every parameter and buffer; InputError names the first that is missing, left over or of another shape."""
+    own = model.state_dict()
+    missing, extra = [key for key in own if key not in state], [key for key in state if key not in own]
+    if missing or extra:
+        parts = [
+            f"{len(keys)} {what}, first {keys[0]!r}"
+            for keys, what in ((missing, "missing"), (extra, "unknown"))
+            if keys
+        ]
+        raise InputError(f"{path}: not weights of this {type(model).__name__}: {'; '.join(parts)}")
+    for key, value in state.items():
+        if value.shape != own[key].shape:
+            raise InputError(f"{path}: {key!r} is {list(value.shape)}, expected {list(own[key].shape)}")
+    model.load_state_dict(state)

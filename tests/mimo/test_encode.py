@@ -1,0 +1,241 @@
+"""mimo.encode and mimo.data.latents: the same bytes however the work is cut, and every fault named."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mimo.data import DataError, LatentShards, ShapesDataset, VideoFolder, batches, open_dataset, to_float, write_video
+from mimo.data.check import check
+from mimo.encode import Encoding, encode, verify
+from mimo.errors import InputError
+from mimo.tokenizers import build_tokenizer
+
+SHAPE = {"num_frames": 3, "height": 16, "width": 16}
+CONFIG = Encoding(passes=2, shard_clips=4, batch_size=3, workers=0)
+
+
+@pytest.fixture
+def tokenizer():
+    return build_tokenizer("dct", compression=(1, 8, 8), channels=24)
+
+
+def videos(folder, names="abcde"):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        frames = np.random.default_rng(ord(name)).integers(0, 256, (9, 20, 24, 3), dtype=np.uint8)
+        write_video(folder / f"{name}.mp4", frames)
+    return folder
+
+
+def contents(out):
+    return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
+
+
+def run(dataset, tokenizer, out, config=CONFIG, **kwargs):
+    return encode(dataset, tokenizer, out, config, tokenizer_name="dct", **kwargs)
+
+
+def test_shards_hold_the_encoded_samples(tmp_path, tokenizer):
+    dataset = VideoFolder(videos(tmp_path / "in"), **SHAPE, random_crop=True, flip=True)
+    out = run(dataset, tokenizer, tmp_path / "out")
+    shards = [load_file(out / f"shard-{number:05d}.safetensors") for number in range(3)]
+    assert [len(shard["latents"]) for shard in shards] == [4, 4, 2]
+    index, turn = (torch.cat([shard[key] for shard in shards]).tolist() for key in ("index", "pass"))
+    assert index == [0, 1, 2, 3, 4] * 2 and turn == [0] * 5 + [1] * 5
+    latents = torch.cat([shard["latents"] for shard in shards])
+    assert latents.shape == (10, 3, 2, 2, 24) and latents.dtype == torch.float16
+    assert not torch.equal(latents[0], latents[5]), "each pass draws its own start and crop"
+    seed = int(np.random.SeedSequence((0, 1)).generate_state(1, np.uint64)[0])
+    video = to_float(torch.from_numpy(dataset.sample(2, seed)["video"])[None])
+    assert torch.allclose(tokenizer.encode(video)[0], latents[7].float(), atol=2e-3, rtol=2e-3)
+    assert verify(out, dataset, tokenizer) == 10
+
+
+@pytest.mark.parametrize("config", [Encoding(passes=2, shard_clips=4, batch_size=4, workers=2)])
+def test_processes_and_workers_change_nothing(tmp_path, tokenizer, config):
+    dataset = VideoFolder(videos(tmp_path / "in"), **SHAPE, flip=True)
+    alone = run(dataset, tokenizer, tmp_path / "alone", config)
+    for rank in (2, 0):
+        run(dataset, tokenizer, tmp_path / "shared", config, rank=rank, world_size=3)
+        assert not (tmp_path / "shared" / "index.json").exists()
+        with pytest.raises(DataError, match="encoding is not finished"):
+            open_dataset(tmp_path / "shared", **SHAPE)
+    run(dataset, tokenizer, tmp_path / "shared", config, rank=1, world_size=3)
+    assert contents(alone) == contents(tmp_path / "shared")
+
+
+def test_a_stopped_run_continues(tmp_path, tokenizer):
+    dataset = VideoFolder(videos(tmp_path / "in"), **SHAPE)
+    whole = contents(run(dataset, tokenizer, tmp_path / "whole"))
+
+    class Stops(torch.nn.Module):
+        """A tokenizer that is killed at its second batch of the second shard."""
+
+        compression, latent_shape = tokenizer.compression, staticmethod(tokenizer.latent_shape)
+        calls = 0
+
+        def encode(self, video):
+            self.calls += 1
+            if self.calls == 4:
+                raise KeyboardInterrupt
+            return tokenizer.encode(video)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(dataset, Stops(), tmp_path / "out")
+    assert sorted(contents(tmp_path / "out")) == ["files.json", "plan.json", "shard-00000.safetensors"]
+    (tmp_path / "out" / "shard-00001.safetensors").write_bytes(whole["shard-00001.safetensors"][:-7])  # a torn copy
+    first = (tmp_path / "out" / "shard-00000.safetensors").stat().st_mtime_ns
+    run(dataset, tokenizer, tmp_path / "out")
+    assert contents(tmp_path / "out") == whole
+    assert (tmp_path / "out" / "shard-00000.safetensors").stat().st_mtime_ns == first, "whole shards are not made again"
+
+
+def test_training_reads_shards(tmp_path, tokenizer):
+    write_video(tmp_path / "in" / "a.mp4", np.zeros((9, 16, 16, 3), np.uint8))
+    write_video(tmp_path / "in" / "b.mp4", np.full((9, 16, 16, 3), 255, np.uint8))
+    for name, label in (("a", 0), ("b", 1)):
+        np.savez(tmp_path / "in" / f"{name}.npz", actions=np.full(9, label))
+    entries = [{"video_path": f"{n}.mp4", "label": k, "action_path": f"{n}.npz"} for k, n in enumerate("ab")]
+    (tmp_path / "in" / "list.json").write_text(json.dumps(entries))
+    dataset = open_dataset(tmp_path / "in" / "list.json", **SHAPE, interval=(1, 2), num_classes=2, num_actions=2)
+    shards = open_dataset(run(dataset, tokenizer, tmp_path / "out"), **SHAPE)
+    assert isinstance(shards, LatentShards) and len(shards) == 4 and shards.num_classes == 2 and shards.num_actions == 2
+    assert shards.latent_shape == (3, 2, 2, 24)
+    for workers in (0, 2):
+        for batch in itertools.islice(batches(shards, 2, seed=0, num_workers=workers), 4):
+            assert batch["latents"].shape == (2, 3, 2, 2, 24) and batch["latents"].dtype == torch.float32
+            bright = batch["latents"][:, 0, 0, 0, 0] > 0
+            assert torch.equal(bright.long(), batch["label"]) and set(batch["interval"].tolist()) <= {1, 2}
+            assert torch.equal(batch["actions"], batch["label"][:, None].expand(2, 3))
+    (report,) = check(tmp_path / "out")
+    assert report.files == 4 and not report.unreadable
+
+
+def test_shapes_and_other_precisions(tmp_path, tokenizer):
+    dataset = ShapesDataset(**SHAPE, length=5)
+    for dtype in ("fp32", "bf16"):
+        out = run(dataset, tokenizer, tmp_path / dtype, Encoding(shard_clips=2, dtype=dtype, workers=0))
+        assert LatentShards(out).sample(4, 0)["latents"].dtype == np.float32
+        assert verify(out, dataset, tokenizer, clips=5) == 5
+
+
+def test_unreadable_clips_are_left_out(tmp_path, tokenizer, caplog):
+    folder = videos(tmp_path / "in")
+    for name in "ac":
+        (folder / f"{name}.mp4").write_bytes(b"")
+    shards = LatentShards(run(VideoFolder(folder, **SHAPE), tokenizer, tmp_path / "out"))
+    assert len(shards) == 6 and len(caplog.records) == 2 and "a.mp4" in caplog.text and "c.mp4" in caplog.text
+    for name in "bde":
+        (folder / f"{name}.mp4").write_bytes(b"")
+    with pytest.raises(DataError, match="none of its 5 clips could be encoded"):
+        run(VideoFolder(folder, **SHAPE), tokenizer, tmp_path / "none")
+
+
+# ---- faults
+
+
+@pytest.fixture
+def encoded(tmp_path, tokenizer):
+    dataset = VideoFolder(videos(tmp_path / "in"), **SHAPE)
+    return dataset, run(dataset, tokenizer, tmp_path / "out")
+
+
+def test_a_shard_cut_short_is_named(encoded):
+    dataset, out = encoded
+    file = out / "shard-00001.safetensors"
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes()[:-10])
+    why = rf"shard-00001\.safetensors: has {size - 10} bytes, {size} were written"
+    with pytest.raises(DataError, match=why):
+        LatentShards(out).check_readable()
+    (report,) = check(out)
+    assert len(report.unreadable) == 4 and report.files == 10
+    got = torch.cat([batch["index"] for batch in itertools.islice(batches(LatentShards(out), 2, seed=0), 10)])
+    assert set(got.tolist()) == {0, 1, 2, 3, 8, 9}, "training goes on with the other shards"
+    with pytest.raises(DataError, match=r"shard-00001\.safetensors: is .* bytes"):
+        verify(out)
+    file.unlink()
+    with pytest.raises(DataError, match=r"shard-00001\.safetensors: .*No such file"):
+        LatentShards(out).check_readable()
+    with pytest.raises(DataError, match=r"shard-00001\.safetensors: is missing"):
+        verify(out)
+
+
+def test_a_changed_byte_is_found_and_mended(encoded, tokenizer):
+    dataset, out = encoded
+    before = contents(out)
+    data = bytearray(before["shard-00000.safetensors"])
+    data[-5] ^= 1
+    (out / "shard-00000.safetensors").write_bytes(data)
+    with pytest.raises(DataError, match=r"shard-00000\.safetensors: its checksum is not"):
+        verify(out)
+    run(dataset, tokenizer, out)
+    assert contents(out) == before
+
+
+def test_a_changed_dataset_is_refused(encoded, tokenizer):
+    dataset, out = encoded
+    size = (dataset.path / "b.mp4").stat().st_size
+    videos(dataset.path, "c")
+    (dataset.path / "b.mp4").write_bytes((dataset.path / "a.mp4").read_bytes() + b"1")
+    now = (dataset.path / "b.mp4").stat().st_size
+    for call in (lambda: run(dataset, tokenizer, out), lambda: verify(out, dataset)):
+        with pytest.raises(
+            DataError, match=rf"changed since .*: 1 of 5 files, first .*b\.mp4: {size} bytes then, {now}"
+        ):
+            call()
+
+
+def test_another_tokenizer_is_noticed(encoded):
+    dataset, out = encoded
+    with pytest.raises(DataError, match="differs from clip .* encoded anew"):
+        verify(out, dataset, build_tokenizer("dct", compression=(1, 8, 8), channels=24).apply(_halve))
+
+
+def _halve(module):
+    module.scale *= 0.5
+
+
+def test_other_settings_are_refused(encoded, tokenizer, tmp_path):
+    dataset, out = encoded
+    with pytest.raises(DataError, match="was begun with passes 2, not 3"):
+        run(dataset, tokenizer, out, Encoding(passes=3, shard_clips=4, workers=0))
+    with pytest.raises(DataError, match=r"was begun with settings .*'flip': False"):
+        run(VideoFolder(dataset.path, **SHAPE, flip=True), tokenizer, out)
+    with pytest.raises(DataError, match="is not empty and was not begun"):
+        run(dataset, tokenizer, tmp_path / "in")
+    with pytest.raises(DataError, match="holds clips of 3 x 16 x 16, expected 3 x 32 x 32"):
+        open_dataset(out, num_frames=3, height=32, width=32)
+    with pytest.raises(ValueError, match="height a multiple of 8"):
+        run(VideoFolder(dataset.path, num_frames=3, height=12, width=16), tokenizer, tmp_path / "x")
+    for bad in ({"passes": 0}, {"dtype": "int8"}, {"seed": -1}):
+        with pytest.raises(InputError, match="must be >= 1|expected one of"):
+            Encoding(**bad)
+
+
+def test_damaged_index(encoded):
+    _, out = encoded
+    (out / "index.json").write_text("{")
+    with pytest.raises(DataError, match=r"index\.json: is damaged"):
+        LatentShards(out)
+    (out / "index.json").write_text('{"format": "other"}')
+    with pytest.raises(DataError, match="format 'other', this version reads"):
+        LatentShards(out)
+
+
+def test_latents_that_overflow_are_refused(tmp_path):
+    class Huge(torch.nn.Module):
+        compression = (1, 8, 8)
+
+        def latent_shape(self, frames, height, width):
+            return frames, 1, 1, 1
+
+        def encode(self, video):
+            return torch.full((len(video), 3, 1, 1, 1), 1e6)
+
+    with pytest.raises(DataError, match="clip 0, pass 0: its latents are not finite in fp16"):
+        run(ShapesDataset(**SHAPE, length=2), Huge(), tmp_path / "out")

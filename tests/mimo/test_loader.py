@@ -1,0 +1,141 @@
+"""mimo.data.loader: batch i depends on (dataset, seed, i) alone, ranks share nothing, bad files are passed over."""
+
+import itertools
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from mimo.data import DataError, ShapesDataset, UnreadableVideo, VideoFolder, batches, open_dataset, write_video
+
+SMALL = {"num_frames": 3, "height": 16, "width": 16}
+
+
+def take(count, *args, **kwargs):
+    return list(itertools.islice(batches(*args, **kwargs), count))
+
+
+def equal(a, b):
+    return len(a) == len(b) and all(
+        x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x) for x, y in zip(a, b, strict=True)
+    )
+
+
+class Recorder:
+    """Ten clips that count who reads them; those in `bad` cannot be read."""
+
+    def __init__(self, bad=(), length=10):
+        self.bad, self.length, self.read = set(bad), length, []
+
+    def __len__(self):
+        return self.length
+
+    def sample(self, index, seed):
+        self.read.append(index)
+        if index in self.bad:
+            raise UnreadableVideo(f"clip{index}", "is broken")
+        return {"video": np.full((1, 1, 1, 3), index, np.uint8), "seed": np.int64(seed >> 1)}
+
+
+def test_batches_are_repeatable_and_differ():
+    dataset = ShapesDataset(**SMALL, length=7)
+    a = take(6, dataset, 3, seed=1)
+    assert equal(a, take(6, dataset, 3, seed=1))
+    assert not equal(a, take(6, dataset, 3, seed=2))
+    assert a[0]["video"].shape == (3, 3, 16, 16, 3) and a[0]["video"].dtype == torch.uint8
+    walk = torch.cat([batch["index"] for batch in a])
+    assert sorted(walk[:7].tolist()) == sorted(walk[7:14].tolist()) == list(range(7))
+    assert walk[:7].tolist() != walk[7:14].tolist()
+    first, second = walk[:7].tolist().index(4), 7 + walk[7:14].tolist().index(4)
+    clips = torch.cat([batch["video"] for batch in a])
+    assert not torch.equal(clips[first], clips[second]), "an epoch later the clip is cut differently"
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_resuming_at_any_step_continues_the_run(tmp_path, workers):
+    for name in "abcde":
+        write_video(
+            tmp_path / f"{name}.mp4", np.random.default_rng(ord(name)).integers(0, 256, (9, 16, 16, 3), dtype=np.uint8)
+        )
+    dataset = VideoFolder(tmp_path, **SMALL, flip=True, random_crop=True)
+    whole = take(7, dataset, 2, seed=3)
+    assert equal(whole[:3], take(3, dataset, 2, seed=3, num_workers=workers))
+    assert equal(whole[4:], take(3, dataset, 2, seed=3, start_step=4, num_workers=workers))
+
+
+def test_resuming_reads_nothing_of_earlier_steps():
+    dataset = Recorder()
+    late = take(1, dataset, 2, seed=0, start_step=1003)
+    assert len(dataset.read) == 2 and dataset.read == late[0]["index"].tolist()
+
+
+def test_ranks_share_no_clip_and_equal_one_rank():
+    dataset = Recorder(length=24)
+    alone = take(6, dataset, 8, seed=5)
+    ranks = [take(6, dataset, 2, seed=5, rank=rank, world_size=4) for rank in range(4)]
+    joined = [{k: torch.cat([rank[i][k] for rank in ranks]) for k in alone[0]} for i in range(6)]
+    assert equal(alone, joined)
+    seen = [torch.cat([batch["index"] for batch in rank[:3]]).tolist() for rank in ranks]
+    assert sorted(itertools.chain(*seen)) == list(range(24))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_global_generators_are_left_alone(workers):
+    before = torch.get_rng_state()
+    take(2, Recorder(), 2, seed=0, num_workers=workers)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_sample_seeds_do_not_repeat():
+    seeds = torch.cat([batch["seed"] for batch in take(50, Recorder(), 10, seed=0)])
+    assert seeds.unique().numel() == 500
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_files_are_reported_once_and_replaced(caplog, workers):
+    with caplog.at_level(logging.WARNING, logger="mimo.data"):
+        got = take(10, Recorder(bad=(3, 4)), 4, seed=0, num_workers=workers)
+    assert sorted(record.getMessage() for record in caplog.records) == [f"skipped clip{i}: is broken" for i in (3, 4)]
+    shown = torch.cat([batch["index"] for batch in got])
+    assert set(shown.tolist()) == set(range(10)) - {3, 4}
+    good = torch.cat([batch["index"] for batch in take(10, Recorder(), 4, seed=0)])
+    usable = ~torch.isin(good, torch.tensor([3, 4]))
+    assert torch.equal(shown[usable], good[usable]), "the other clips keep their places"
+    assert equal(got[5:], take(5, Recorder(bad=(3, 4)), 4, seed=0, start_step=5))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_readable(workers):
+    with pytest.raises(DataError, match="none of the 10 clips can be used; the first is clip") as error:
+        take(1, Recorder(bad=range(10)), 4, seed=0, num_workers=workers)
+    assert "\n" not in str(error.value)
+
+
+def test_one_bad_video_among_good(tmp_path, caplog):
+    for name in "acd":
+        write_video(tmp_path / f"{name}.mp4", np.full((5, 16, 16, 3), 50, np.uint8))
+    (tmp_path / "b.mp4").write_bytes((tmp_path / "a.mp4").read_bytes()[:300])
+    write_video(tmp_path / "short.mp4", np.full((2, 16, 16, 3), 50, np.uint8))
+    dataset = open_dataset(tmp_path, **SMALL)
+    with caplog.at_level(logging.WARNING, logger="mimo.data"):
+        got = take(8, dataset, 2, seed=0)
+    assert len(caplog.records) == 2
+    assert any("b.mp4" in r.getMessage() for r in caplog.records)
+    assert any("short.mp4: has 2 frames, but 3" in r.getMessage() for r in caplog.records)
+    assert {dataset.name(int(i))[-5] for batch in got for i in batch["index"]} == set("acd")
+
+
+def test_clips_that_differ_in_kind():
+    class Mixed(Recorder):
+        def sample(self, index, seed):
+            return super().sample(index, seed) | ({"label": np.int64(1)} if index % 2 else {})
+
+    with pytest.raises(DataError, match="clips differ in what they hold"):
+        take(5, Mixed(), 4, seed=0)
+
+
+@pytest.mark.parametrize("bad", [{"batch_size": 0}, {"start_step": -1}, {"rank": 2, "world_size": 2}, {"seed": -1}])
+def test_arguments(bad):
+    with pytest.raises(ValueError, match="must be >= 1"):
+        batches(**({"dataset": Recorder(), "batch_size": 1, "seed": 0} | bad))

@@ -1,0 +1,105 @@
+"""mimo.tokenizers: shapes, inversion, scale and independence of chunks."""
+
+import pytest
+import torch
+
+from mimo.data import open_dataset, to_float
+from mimo.tokenizers import DCTTokenizer, build_tokenizer
+from mimo.tokenizers.dct import dct_matrix
+
+SHAPES = [((1, 8, 8), None), ((1, 4, 4), 48), ((1, 1, 1), 3), ((1, 4, 8), None), ((4, 8, 8), None), ((3, 2, 6), None)]
+
+
+def video(frames=13, height=48, width=72, batch=2):
+    return torch.rand(batch, frames, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def test_dct_matrix_is_the_orthonormal_dct():
+    for n in (1, 2, 3, 8, 16):
+        matrix = dct_matrix(n)
+        assert torch.allclose(matrix @ matrix.T, torch.eye(n, dtype=torch.float64), atol=1e-12)
+        assert torch.allclose(matrix[0], torch.full((n,), n**-0.5, dtype=torch.float64))
+    i = torch.arange(8, dtype=torch.float64)
+    expected = 0.5 * torch.cos(torch.pi * 3 * (2 * i + 1) / 16)
+    assert torch.allclose(dct_matrix(8)[3], expected)
+
+
+@pytest.mark.parametrize(("compression", "channels"), SHAPES)
+def test_dct_inverts_exactly(compression, channels):
+    tokenizer, x = build_tokenizer("dct", compression=compression, channels=channels), video()
+    latents = tokenizer.encode(x)
+    assert latents.shape[1:] == tokenizer.latent_shape(13, 48, 72) and latents.dtype == torch.float32
+    assert tokenizer.num_frames(latents.shape[1]) == 13
+    back = tokenizer.decode(latents)
+    assert back.shape == x.shape and (back - x).abs().max() < 4e-6
+
+
+def test_dct_is_exact_under_autocast():
+    tokenizer, x = DCTTokenizer((1, 8, 8)), video()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (tokenizer.decode(tokenizer.encode(x)) - x).abs().max() < 4e-6
+
+
+def test_dct_keeps_distances():
+    tokenizer, x = DCTTokenizer((1, 8, 8)), video()
+    y = x + 0.1 * torch.randn_like(x)
+    pixels, latents = (x - y).square().mean(), (tokenizer.encode(x) - tokenizer.encode(y)).square().mean()
+    assert latents == pytest.approx(pixels.item() * tokenizer.scale**2, rel=1e-5)
+
+
+def test_dct_first_channel_is_the_mean_of_the_patch():
+    tokenizer, x = DCTTokenizer((1, 8, 8)), video()
+    means = x.unflatten(-1, (-1, 8)).unflatten(-3, (-1, 8)).mean((2, 4, 6))
+    assert torch.allclose(tokenizer.encode(x)[..., 0], means * 192**0.5 * tokenizer.scale, atol=1e-5)
+
+
+@pytest.mark.parametrize(("compression", "channels"), [((1, 8, 8), 48), ((4, 8, 8), 16), ((1, 32, 32), 32)])
+def test_dct_with_fewer_channels_keeps_the_best_of_a_smooth_clip(compression, channels):
+    t = torch.linspace(0, 1, 5).view(5, 1, 1, 1)
+    y, x = torch.linspace(0, 3, 64).view(1, 1, 64, 1), torch.linspace(0, 2, 64).view(1, 1, 1, 64)
+    clip = torch.sin(x + 0.5 * y + 0.3 * t).expand(5, 3, 64, 64)[None].contiguous()
+    tokenizer = build_tokenizer("dct", compression=compression, channels=channels)
+    latents = tokenizer.encode(clip)
+    assert latents.shape[-1] == channels
+    error = (tokenizer.decode(latents) - clip).square().mean()
+    assert error < 0.01 * clip.var()
+    # What is kept is kept unchanged: encoding again changes nothing.
+    assert torch.allclose(tokenizer.encode(tokenizer.decode(latents)), latents, atol=1e-5)
+
+
+def test_temporal_dct_treats_chunks_alone():
+    """17 frames give 5 latents; frame 0 is latent 0, frames 1-4 are latent 1, and so on."""
+    tokenizer, x = DCTTokenizer((4, 8, 8)), video(17)
+    latents = tokenizer.encode(x)
+    assert latents.shape[1] == 5
+    for frame in range(17):
+        y = x.clone()
+        y[:, frame] += 0.1
+        changed = (tokenizer.encode(y) - latents).abs().amax((0, 2, 3, 4)) > 1e-6
+        assert changed.nonzero().flatten().tolist() == [(frame + 3) // 4]
+
+
+def test_dct_latents_of_real_clips_have_about_unit_scale(shared_data):
+    dataset = open_dataset(shared_data / "clips", num_frames=17, height=64, width=64)
+    clips = to_float(torch.stack([torch.from_numpy(dataset.sample(i, 0)["video"]) for i in range(4)]))
+    for compression, channels in (((1, 8, 8), None), ((1, 4, 4), None), ((4, 8, 8), 16), ((1, 32, 32), 32)):
+        assert 0.6 < DCTTokenizer(compression, channels).encode(clips).square().mean().sqrt() < 1.4
+
+
+def test_dct_refuses_other_sizes():
+    tokenizer = DCTTokenizer((4, 8, 8))
+    for size in ((16, 64, 64), (17, 60, 64), (17, 64, 60), (17, 0, 64)):
+        with pytest.raises(
+            ValueError, match=rf"a clip of {size[0]} x {size[1]} x {size[2]}: expected 1 \+ a multiple of 4"
+        ):
+            tokenizer.latent_shape(*size)
+    with pytest.raises(ValueError, match="height a multiple of 8"):
+        tokenizer.encode(video(17, 60, 64))
+    with pytest.raises(ValueError, match="expected 768 channels"):
+        tokenizer.decode(torch.zeros(1, 1, 2, 2, 16))
+    with pytest.raises(ValueError, match="expected 1 to 192"):
+        DCTTokenizer((1, 8, 8), 193)
+    with pytest.raises(ValueError, match="expected 1 to 0"):
+        DCTTokenizer((1, 0, 8))
+    with pytest.raises(ValueError, match="unknown tokenizer 'jpeg': known tokenizers are dct, dcae, videovae"):
+        build_tokenizer("jpeg")
