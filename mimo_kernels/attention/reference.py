@@ -1,0 +1,199 @@
+"""frame_attention in plain PyTorch: every frame is one call of a fused attention of torch on the keys it sees, never a dense mask.
+
+One interval of keys is a view, several are concatenated. Clips that are alike run as one batch. Forward and backward are two operators,
+`mimo_kernels::frame_attention_reference` and its `_backward`; between them only q, k, v, out and the log-sum-exp are kept.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .mask import FrameMask
+
+DEVICES = ("cpu", "cuda", "meta")
+
+
+def refusals(device: torch.device) -> list[str]:
+    return [] if device.type in DEVICES else [f"the tensors are on {device.type}, expected {', '.join(DEVICES)}"]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask, scale: float) -> tuple[Tensor, Tensor]:
+    """q, k, v: [B, L, h, d] -> out [B, L, h, d], lse fp32 [B, h, L]; both differentiable. B is 1 unless the mask has one clip."""
+    return torch.ops.mimo_kernels.frame_attention_reference(q, k, v, mask.pattern, mask.repeats, scale)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, frames: Tensor, repeats: int, scale: float) -> tuple[Tensor, Tensor]:
+    batch, tokens, heads, _ = q.shape
+    out = q.new_zeros(q.shape)
+    lse = q.new_full((batch, heads, tokens), -torch.inf, dtype=torch.float32)
+    q, k, v = (_split_clips(_computable(x), repeats) for x in (q, k, v))
+    out_clips, lse_clips = _split_clips(out, repeats), _split_clips_lse(lse, repeats)
+    for rows, keys in _groups(frames):
+        out_clips[:, :, rows], lse_clips[:, :, rows] = _attend(q[:, :, rows], _take(k, keys), _take(v, keys), scale)
+    return out, lse
+
+
+def _backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    frames: Tensor,
+    repeats: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape, dtype, head_dim = q.shape, q.dtype, q.shape[-1]
+    lse = _split_clips_lse(lse, repeats)
+    dout, q, k, v, out = (_split_clips(_computable(x), repeats) for x in (dout, q, k, v, out))
+    if dlse is not None:
+        # d lse enters as dP = dO V^T + dlse: one more channel that is dlse in dO and 1 in V. It is 0 in out, so that sum(dO * out) stays as it is.
+        dlse = _split_clips_lse(dlse, repeats).to(dout.dtype).unsqueeze(-1)
+        q, k, out = (F.pad(x, (0, 8)) for x in (q, k, out))
+        v = F.pad(F.pad(v, (0, 1), value=1.0), (0, 7))
+        dout = F.pad(torch.cat([dout, dlse], -1), (0, 7))
+
+    # Keys are shared by many frames: their gradients add up in fp32, in the order of the frames.
+    dq, dk, dv = (torch.zeros(shape, dtype=torch.float32, device=q.device) for _ in range(3))
+    dq_clips, dk_clips, dv_clips = (_split_clips(x, repeats) for x in (dq, dk, dv))
+    for rows, keys in _groups(frames):
+        dq_rows, dk_rows, dv_rows = _attend_backward(
+            dout[:, :, rows], q[:, :, rows], _take(k, keys), _take(v, keys), out[:, :, rows], lse[:, :, rows], scale
+        )
+        dq_clips[:, :, rows] = dq_rows[..., :head_dim]
+        start = 0
+        for interval in keys:
+            part = slice(start, start + interval.stop - interval.start)
+            dk_clips[:, :, interval] += dk_rows[:, :, part, :head_dim]
+            dv_clips[:, :, interval] += dv_rows[:, :, part, :head_dim]
+            start = part.stop
+    return dq.to(dtype), dk.to(dtype), dv.to(dtype)
+
+
+def _groups(frames: Tensor) -> list[tuple[slice, list[slice]]]:
+    """(rows, intervals of keys) of every group of rows that sees any key."""
+    groups = []
+    for row_start, row_end, *bounds in frames.tolist():
+        keys = [slice(start, end) for start, end in zip(bounds[::2], bounds[1::2]) if end > start]
+        if keys:
+            groups.append((slice(row_start, row_end), keys))
+    return groups
+
+
+def _computable(x: Tensor) -> Tensor:
+    """The fused kernels want unit stride in the last dimension. On the CPU half types run in fp32: it is more exact, and faster in the backward."""
+    x = x.float() if x.device.type == "cpu" else x
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _split_clips(x: Tensor, repeats: int) -> Tensor:
+    """A view [clips, h, rows per clip, d] of [B, L, h, d]; either B or `repeats` is 1."""
+    batch, tokens, heads, dim = x.shape
+    return x.view(batch * repeats, tokens // repeats, heads, dim).transpose(1, 2)
+
+
+def _split_clips_lse(lse: Tensor, repeats: int) -> Tensor:
+    """A view [clips, h, rows per clip] of [B, h, L]."""
+    batch, heads, tokens = lse.shape
+    return lse.view(batch, heads, repeats, tokens // repeats).transpose(1, 2).flatten(0, 1)
+
+
+def _take(x: Tensor, keys: list[slice]) -> Tensor:
+    parts = [x[:, :, interval] for interval in keys]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of one frame, all [clips, h, rows or keys, d], with its log-sum-exp [clips, h, rows]."""
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out, lse, *_ = torch.ops.aten._efficient_attention_forward(
+        q, k, v, None, None, None, None, None, 0.0, 0, True, scale=scale
+    )
+    return out.transpose(1, 2), lse[:, :, : q.shape[1]]
+
+
+def _attend_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dout, q, k, v, out, lse, 0.0, False, scale=scale
+        )
+    dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
+    rows, keys = q.shape[1], k.shape[1]
+    # The kernel reads the log-sum-exp in 32s. One split of the keys keeps it deterministic.
+    lse = F.pad(lse, (0, -rows % 32), value=torch.inf).contiguous()
+    unused = torch.empty((), dtype=torch.int64, device=q.device)  # seed and offset of the dropout that is not there
+    gradients = torch.ops.aten._efficient_attention_backward(
+        dout,
+        q,
+        k,
+        v,
+        None,
+        out,
+        None,
+        None,
+        rows,
+        keys,
+        lse,
+        0.0,
+        unused,
+        unused,
+        0,
+        False,
+        scale=scale,
+        num_splits_key=1,
+    )
+    return tuple(gradient.transpose(1, 2) for gradient in gradients[:3])
+
+
+_LIBRARY = torch.library.Library("mimo_kernels", "FRAGMENT")
+_NAME = "mimo_kernels::frame_attention_reference"
+_BACKWARD_NAME = f"{_NAME}_backward"
+
+_LIBRARY.define(
+    "frame_attention_reference(Tensor q, Tensor k, Tensor v, Tensor frames, SymInt repeats, float scale) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_LIBRARY.define(
+    "frame_attention_reference_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor frames,"
+    " SymInt repeats, float scale) -> (Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("frame_attention_reference", _forward, _device)
+    _LIBRARY.impl("frame_attention_reference_backward", _backward, _device)
+
+
+@torch.library.register_fake(_NAME, lib=_LIBRARY)
+def _(q, k, v, frames, repeats, scale):
+    batch, tokens, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, heads, tokens), dtype=torch.float32)
+
+
+@torch.library.register_fake(_BACKWARD_NAME, lib=_LIBRARY)
+def _(dout, dlse, q, k, v, out, lse, frames, repeats, scale):
+    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, frames, ctx.repeats, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, frames)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, dout, dlse):
+    q, k, v, out, lse, frames = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(out)
+    dq, dk, dv = torch.ops.mimo_kernels.frame_attention_reference_backward(
+        dout, dlse, q, k, v, out, lse, frames, ctx.repeats, ctx.scale
+    )
+    return dq, dk, dv, None, None, None
+
+
+torch.library.register_autograd(_NAME, _autograd, setup_context=_setup_context, lib=_LIBRARY)

@@ -1,0 +1,322 @@
+"""frame_attention and its reference backend. The same file runs on the CPU and, where there is one, on a GPU."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
+
+from mimo_kernels import attention
+from mimo_kernels.attention import FrameMask, describe_backends, frame_attention
+from mimo_kernels.testing import assert_within_budget, between_nans, poisoned_memory
+
+from .frame_masks import cases, tables
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MASK = FrameMask.teacher_forcing([[3, 0, 5], [3, 0, 5]], [[6, 1, 4], [6, 1, 4]])
+RAGGED = FrameMask.teacher_forcing([[3, 4], [5]], [[2, 6], [1]], drop_history=[[False, True], [False]])
+
+
+def tensors(mask, heads=2, head_dim=16, dtype=torch.float32, batch=None, seed=0):
+    shape = (mask.num_tokens, heads, head_dim) if batch is None else (batch, mask.num_tokens, heads, head_dim)
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(DEVICE, dtype).requires_grad_() for _ in range(3)]
+
+
+def dense_attention(q, k, v, mask, scale=None):
+    """The same by the book, in the dtype of q: (out, lse), lse in fp32 or better."""
+    scores = torch.einsum("...ihd,...jhd->...hij", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    seen = mask.to_dense().to(q.device)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    # A row without keys: no probabilities instead of 0 / 0.
+    weights = torch.where(seen.any(1, keepdim=True), scores, 0.0).softmax(-1) * seen
+    return torch.einsum("...hij,...jhd->...ihd", weights, v), scores.logsumexp(-1)
+
+
+def gradients(out, lse, inputs, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    dout, dlse = (torch.randn(x.shape, generator=generator).to(x) for x in (out, lse))
+    lse = torch.where(lse.isfinite(), lse, 0.0)
+    return torch.autograd.grad([out, lse], inputs, [dout, dlse])
+
+
+def check(mask, heads=2, head_dim=16, dtype=torch.float32, batch=None, scale=None):
+    inputs = tensors(mask, heads, head_dim, dtype, batch)
+    with poisoned_memory():
+        fenced = [between_nans(x) for x in inputs]
+        out, lse = frame_attention(*fenced, mask, scale=scale, backend="reference", return_lse=True)
+        results = [out, lse, *gradients(out, lse, fenced)]
+    assert out.shape == inputs[0].shape and out.dtype == dtype and lse.dtype == torch.float32
+
+    doubles = [x.detach().double().requires_grad_() for x in inputs]
+    exact = dense_attention(*doubles, mask, scale)
+    exact = [*exact, *gradients(*exact, doubles)]
+    plain = dense_attention(*inputs, mask, scale)
+    plain = [*plain, *gradients(*plain, inputs)]
+    for name, result, ordinary, truth in zip(("out", "lse", "dq", "dk", "dv"), results, plain, exact):
+        assert_within_budget(result, ordinary, truth, name=name)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    cases(),
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    st.sampled_from([8, 24, 72]),
+    st.integers(1, 3),
+)
+def test_equals_dense_attention(case, dtype, head_dim, heads):
+    check(case.mask, heads, head_dim, dtype)
+
+
+@settings(max_examples=15, deadline=None)
+@given(tables(), st.integers(1, 3), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_rows_without_keys_and_batches(table, batch, dtype):
+    check(FrameMask.from_table(table), batch=batch, dtype=dtype)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_head_dims(head_dim):
+    check(FrameMask.block_causal([[33, 64, 1, 40]]), 1, head_dim)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.5, -0.3])
+def test_scale(scale):
+    check(RAGGED, scale=scale)
+
+
+def test_a_row_without_keys_gives_zero():
+    mask = FrameMask.from_table(torch.tensor([[0, 2, 2, 5, 0, 0, 0, 0], [2, 5, 0, 0, 0, 0, 0, 0]]))
+    q, k, v = tensors(mask)
+    out, lse = frame_attention(q, k, v, mask, return_lse=True)
+    assert out[:2].abs().min() > 0 and lse[:, :2].isfinite().all()
+    assert (out[2:] == 0).all() and (lse[:, 2:] == -math.inf).all()
+    dq, dk, dv = torch.autograd.grad(out.sum(), (q, k, v))
+    assert (dq[2:] == 0).all() and (dk[:2] == 0).all() and (dv[:2] == 0).all() and (dv[2:] != 0).all()
+
+
+@pytest.mark.parametrize(
+    "mask", [FrameMask.block_causal([]), FrameMask.block_causal([[0, 0], [0]]), FrameMask.bidirectional([[0]] * 3)]
+)
+def test_no_tokens(mask):
+    q, k, v = tensors(mask)
+    out, lse = frame_attention(q, k, v, mask, return_lse=True)
+    assert out.shape == (0, 2, 16) and lse.shape == (2, 0)
+    assert torch.autograd.grad(out.sum(), q)[0].shape == q.shape
+
+
+def test_strides_are_free():
+    tokens, heads, head_dim = MASK.num_tokens, 2, 16
+    qkv = torch.randn(tokens, 3, heads, head_dim, device=DEVICE)
+    expected = frame_attention(*(x.contiguous() for x in qkv.unbind(1)), MASK)
+    torch.testing.assert_close(frame_attention(*qkv.unbind(1), MASK), expected)
+    turned = [x.permute(2, 1, 0).contiguous().permute(2, 1, 0).requires_grad_() for x in qkv.unbind(1)]
+    out = frame_attention(*turned, MASK)
+    torch.testing.assert_close(out, expected)
+    out.backward(torch.randn(head_dim, heads, tokens, device=DEVICE).permute(2, 1, 0))
+    one = torch.randn(1, 1, head_dim, device=DEVICE).expand(tokens, heads, head_dim)
+    torch.testing.assert_close(frame_attention(one, one, one, MASK), one)
+
+
+def test_lse_alone_is_differentiable():
+    inputs = tensors(RAGGED)
+    lse = frame_attention(*inputs, RAGGED, return_lse=True)[1]
+    actual = torch.autograd.grad(lse.square().sum(), inputs[:2])
+    expected = torch.autograd.grad(dense_attention(*inputs, RAGGED)[1].square().sum(), inputs[:2])
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_future_frames_leak_nothing():
+    mask = FrameMask.teacher_forcing([[4, 3, 5, 2]], [[6, 2, 7, 3]])
+    inputs = tensors(mask)
+    starts = [0, 4, 7, 12, 14, 20, 22, 29, 32]
+    out = frame_attention(*inputs, mask)
+    for frame in range(4):
+        rows = slice(starts[4 + frame], starts[5 + frame])
+        for gradient in torch.autograd.grad(out[rows].square().sum(), inputs[1:], retain_graph=True):
+            touched = gradient.abs().sum((1, 2)) > 0
+            visible = torch.zeros_like(touched)
+            visible[: starts[frame]] = True
+            visible[rows] = True
+            assert torch.equal(touched, visible)
+
+
+def test_gradients_are_bitwise_reproducible():
+    mask = FrameMask.teacher_forcing([[40] * 6] * 2, [[64] * 6] * 2, window=3, sink=1)
+    inputs = tensors(mask, dtype=torch.bfloat16)
+    runs = []
+    for _ in range(5):
+        out, lse = frame_attention(*inputs, mask, return_lse=True)
+        runs.append([out, lse, *gradients(out, lse, inputs)])
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0]))
+
+
+def test_alike_clips_as_one_batch_equal_each_clip_alone():
+    q, k, v = tensors(MASK)
+    single = FrameMask.teacher_forcing([[3, 0, 5]], [[6, 1, 4]])
+    assert MASK.uniform == (2, 19)
+    batched = frame_attention(*(x.unflatten(0, (2, 19)) for x in (q, k, v)), single)
+    torch.testing.assert_close(frame_attention(q, k, v, MASK), batched.flatten(0, 1))
+
+
+@pytest.mark.parametrize("mask", [MASK, RAGGED, FrameMask.block_causal([[4, 2, 7]], window=2, sink=1)])
+def test_equals_flex_attention_with_the_same_mask(mask):
+    inputs = [x.detach() for x in tensors(mask)]
+    tokens = mask.num_tokens
+    block_mask = create_block_mask(mask.to_mask_mod(DEVICE), None, None, tokens, tokens, device=DEVICE)
+    heads_first = [x.transpose(0, 1).unsqueeze(0) for x in inputs]
+    expected = flex_attention(*heads_first, block_mask=block_mask)[0].transpose(0, 1)
+    torch.testing.assert_close(frame_attention(*inputs, mask), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_saves_only_what_the_backward_needs():
+    inputs = tensors(MASK)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        out, lse = frame_attention(*inputs, MASK, return_lse=True)
+    shapes = sorted(tuple(x.shape) for x in saved if x.is_floating_point())
+    assert shapes == sorted([(1, *x.shape) for x in (*inputs, out, lse)])
+    assert sum(x.numel() for x in saved if not x.is_floating_point()) <= MASK.frames.numel()
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the profiler's account of the CPU's memory")
+def test_memory_is_linear_in_the_tokens():
+    mask = FrameMask.teacher_forcing([[512] * 12], [[512] * 12], window=2, sink=1)
+    inputs = tensors(mask, heads=1, head_dim=8)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        frame_attention(*inputs, mask).sum().backward()
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert 0 < largest < 40 * mask.num_tokens * 8 * 4 < mask.num_tokens**2 / 8
+
+
+@pytest.mark.parametrize("mask", [MASK, RAGGED])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_operators_pass_opcheck(mask, dtype):
+    q, k, v = (x.detach().unsqueeze(0).requires_grad_() for x in tensors(mask, dtype=dtype))
+    arguments = (q, k, v, mask.pattern, mask.repeats, 0.3)
+    torch.library.opcheck(torch.ops.mimo_kernels.frame_attention_reference.default, arguments)
+    with torch.no_grad():
+        out, lse = torch.ops.mimo_kernels.frame_attention_reference(*arguments)
+        saved = (*(x.detach() for x in (q, k, v)), out, lse, mask.pattern, mask.repeats, 0.3)
+        for dlse in (None, torch.ones_like(lse)):
+            torch.library.opcheck(
+                torch.ops.mimo_kernels.frame_attention_reference_backward.default, (out, dlse, *saved)
+            )
+
+
+def many_masks():
+    """Lengths, clips, frames, windows, sinks: everything a training run may change from batch to batch."""
+    masks = []
+    for i in range(12):
+        clips, frames = 2 + i % 3, 2 + i % 4
+        history, future = [[3 + i] * frames] * clips, [[5 + i % 5] * frames] * clips
+        masks.append(FrameMask.teacher_forcing(history, future, window=None if i % 2 else 2, sink=i % 2))
+    return masks
+
+
+def test_compiles_whole_and_once_for_all_lengths():
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def function(q, k, v, mask):
+        return frame_attention(q * 1.5, k, v, mask, backend="reference", return_lse=True)
+
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    for mask in many_masks():
+        inputs = tensors(mask)
+        expected, actual = function(*inputs, mask), compiled(*inputs, mask)
+        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(gradients(*actual, inputs), gradients(*expected, inputs))
+    # The first lengths as constants, then all others as variables.
+    assert counter.frame_count == 2
+
+
+def test_compiles_with_the_mask_closed_over_and_any_backend():
+    inputs = tensors(RAGGED)
+    compiled = torch.compile(lambda q, k, v: frame_attention(q, k, v, RAGGED).sin(), fullgraph=True)
+    expected, actual = frame_attention(*inputs, RAGGED).sin(), compiled(*inputs)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(torch.autograd.grad(actual.sum(), inputs), torch.autograd.grad(expected.sum(), inputs))
+
+
+def test_activation_checkpointing():
+    inputs = tensors(MASK)
+    expected = torch.autograd.grad(frame_attention(*inputs, MASK).square().sum(), inputs)
+    out = checkpoint(frame_attention, *inputs, MASK, use_reentrant=False)
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(out.square().sum(), inputs), expected))
+
+
+def test_auto_takes_the_reference_on_the_cpu():
+    assert describe_backends("cpu")["reference"] == []
+    inputs = [x.detach().cpu() for x in tensors(MASK)]
+    assert torch.equal(frame_attention(*inputs, MASK), frame_attention(*inputs, MASK, backend="reference"))
+
+
+def test_triton_comes_first_on_a_gpu():
+    backends = describe_backends("cuda")
+    assert list(backends) == ["triton", "cuda", "reference"] and backends["cuda"]
+    assert torch.cuda.is_available() or backends["triton"]
+
+
+def test_the_cuda_backend_says_that_it_is_not_there():
+    reason = "backend 'cuda' cannot serve: there is no hand-written CUDA attention kernel yet"
+    with pytest.raises(ValueError, match=reason):
+        frame_attention(*tensors(MASK), MASK, backend="cuda")
+
+
+def test_triton_refuses_cpu_tensors_outside_its_interpreter(monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    attention._choose.cache_clear()
+    inputs = [x.detach().cpu() for x in tensors(MASK)]
+    with pytest.raises(ValueError, match="backend 'triton' cannot serve: .*cpu.*TRITON_INTERPRET"):
+        frame_attention(*inputs, MASK, backend="triton")
+
+
+def bad(message, q=(38, 2, 16), k=None, v=None, mask=MASK, dtype=torch.float32, device=None, **options):
+    k, v = k or q, v or q
+    return pytest.param(q, k, v, mask, dtype, device, options, message)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v", "mask", "dtype", "device", "options", "message"),
+    [
+        bad("q is torch.float32 and k is torch.float16; expected one dtype", dtype=torch.float16),
+        bad("q, k and v are torch.float64; expected float32, float16 or bfloat16", dtype=(torch.float64,) * 3),
+        bad("q has shape [38, 2, 16] and k has [38, 1, 16]; expected equal shapes", k=(38, 1, 16)),
+        bad("q has shape [38, 2, 16] and v has [37, 2, 16]; expected equal shapes", v=(37, 2, 16)),
+        bad("head_dim is 12; expected a multiple of 8 from 8 to 256", q=(38, 2, 12)),
+        bad("head_dim is 264; expected a multiple of 8 from 8 to 256", q=(38, 2, 264)),
+        bad("q has 39 tokens and the mask has 38; expected a mask made for this sequence", q=(39, 2, 16)),
+        bad("q has shape [38, 16]; expected [tokens, heads, head_dim] or", q=(38, 16)),
+        bad("q is a batch of 3 sequences and the mask has 2 clips; expected a mask of one clip", q=(3, 38, 2, 16)),
+        bad("and k is on meta; expected one device", device="meta"),
+        bad("mask is a Tensor; expected a FrameMask", mask=torch.ones(38, 38)),
+        bad("frame_attention: unknown backend 'flash'; expected one of auto, ", backend="flash"),
+    ],
+)
+def test_bad_input(q, k, v, mask, dtype, device, options, message):
+    dtypes = dtype if isinstance(dtype, tuple) else (torch.float32, dtype, torch.float32)
+    q, k, v = (torch.zeros(shape, dtype=dtype, device=DEVICE) for shape, dtype in zip((q, k, v), dtypes))
+    with pytest.raises(ValueError) as error:
+        frame_attention(q, k if device is None else k.to(device), v, mask, **options)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_equals_two_calls_of_sdpa_by_hand():
+    """MiMo's own frames: history is block causal, a future frame sees earlier history and itself."""
+    history, future = [3, 5], [4, 6]
+    mask = FrameMask.teacher_forcing([history], [future])
+    q, k, v = (x.detach() for x in tensors(mask))
+
+    def sdpa(rows, keys):
+        heads_first = [x.transpose(0, 1) for x in (q[rows], k[keys], v[keys])]
+        return F.scaled_dot_product_attention(*heads_first).transpose(0, 1)
+
+    expected = [sdpa(slice(0, 3), slice(0, 3)), sdpa(slice(3, 8), slice(0, 8)), sdpa(slice(8, 12), slice(8, 12))]
+    expected.append(sdpa(slice(12, 18), [*range(3), *range(12, 18)]))
+    torch.testing.assert_close(frame_attention(q, k, v, mask), torch.cat(expected))

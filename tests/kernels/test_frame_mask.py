@@ -1,0 +1,221 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_mask
+
+from mimo_kernels.attention import FrameMask
+
+from .frame_masks import cases, dense_of_table, one_copy, tables, teacher_forcing
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases())
+def test_mask_follows_the_rules(case):
+    mask = case.mask
+    assert torch.equal(mask.to_dense(), case.dense)
+    assert mask.num_pairs == int(case.dense.sum())
+    assert mask.num_tokens == len(case.dense)
+    assert mask.clip_lens == case.clip_lens and mask.num_clips == len(case.clip_lens)
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases())
+def test_table_is_canonical(case):
+    assert case.mask.frames.dtype == torch.int32 and case.mask.frames.shape[1] == 8
+    row = 0
+    for start, end, *keys in case.mask.frames.tolist():
+        assert row == start < end
+        row = end
+        used = [(a, b) for a, b in zip(keys[::2], keys[1::2]) if (a, b) != (0, 0)]
+        assert keys == [bound for pair in used for bound in pair] + [0] * (6 - 2 * len(used))
+        assert all(a < b for a, b in used) and all(earlier[1] < later[0] for earlier, later in zip(used, used[1:]))
+    assert row == case.mask.num_tokens
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases())
+def test_uniform_says_whether_clips_are_alike(case):
+    first = case.alone[0]
+    alike = all(torch.equal(clip.frames, first.frames) for clip in case.alone)
+    assert case.mask.uniform == ((len(case.alone), first.num_tokens) if alike else None)
+
+
+def test_alike_clips_are_found():
+    assert FrameMask.teacher_forcing([[3, 0]] * 4, [[2, 5]] * 4, window=1, sink=1).uniform == (4, 10)
+    assert FrameMask.block_causal([[2, 1], [1, 2]]).uniform is None
+    assert FrameMask.teacher_forcing([[1]] * 2, [[1]] * 2, drop_history=[[False], [True]]).uniform == (2, 2)
+    assert (
+        FrameMask.teacher_forcing([[1, 1]] * 2, [[1, 1]] * 2, drop_history=[[False] * 2, [False, True]]).uniform is None
+    )
+    assert FrameMask.block_causal([]).uniform is None
+
+
+@settings(max_examples=50, deadline=None)
+@given(tables())
+def test_from_table(table):
+    mask = FrameMask.from_table(table)
+    dense = dense_of_table(table)
+    assert torch.equal(mask.to_dense(), dense) and mask.num_pairs == int(dense.sum())
+    assert torch.equal(mask.frames, table) and mask.uniform == (1, len(dense))
+
+
+@settings(max_examples=25, deadline=None)
+@given(cases(max_clips=2))
+def test_mask_mod_is_the_same_rule(case):
+    tokens = case.mask.num_tokens
+    if tokens:
+        dense = create_mask(case.mask.to_mask_mod(), None, None, tokens, tokens, device="cpu")
+        assert torch.equal(dense[0, 0], case.dense)
+
+
+def test_lens_may_be_tensors_and_tuples():
+    expected = teacher_forcing([[2, 3], [2, 3]], [[4, 1], [4, 1]], [[False, True], [True, False]])
+    lens = torch.tensor([[2, 3], [2, 3]]), torch.tensor([[4, 1], [4, 1]], dtype=torch.int32)
+    drop = torch.tensor([[False, True], [True, False]])
+    assert torch.equal(FrameMask.teacher_forcing(*lens, drop_history=drop).frames, expected.mask.frames)
+    rows = [torch.tensor([2, 3]), (2, torch.tensor(3))]
+    mask = FrameMask.teacher_forcing(rows, lens[1].numpy(), drop_history=drop.numpy())
+    assert torch.equal(mask.frames, expected.mask.frames)
+    assert mask.future_lens == [[4, 1], [4, 1]]
+
+
+def test_lens_are_copied():
+    lens = [[1, 2]]
+    mask = FrameMask.block_causal(lens)
+    lens[0].append(3)
+    assert mask.history_lens == [[1, 2]] and mask.future_lens == [[]]
+
+
+def test_windows_by_hand():
+    dense = one_copy([[1] * 5], True, window=2, sink=1).mask.to_dense()
+    assert [row.nonzero().flatten().tolist() for row in dense] == [[0], [0, 1], [0, 1, 2], [0, 2, 3], [0, 3, 4]]
+    dense = FrameMask.teacher_forcing([[1] * 4], [[1] * 4], window=2, sink=1).to_dense()
+    assert [row.nonzero().flatten().tolist() for row in dense[4:]] == [[4], [0, 5], [0, 1, 6], [0, 2, 7]]
+
+
+def test_metadata_is_in_frames_not_tokens():
+    frame = 2**27
+    mask = FrameMask.teacher_forcing([[frame] * 4], [[frame] * 4])
+    assert mask.num_tokens == 2**30 and mask.num_pairs == (1 + 2 + 3 + 4 + 1 + 2 + 3 + 4) * frame**2
+    assert mask.frames.shape == (8, 8)
+
+
+def test_from_table_finds_alike_clips():
+    mask = FrameMask.teacher_forcing([[3, 2]] * 4, [[4, 1]] * 4)
+    blind = mask.frames.clone().view(4, 4, 8)
+    blind[:, :2, 2:] = 0  # history rows see nothing
+    whole = FrameMask.from_table(blind.flatten(0, 1), clip_lens=mask.clip_lens)
+    assert whole.uniform == (4, 10) and torch.equal(whole.pattern, blind[0])
+    assert whole.history_lens == [[3, 2, 4, 1]] * 4
+    dense = mask.to_dense()
+    dense.view(4, 10, -1)[:, :5] = False
+    assert torch.equal(whole.to_dense(), dense)
+    blind[2, 3, 2:] = torch.tensor([28, 30, 0, 0, 0, 0])
+    assert FrameMask.from_table(blind.flatten(0, 1), clip_lens=mask.clip_lens).uniform is None
+
+
+def test_from_table_with_empty_clips():
+    mask = FrameMask.from_table(torch.tensor([[0, 2, 1, 2, 0, 0, 0, 0]]), clip_lens=[0, 2, 0])
+    assert mask.clip_lens == [0, 2, 0] and mask.history_lens == [[], [2], []] and mask.uniform is None
+    assert FrameMask.from_table(torch.zeros(0, 8, dtype=torch.int32)).num_tokens == 0
+
+
+def test_drawing():
+    mask = FrameMask.teacher_forcing([[40, 0, 8]] * 3, [[64] * 3] * 3, drop_history=[[False, True, False]] * 3)
+    assert repr(mask).splitlines() == [
+        "FrameMask.teacher_forcing: 3 clips, 720 tokens, 50,496 pairs (9.7% of all)",
+        "clip 0, and the other 2 alike: rows see columns",
+        "         h0 h2 f0 f1 f2",
+        "  h0  40 ■  ·  ·  ·  ·",
+        "  h2   8 ■  ■  ·  ·  ·",
+        "  f0  64 ·  ·  ■  ·  ·",
+        "  f1  64 ·  ·  ·  ■  ·",
+        "  f2  64 ■  ·  ·  ·  ■",
+    ]
+
+
+def test_long_drawings_are_abbreviated():
+    lines = repr(FrameMask.block_causal([[64] * 300, [1], [2]], window=4, sink=1)).splitlines()
+    assert len(lines) < 25 and max(map(len, lines)) < 100
+    assert lines[0].endswith("window=4, sink=1") and lines[-1] == "... 1 more, with other lengths"
+    last = next(line for line in lines if line.split()[:1] == ["299"])
+    assert last.split()[2:] == ["■", "·", "·", "·", "·", "…", "·", "■", "■", "■", "■"]
+
+
+def test_drawing_of_nothing():
+    assert repr(FrameMask.block_causal([])) == "FrameMask.block_causal: 0 clips, 0 tokens, 0 pairs"
+
+
+def table(*groups, dtype=torch.int32, **options):
+    return FrameMask.from_table(
+        torch.tensor([group + [0] * (8 - len(group)) for group in groups], dtype=dtype), **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FrameMask.block_causal([1, 2]), "frame_lens[0] is 1; expected a list of token counts"),
+        (lambda: FrameMask.block_causal(5), "frame_lens is 5; expected a list of clips"),
+        (lambda: FrameMask.block_causal([[3], [4, -2]]), "frame_lens[1][1] is -2; expected a token count"),
+        (lambda: FrameMask.bidirectional([[1.5]]), "lens[0][0] is 1.5; expected a token count, an int >= 0"),
+        (lambda: FrameMask.bidirectional([[True]]), "lens[0][0] is True; expected a token count"),
+        (lambda: FrameMask.block_causal(torch.ones(1, 2)), "frame_lens[0][0] is 1.0"),
+        (lambda: FrameMask.block_causal(torch.ones(1, 2, 2, dtype=torch.int64)), "frame_lens[0][0] is [1, 1]"),
+        (lambda: FrameMask.block_causal([[2**31 - 1, 1]]), "more than 2147483647 tokens at frame_lens[0]"),
+        (lambda: FrameMask.block_causal([[2**80]]), "more than 2147483647 tokens"),
+        (lambda: FrameMask.teacher_forcing([[1]], [[1], [1]]), "history_lens has 1 clips and future_lens has 2"),
+        (lambda: FrameMask.teacher_forcing([[1, 2]], [[1]]), "history_lens[0] has 2 frames and future_lens[0] has 1"),
+        (
+            lambda: FrameMask.teacher_forcing([[1]], [[1]], drop_history=[]),
+            "drop_history has 0 clips and future_lens has 1",
+        ),
+        (
+            lambda: FrameMask.teacher_forcing([[1, 2]], [[1, 2]], drop_history=torch.zeros(1, 3, dtype=torch.bool)),
+            "history_lens[0] has 2 frames and drop_history[0] has 3",
+        ),
+        (
+            lambda: FrameMask.teacher_forcing([[1]], [[1]], drop_history=[[0]]),
+            "drop_history[0][0] is 0; expected a bool",
+        ),
+        (lambda: FrameMask.block_causal([[1]], window=0), "window is 0; expected a number of frames >= 1"),
+        (lambda: FrameMask.block_causal([[1]], window=1.0), "window is 1.0; expected a number of frames >= 1"),
+        (lambda: FrameMask.block_causal([[1]], sink=-1), "sink is -1; expected a number of frames >= 0"),
+        (
+            lambda: table([0, 4], dtype=torch.float32),
+            "frames is torch.float32 of shape [1, 8]; expected int32 or int64",
+        ),
+        (lambda: FrameMask.from_table(torch.zeros(2, 6, dtype=torch.int32)), "of shape [2, 6]; expected int32 or"),
+        (lambda: table([1, 2]), "frames[0] has rows 1..2; expected a range that starts at 0"),
+        (lambda: table([0, 4], [4, 4]), "frames[1] has rows 4..4; expected a range that starts at 4 and is not empty"),
+        (
+            lambda: table([0, 4, 0, 2, 2, 3]),
+            "frames[0] has key intervals 0..2, 2..3, 0..0; expected ascending ones with gaps",
+        ),
+        (lambda: table([0, 4, 0, 0, 2, 3]), "frames[0] has key intervals 0..0, 2..3, 0..0"),
+        (lambda: table([0, 4, 0, 5]), "frames[0] has key intervals 0..5, 0..0, 0..0; expected"),
+        (
+            lambda: table([0, 4], [4, 6, 3, 5], clip_lens=[4, 2]),
+            "frames[1] has key intervals 3..5, 0..0, 0..0; expected",
+        ),
+        (
+            lambda: table([0, 4], [4, 6], clip_lens=[3, 3]),
+            "frames[0] has rows 0..4; expected none beyond its clip, which ends at 3",
+        ),
+        (lambda: table([0, 4], clip_lens=[4, 1]), "clip_lens add up to 5 and frames has 4 rows"),
+    ],
+)
+def test_bad_input(make, message):
+    with pytest.raises(ValueError) as error:
+        make()
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@given(st.integers(1, 6), st.integers(0, 6))
+def test_a_window_as_long_as_the_clip_hides_nothing(window, sink):
+    frames = min(window, 6)
+    whole = FrameMask.teacher_forcing([[2] * frames], [[3] * frames])
+    assert torch.equal(
+        FrameMask.teacher_forcing([[2] * frames], [[3] * frames], window=window, sink=sink).frames, whole.frames
+    )
