@@ -1,0 +1,87 @@
+"""The attention benchmark on a tiny shape, and the page and the README table made of its results."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mimo_kernels.attention import FrameMask
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def modules():
+    """The benchmark scripts, which import one another from their own folder as scripts do."""
+    path = list(sys.path)
+    sys.path.insert(0, str(FOLDER))
+    try:
+        yield {name: importlib.import_module(name) for name in ("common", "attn_peers", "attn_bench", "report")}
+    finally:
+        sys.path[:] = path
+
+
+@pytest.fixture(scope="module")
+def results(modules, tmp_path_factory):
+    common, attn_bench = modules["common"], modules["attn_bench"]
+    shapes = [
+        attn_bench.teacher_forcing("tiny", "alike clips", 2, 3, 8, 5, 2, 24),
+        attn_bench.ragged("mixed", "ragged clips", 2, (2, 3), 6, (3, 5), 1, 16),
+    ]
+    device = torch.device("cpu")
+    rows = [row for shape in shapes for row in attn_bench.bench(shape, device, 1.0, seconds=0.001)]
+    limits = {"matmul": "none", "matmul_tflops": 1.0, "copy_gb_per_s": 1.0}
+    out = tmp_path_factory.mktemp("results")
+    common.write_results(out, "attention", common.machine(device), limits, rows, attn_bench.PLOT)
+    return out
+
+
+def test_every_row_is_checked_and_has_its_figures(results):
+    rows = json.loads((results / "attention.json").read_text())["rows"]
+    measured = [row for row in rows if "ms" in row]
+    for shape in ("tiny", "mixed"):
+        names = {row["implementation"] for row in measured if row["shape"] == shape}
+        assert {"frame_attention", "FlexAttention, eager", "SDPA, dense mask, packed"} <= names
+    for row in measured:
+        assert row["error"] <= 1e-5 and row["ms_p20"] <= row["ms"] <= row["ms_p80"]
+        assert 0 < row["useful_tflops"] <= row["executed_tflops"] * 1.0001
+        assert row["speedup_of_ours"] == 1 or row["implementation"] != "frame_attention"
+    assert all("note" in row for row in rows if "ms" not in row)
+    assert (results / "attention.csv").exists() and (results / "attention.png").exists()
+
+
+def test_a_wrong_peer_is_not_timed(modules, monkeypatch):
+    attn_bench, attn_peers = modules["attn_bench"], modules["attn_peers"]
+    monkeypatch.setattr(attn_peers.DenseSDPA, "__call__", lambda self, q, k, v: q + k + v)
+    shape = attn_bench.block_causal("tiny", "", 1, 2, 4, 1, 8)
+    rows = attn_bench.bench(shape, torch.device("cpu"), 1.0, seconds=0.001)
+    wrong = [row for row in rows if row["implementation"].startswith("SDPA")]
+    assert wrong and all("ms" not in row and "is wrong: rms error" in row["note"] for row in wrong)
+
+
+def test_page_and_readme_show_what_was_measured(modules, results, tmp_path):
+    report = modules["report"]
+    loaded = report.load_results(results)
+    page = report.page([{"step": "tests", "status": 0, "seconds": 1.0, "last_line": "5 passed"}], loaded, results)
+    assert "No GPU" in page and "![attention](attention.png)" in page and "| tests | 0 |" in page
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- benchmarks -->\nold\n<!-- /benchmarks -->\nafter\n")
+    report.write_readme(readme, report.readme_table(loaded))
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- benchmarks -->\n") and text.endswith("<!-- /benchmarks -->\nafter\n")
+    assert "old" not in text and text.count("| tiny |") == 2 and text.count("| mixed |") == 2
+    with pytest.raises(ValueError, match="has no <!-- benchmarks -->"):
+        report.write_readme(results / "attention.csv", "table")
+
+
+def test_touched_pairs_counts_whole_tiles(modules):
+    mask = FrameMask.teacher_forcing([[3, 4, 2]] * 2, [[5, 1, 6]] * 2, window=2)
+    dense = mask.to_dense()[:21, :21]
+    for rows, keys in ((1, 1), (4, 2), (8, 8), (32, 16)):
+        tiles = sum(
+            bool(dense[i : i + rows, j : j + keys].any()) for i in range(0, 21, rows) for j in range(0, 21, keys)
+        )
+        assert modules["attn_peers"].touched_pairs(mask, rows, keys) == 2 * tiles * rows * keys
