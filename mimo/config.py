@@ -1,0 +1,334 @@
+"""Every decision that could reasonably have gone another way, as typed fields, and the presets of the paper's Table 10.
+
+A preset is three records with one name: what the network is and what it optimises (`MiMoConfig`), how it is trained
+(`TrainConfig`) and how it is sampled (`SampleConfig`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Literal, get_args, get_origin, get_type_hints
+
+
+def _require(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}={value!r}: expected {expected}")
+
+
+class _Record:
+    """What the three configs share: presets, dictionaries, and the checks that follow from a field's type."""
+
+    _PRESETS: dict[str, dict]
+    _MAY_BE_ZERO: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            name, hint, value = field.name, hints[field.name], getattr(self, field.name)
+            if isinstance(value, list):  # JSON has no tuples
+                setattr(self, name, value := tuple(value))
+            if get_origin(hint) is Literal:
+                choices = get_args(hint)
+                _require(value in choices, name, value, "one of " + ", ".join(map(repr, choices)))
+            elif hint in (bool, str):
+                _require(isinstance(value, hint), name, value, f"a {hint.__name__}")
+            elif hint in (int, float):
+                number = isinstance(value, (int, hint)) and not isinstance(value, bool)
+                _require(number, name, value, "a whole number" if hint is int else "a number")
+                if name in self._MAY_BE_ZERO:
+                    _require(value >= 0, name, value, "zero or more")
+                else:
+                    _require(value > 0, name, value, "more than zero")
+        self._check()
+
+    def _check(self) -> None:
+        """The constraints between fields."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_preset(cls, name: str):
+        """The preset's values; ValueError naming the known presets if there is none called `name`."""
+        if name not in cls._PRESETS:
+            raise ValueError(f"unknown preset {name!r}: known presets are {', '.join(cls._PRESETS)}")
+        return cls(**cls._PRESETS[name])
+
+    @classmethod
+    def from_dict(cls, values: dict):
+        """The inverse of `to_dict`. Missing fields take their defaults; an unknown key is a ValueError."""
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"{cls.__name__}: unknown field {unknown[0]!r}: known fields are {', '.join(known)}")
+        return cls(**values)
+
+    def to_dict(self) -> dict:
+        """Plain values; survives JSON (tuples come back as lists and `from_dict` restores them)."""
+        return asdict(self)
+
+
+@dataclass
+class MiMoConfig(_Record):
+    """The network and its objective.
+
+    Args:
+        depth: number of transformer blocks.
+        dim: width D.
+        heads: attention heads; D / heads is the head dimension, a multiple of 8.
+        mlp_ratio: hidden width of the MLP over D.
+        frames: latent frames T of a training clip.
+        height: latent height H.
+        width: latent width W. One token is one latent position, N = H * W tokens per frame.
+        channels: latent channels C.
+        positions: "rope" (axial 3D RoPE) or "learned" (a table for time plus a table for space, no rotation).
+        rope_theta: base of the RoPE frequencies.
+        separate_ln: history tokens have their own affine LayerNorm; False sends them through AdaLN at tau = 0.
+        decoder_depth: blocks of the masked-history decoder.
+        decoder_layer: the decoder reads history after this many blocks (the paper's l), 1..depth.
+        mask_offsets: the decoder predicts frame t + o from history up to t, for every o here (any of 0, 1, 2).
+        mask_ratio: bounds of the uniform draw of the share of history tokens dropped; (0, 0) masks nothing.
+        mask_round: the kept number of tokens is rounded to a multiple of this, so that few distinct shapes occur.
+        mask_weight: lambda, weight of L_mask; 0 is ACDiT, a network without a decoder.
+        mask_region: L_mask over "dropped" positions or over "all".
+        interleaved: alternate steps that optimise only L_diff and only L_mask, instead of their weighted sum.
+        num_classes: class labels; 0 is unconditional. One null class is added.
+        num_actions: discrete actions per frame; 0 is none. One null action is added.
+        label_dropout: probability that a clip's class, or a frame's action, is replaced by the null one in training.
+        history_dropout: probability that a future frame sees no history in training; history guidance needs it.
+        parameterization: "v" (v-prediction, linear betas, zero terminal SNR) or "flow" (rectified flow).
+        min_snr_gamma: clip threshold of the min-SNR weight of L_diff; None weighs every frame 1.
+        min_snr_decay: decay of fused min-SNR; None is plain min-SNR.
+        tokenizer: name of the tokenizer whose latents the network sees.
+        compression: video frames, rows and columns per latent position.
+        video_frames: frames of a training clip before the tokenizer.
+    """
+
+    depth: int = 12
+    dim: int = 768
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    frames: int = 5
+    height: int = 16
+    width: int = 16
+    channels: int = 16
+    positions: Literal["rope", "learned"] = "rope"
+    rope_theta: float = 100.0
+    separate_ln: bool = True
+    decoder_depth: int = 4
+    decoder_layer: int = 9
+    mask_offsets: tuple[int, ...] = (0, 1)
+    mask_ratio: tuple[float, float] = (0.25, 0.5)
+    mask_round: int = 1
+    mask_weight: float = 0.5
+    mask_region: Literal["dropped", "all"] = "dropped"
+    interleaved: bool = False
+    num_classes: int = 0
+    num_actions: int = 0
+    label_dropout: float = 0.1
+    history_dropout: float = 0.0
+    parameterization: Literal["v", "flow"] = "v"
+    min_snr_gamma: float | None = None
+    min_snr_decay: float | None = None
+    tokenizer: str = "dct"
+    compression: tuple[int, int, int] = (4, 8, 8)
+    video_frames: int = 17
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per frame, N."""
+        return self.height * self.width
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """(T, H, W, C)."""
+        return self.frames, self.height, self.width, self.channels
+
+    @property
+    def video_shape(self) -> tuple[int, int, int]:
+        """Frames, height and width of a training clip in pixels."""
+        return self.video_frames, self.height * self.compression[1], self.width * self.compression[2]
+
+    _MAY_BE_ZERO = ("decoder_depth", "mask_weight", "num_classes", "num_actions", "label_dropout", "history_dropout")
+
+    def _check(self) -> None:
+        for name in ("label_dropout", "history_dropout"):
+            _require(getattr(self, name) <= 1, name, getattr(self, name), "a probability")
+        divides = self.dim % self.heads == 0 and self.head_dim % 8 == 0
+        _require(divides, "heads", self.heads, f"a divisor of dim={self.dim} with a head dimension that 8 divides")
+        _require(self.decoder_layer <= self.depth, "decoder_layer", self.decoder_layer, f"1..depth={self.depth}")
+        offsets, ratio = self.mask_offsets, self.mask_ratio
+        distinct = set(offsets) <= {0, 1, 2} and len(set(offsets)) == len(offsets)
+        _require(distinct, "mask_offsets", offsets, "distinct offsets out of 0, 1, 2")
+        low_high = len(ratio) == 2 and 0 <= ratio[0] <= ratio[1] < 1
+        _require(low_high, "mask_ratio", ratio, "(low, high) with 0 <= low <= high < 1")
+        if self.mask_weight > 0:
+            served = min(offsets, default=self.frames) < self.frames
+            _require(served, "mask_offsets", offsets, f"an offset below frames={self.frames} when mask_weight > 0")
+            _require(ratio[1] > 0, "mask_ratio", ratio, "a positive upper bound when mask_weight > 0")
+            fits = self.mask_round < self.tokens
+            _require(fits, "mask_round", self.mask_round, f"less than the {self.tokens} tokens of a frame")
+            drops = int(ratio[0] * self.tokens) >= 1
+            _require(drops or not self.interleaved, "mask_ratio", ratio, "bounds that always mask if interleaved")
+        else:
+            _require(not self.interleaved, "interleaved", self.interleaved, "False when mask_weight is 0")
+        gamma, decay = self.min_snr_gamma, self.min_snr_decay
+        _require(gamma is None or self.parameterization == "v", "min_snr_gamma", gamma, "None unless v-prediction")
+        _require(gamma is None or gamma > 0, "min_snr_gamma", gamma, "more than zero, or None")
+        _require(decay is None or gamma is not None, "min_snr_decay", decay, "None when min_snr_gamma is None")
+        _require(decay is None or 0 < decay < 1, "min_snr_decay", decay, "a number between 0 and 1, or None")
+        triple = len(self.compression) == 3 and min(self.compression) > 0
+        _require(triple, "compression", self.compression, "three positive numbers: frames, rows, columns")
+
+
+@dataclass
+class TrainConfig(_Record):
+    """How the network is trained: AdamW, linear warm-up, cosine decay, EMA.
+
+    Args:
+        batch_size: clips per optimiser step, over all accumulation steps.
+        accumulate: forward/backward passes that one optimiser step is split into; divides batch_size.
+        steps: optimiser steps.
+        lr: peak learning rate.
+        lr_end: learning rate at the last step.
+        warmup: steps of linear warm-up from 0.
+        betas: AdamW's.
+        weight_decay: AdamW's.
+        grad_clip: largest global gradient norm.
+        ema_decay: decay of the weight average that samples are drawn from.
+        unmasked_steps: the last steps of training drop no history tokens (the paper's fine-tuning for high ratios).
+        precision: "bf16" (autocast, fp32 weights) or "fp32".
+        interval: take every n-th frame of a video.
+        flip: mirror half of the clips.
+        seed: of everything random.
+        workers: processes that decode videos; 0 decodes in the training process.
+        log_every: steps between status lines.
+        save_every: steps between checkpoints.
+        keep: newest checkpoints kept.
+        preview_every: steps between preview videos; 0 makes none.
+    """
+
+    batch_size: int = 256
+    accumulate: int = 1
+    steps: int = 100_000
+    lr: float = 8e-4
+    lr_end: float = 1e-5
+    warmup: int = 10_000
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.001
+    grad_clip: float = 1.0
+    ema_decay: float = 0.999
+    unmasked_steps: int = 0
+    precision: Literal["bf16", "fp32"] = "bf16"
+    interval: int = 1
+    flip: bool = False
+    seed: int = 0
+    workers: int = 2
+    log_every: int = 50
+    save_every: int = 5_000
+    keep: int = 2
+    preview_every: int = 5_000
+
+    _MAY_BE_ZERO = (
+        *("lr_end", "warmup", "weight_decay", "ema_decay", "unmasked_steps", "seed"),
+        *("workers", "preview_every"),
+    )
+
+    def _check(self) -> None:
+        splits = self.batch_size % self.accumulate == 0
+        _require(splits, "accumulate", self.accumulate, f"a divisor of batch_size={self.batch_size}")
+        _require(self.ema_decay < 1, "ema_decay", self.ema_decay, "less than 1")
+        unit = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        _require(unit, "betas", self.betas, "two numbers in [0, 1)")
+
+
+@dataclass
+class SampleConfig(_Record):
+    """How videos are sampled, frame by frame (Algorithms 2 and 4).
+
+    Args:
+        sampler: "ddim" (for v-prediction) or "euler" (for flow).
+        steps: denoising steps per frame.
+        history_guidance: w of (1 - w) v(no history) + w v(history); 1 is none.
+        class_guidance: w of (1 - w) v(null) + w v(class or action); 1 is none.
+        context_frames: latent frames given when a clip is predicted; 0 generates from nothing.
+        num_frames: latent frames of the result, context included.
+    """
+
+    sampler: Literal["ddim", "euler"] = "ddim"
+    steps: int = 50
+    history_guidance: float = 1.0
+    class_guidance: float = 1.0
+    context_frames: int = 0
+    num_frames: int = 5
+
+    _MAY_BE_ZERO = ("history_guidance", "class_guidance", "context_frames")
+
+    def _check(self) -> None:
+        fewer = self.context_frames < self.num_frames
+        _require(fewer, "context_frames", self.context_frames, f"fewer than num_frames={self.num_frames}")
+
+
+_B = {"depth": 12, "dim": 768, "heads": 12, "decoder_layer": 9}
+_XL = {"depth": 28, "dim": 1152, "heads": 16, "decoder_layer": 23}
+_K600 = {"frames": 5, "height": 16, "width": 16, "channels": 16, "compression": (4, 8, 8), "video_frames": 17} | {
+    "parameterization": "v",
+    "min_snr_gamma": 5.0,
+    "min_snr_decay": 0.96,
+    "history_dropout": 0.1,
+}
+_UCF = {"frames": 16, "height": 8, "width": 8, "channels": 32, "compression": (1, 32, 32), "video_frames": 16} | {
+    "parameterization": "flow"
+}
+_MINECRAFT = _UCF | {"frames": 300, "compression": (1, 16, 16), "video_frames": 300, "num_actions": 4}
+# 24 of the 192 numbers of an 8x8 patch: a little blurred, and little enough to be learnt by a CPU in minutes.
+_TINY = {"depth": 4, "dim": 96, "heads": 4, "decoder_depth": 1, "decoder_layer": 3, "parameterization": "flow"} | {
+    "frames": 8,
+    "height": 6,
+    "width": 6,
+    "channels": 24,
+    "compression": (1, 8, 8),
+    "video_frames": 8,
+}
+
+MiMoConfig._PRESETS = {
+    "mimo-b-k600": _B | _K600,
+    "mimo-xl-k600": _XL | _K600,
+    "mimo-xl-ucf101": _XL | _UCF | {"num_classes": 101},
+    "mimo-xl-ucf101-uncond": _XL | _UCF,
+    "mimo-b-minecraft": _B | _MINECRAFT,
+    "mimo-tiny": _TINY,
+}
+
+_UCF_TRAINING = {"batch_size": 128, "steps": 180_000, "lr": 4e-4, "ema_decay": 0.9999, "interval": 3, "flip": True}
+_TINY_TRAINING = {"batch_size": 4, "steps": 700, "lr": 3e-3, "warmup": 30, "ema_decay": 0.99, "precision": "fp32"} | {
+    "workers": 0,
+    "log_every": 20,
+    "save_every": 100,
+    "preview_every": 100,
+}
+
+TrainConfig._PRESETS = {
+    "mimo-b-k600": {"batch_size": 256, "steps": 100_000, "lr": 8e-4, "ema_decay": 0.999},
+    "mimo-xl-k600": {"batch_size": 256, "steps": 360_000, "lr": 8e-4, "ema_decay": 0.9999},
+    "mimo-xl-ucf101": _UCF_TRAINING,
+    "mimo-xl-ucf101-uncond": _UCF_TRAINING,
+    "mimo-b-minecraft": _UCF_TRAINING | {"ema_decay": 0.999, "interval": 1, "flip": False},
+    "mimo-tiny": _TINY_TRAINING,
+}
+
+_K600_SAMPLING = {"sampler": "ddim", "steps": 50, "history_guidance": 1.05, "context_frames": 2, "num_frames": 5}
+_UCF_SAMPLING = {"sampler": "euler", "steps": 50, "num_frames": 16}
+
+SampleConfig._PRESETS = {
+    "mimo-b-k600": _K600_SAMPLING,
+    "mimo-xl-k600": _K600_SAMPLING,
+    "mimo-xl-ucf101": _UCF_SAMPLING | {"class_guidance": 2.0},
+    "mimo-xl-ucf101-uncond": _UCF_SAMPLING,
+    "mimo-b-minecraft": _UCF_SAMPLING | {"class_guidance": 1.5, "context_frames": 144, "num_frames": 300},
+    "mimo-tiny": {"sampler": "euler", "steps": 10, "context_frames": 3, "num_frames": 8},
+}
+
+PRESETS = tuple(MiMoConfig._PRESETS)

@@ -1,0 +1,589 @@
+"""The MiMo network: a diffusion transformer over packed tokens, and the decoder of masked history modelling.
+
+Training feeds every clip twice: clean *history*, a part of its tokens dropped, and noisy *future*. Both copies share all
+weights. The rows of all clips lie packed behind one another, without padding, in the order of FrameMask:
+
+    clip 0: history frame 0, 1, ..., T-1, future frame 0, 1, ..., T-1;  clip 1: ...
+
+Future frame t attends to history frames < t and to itself, so one forward pass trains every frame, and sampling sees
+exactly what training saw. Blocks are told how to attend (`attend(layer, q, k, v) -> out`): over the whole packed
+sequence when training, over a cache when sampling.
+
+Letters: B clips, T frames, N tokens per frame, k kept history tokens per frame, C latent channels, D width, h heads,
+d head dimension, R packed rows, G rows of modulation (one per future frame), S sequences being sampled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mimo.config import MiMoConfig
+from mimo_kernels import (
+    AxialRoPE,
+    FrameRows,
+    gated_residual_modulate,
+    gather_tokens,
+    modulate,
+    qk_norm_rope,
+    scatter_tokens,
+)
+from mimo_kernels.attention import FrameMask, frame_attention
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+class MiMoOutput(NamedTuple):
+    """velocity: [B, T, N, C], or None without noisy frames.
+    reconstruction: per offset o the prediction of frames o..T-1 from history up to 0..T-1-o, [B, T-o, N, C]; empty when
+    nothing is masked."""
+
+    velocity: Tensor | None
+    reconstruction: dict[int, Tensor]
+
+
+class Layout(NamedTuple):
+    """The packed rows of B clips, each with T history frames and T future frames of equal length; either may be empty."""
+
+    clips: int
+    frames: int
+    history_len: int  # history rows per clip
+    rows: FrameRows
+    future_rows: FrameRows | None
+
+    def history(self, x: Tensor) -> Tensor:
+        """[R, D] -> a view of the history rows, [B, T * k, D]."""
+        return x.unflatten(0, (self.clips, -1))[:, : self.history_len]
+
+    def future(self, x: Tensor) -> Tensor:
+        """[R, D] -> the future rows, packed."""
+        return x.unflatten(0, (self.clips, -1))[:, self.history_len :].flatten(0, 1)
+
+
+class Plan(NamedTuple):
+    """All that the host decides about a batch; made by MiMo.plan, read by every layer.
+
+    mask: of all blocks that compute history. last_mask: of a last block whose history rows nobody reads; they see nothing.
+    decoder: per offset the mask and the rows of the decoder.
+    """
+
+    layout: Layout
+    mask: FrameMask
+    last_mask: FrameMask
+    decoder: dict[int, tuple[FrameMask, FrameRows]]
+
+
+@lru_cache(maxsize=256)
+def make_layout(clips: int, frames: int, kept: int, tokens: int, separate_ln: bool) -> Layout:
+    """`kept` tokens per history frame, `tokens` per future frame; 0 for none."""
+    future_frames = clips * frames if tokens else 0
+    history_group = -1 if separate_ln else future_frames  # AdaLN at tau = 0 is the row after those of the future frames
+    lens, groups = [], []
+    for clip in range(clips):
+        if kept:
+            lens += [kept] * frames
+            groups += [history_group] * frames
+        if tokens:
+            lens += [tokens] * frames
+            groups += range(clip * frames, (clip + 1) * frames)
+    future_rows = FrameRows([tokens] * future_frames, range(future_frames)) if tokens else None
+    return Layout(clips, frames, frames * kept, FrameRows(lens, groups), future_rows)
+
+
+def make_masks(
+    clips: int, frames: int, kept: int, tokens: int, drop: Tensor | None = None
+) -> tuple[FrameMask, FrameMask]:
+    """Plan.mask and Plan.last_mask."""
+    lens = [[kept] * frames] * clips, [[tokens] * frames] * clips
+    mask = FrameMask.teacher_forcing(*lens, drop_history=drop)
+    if not tokens:
+        return mask, mask
+    table = mask.frames.clone()
+    table.view(clips, 2, frames, -1)[:, 0, :, 2:] = 0  # no key intervals for history rows
+    return mask, FrameMask.from_table(table, clip_lens=mask.clip_lens)
+
+
+@lru_cache(maxsize=256)
+def make_plan(clips: int, frames: int, kept: int, noised: int, tokens: int, separate_ln: bool, offsets: tuple) -> Plan:
+    """The plan of a batch in which no future frame is cut off from history. Few distinct ones occur, so they are kept."""
+    decoder = {}
+    for offset in offsets:
+        if offset < frames:  # the last frames have no frame `offset` later
+            mask = FrameMask.block_causal([[tokens] * (frames - offset)] * clips)
+            decoder[offset] = mask, make_layout(clips, frames - offset, tokens, 0, True).rows
+    return Plan(
+        make_layout(clips, frames, kept, noised, separate_ln), *make_masks(clips, frames, kept, noised), decoder
+    )
+
+
+def coordinates(place: Tensor, height: int, width: int) -> Tensor:
+    """(t, y, x) of tokens numbered in the order frame, row, column: [...] -> int32 [..., 3]."""
+    return torch.stack([place // (height * width), place // width % height, place % width], dim=-1).int()
+
+
+def sinusoid(t: Tensor, width: int = 256) -> Tensor:
+    """Sinusoidal embedding of t in 0..1000 (Vaswani et al. 2017): [G] -> fp32 [G, width]."""
+    half = width // 2
+    frequency = torch.exp(torch.arange(half, device=t.device) * (-math.log(10_000) / half))
+    angle = t.float()[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with RMS-normalised, rotated queries and keys."""
+
+    def __init__(self, config: MiMoConfig, backend: str) -> None:
+        super().__init__()
+        self.heads, self.backend = config.heads, backend
+        self.qkv = nn.Linear(config.dim, 3 * config.dim)
+        self.q_norm = nn.Parameter(torch.ones(config.head_dim))
+        self.k_norm = nn.Parameter(torch.ones(config.head_dim))
+        self.proj = nn.Linear(config.dim, config.dim)
+
+    def forward(self, y: Tensor, coords: Tensor, rope: AxialRoPE | None, attend: Callable) -> Tensor:
+        """y [R, D] -> what the rows collected, before the output projection, [R, D]."""
+        qkv = self.qkv(y).unflatten(-1, (3, self.heads, -1))  # [R, 3, h, d]
+        coords = None if rope is None else coords
+        norms = self.q_norm, self.k_norm
+        q, k, v = qk_norm_rope(qkv, *norms, coords, rope, return_v=True, backend=self.backend)
+        return attend(q, k, v).flatten(-2)
+
+
+class MLP(nn.Sequential):
+    def __init__(self, config: MiMoConfig) -> None:
+        hidden = int(config.dim * config.mlp_ratio)
+        super().__init__(nn.Linear(config.dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, config.dim))
+
+
+class Modulation(NamedTuple):
+    """What c says about a norm and the branch behind it, [G, D] each; a final norm has no branch and no gate."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor | None = None
+
+
+class Norm(nn.Module):
+    """LayerNorm of packed rows, in front of a branch (attention, MLP, head).
+
+        future row of frame g:  y = LN(x) (1 + scale[g]) + shift[g],  the branch comes back times gate[g]  (AdaLN-zero)
+        history row:            y = LN(x) weight + bias,              the branch comes back as it is
+
+    Args:
+        modulated: future rows occur; c gives shift, scale and gate.
+        affine: history rows occur, with a weight and bias of their own.
+        gated: a branch follows.
+    """
+
+    def __init__(self, dim: int, backend: str, *, modulated: bool, affine: bool, gated: bool = True) -> None:
+        super().__init__()
+        self.backend = backend
+        self.modulation = nn.Linear(dim, (3 if gated else 2) * dim) if modulated else None
+        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
+
+    def condition(self, c: Tensor) -> Modulation:
+        """c [G, D] -> Modulation."""
+        if self.modulation is None:
+            return Modulation(c, c, c)  # G = 0: nothing is modulated
+        return Modulation(*self.modulation(c).unflatten(-1, (-1, c.shape[-1])).unbind(1))
+
+    def forward(self, x: Tensor, m: Modulation, rows: FrameRows) -> Tensor:
+        return modulate(x, m.scale, m.shift, rows, weight=self.weight, bias=self.bias, backend=self.backend)
+
+    def residual(
+        self, x: Tensor, branch: Tensor, gate: Tensor, m: Modulation, rows: FrameRows
+    ) -> tuple[Tensor, Tensor]:
+        """x' = x + gate branch and y = norm(x'), in one pass."""
+        affine = {"weight": self.weight, "bias": self.bias}
+        return gated_residual_modulate(x, branch, gate, m.scale, m.shift, rows, **affine, backend=self.backend)
+
+
+class Block(nn.Module):
+    """A transformer block: norm1, attention, norm2, MLP. Its owner runs it, as the end of one block and the norm of the
+    next are one fused operation."""
+
+    def __init__(self, config: MiMoConfig, backend: str, *, modulated: bool, affine1: bool, affine2: bool) -> None:
+        super().__init__()
+        self.norm1 = Norm(config.dim, backend, modulated=modulated, affine=affine1)
+        self.attention = Attention(config, backend)
+        self.norm2 = Norm(config.dim, backend, modulated=modulated, affine=affine2)
+        self.mlp = MLP(config)
+
+
+class Positions(nn.Module):
+    """Learned positions, the ablation of RoPE: a vector per frame plus a vector per place in the frame."""
+
+    def __init__(self, config: MiMoConfig) -> None:
+        super().__init__()
+        self.width = config.width
+        self.time = nn.Parameter(0.02 * torch.randn(config.frames, config.dim))
+        self.space = nn.Parameter(0.02 * torch.randn(config.tokens, config.dim))
+
+    def forward(self, coords: Tensor) -> Tensor:
+        """coords int32 [R, 3] -> [R, D]."""
+        return self.time[coords[:, 0]] + self.space[coords[:, 1] * self.width + coords[:, 2]]
+
+
+class Decoder(nn.Module):
+    """Masked history modelling (Eq. 5): from the features of kept history tokens to the tokens of frame t + offset.
+
+    Kept features go back to their places, a learned query fills the holes, an embedding tells the offset, and a
+    frame-causal ViT does the rest: bidirectional attention would show it frame t + 1.
+    """
+
+    def __init__(self, config: MiMoConfig, backend: str) -> None:
+        super().__init__()
+        self.config, self.backend = config, backend
+        self.query = nn.Parameter(0.02 * torch.randn(config.dim))
+        self.offset = nn.Parameter(0.02 * torch.randn(len(config.mask_offsets), config.dim))
+        self.positions = Positions(config) if config.positions == "learned" else None
+        vit = {"modulated": False, "affine1": True, "affine2": True}
+        self.blocks = nn.ModuleList(Block(config, backend, **vit) for _ in range(config.decoder_depth))
+        self.norm = Norm(config.dim, backend, modulated=False, affine=True)
+        self.head = nn.Linear(config.dim, config.channels)
+
+    def forward(
+        self, features: Tensor, keep: Tensor, offset: int, mask: FrameMask, rows: FrameRows, rope: AxialRoPE | None
+    ) -> Tensor:
+        """features [B, T, k, D] of history frames 0..T-1, keep [B, k] -> frames offset..T-1+offset, [B, T, N, C]."""
+        clips, frames, _, dim = features.shape
+        tokens, device = self.config.tokens, features.device
+        num_rows = clips * frames * tokens
+        first = torch.arange(0, num_rows, tokens, device=device).view(clips, frames, 1)  # row of each frame
+        index = (first + keep[:, None]).flatten()
+        x = scatter_tokens(features.flatten(0, 2), index, num_rows, self.query, backend=self.backend)
+        x = x + self.offset[self.config.mask_offsets.index(offset)].to(x.dtype)
+        place = torch.arange(num_rows, device=device) % (frames * tokens)
+        coords = coordinates(place, self.config.height, self.config.width)
+        if self.positions is not None:
+            x = x + self.positions(coords).to(x.dtype)
+        m = Modulation(*x.new_empty(3, 0, dim))
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return frame_attention(q, k, v, mask, backend=self.backend)
+
+        norms = [*(block.norm1 for block in self.blocks), self.norm]
+        y = norms[0](x, m, rows)
+        for block, after in zip(self.blocks, norms[1:], strict=True):
+            branch = block.attention.proj(block.attention(y, coords, rope, attend))
+            x, y = block.norm2.residual(x, branch, m.gate, m, rows)
+            x, y = after.residual(x, block.mlp(y), m.gate, m, rows)
+        return self.head(y).view(clips, frames, tokens, -1)
+
+
+class MiMo(nn.Module):
+    """The diffusion transformer, with the decoder that training adds.
+
+    Args:
+        config: see MiMoConfig.
+        backend: "auto" uses the fastest kernels that can serve, "reference" plain PyTorch.
+    """
+
+    def __init__(self, config: MiMoConfig, backend: str = "auto") -> None:
+        super().__init__()
+        if backend not in ("auto", "reference"):
+            raise ValueError(f"backend={backend!r}: expected 'auto' or 'reference'")
+        self.config, self.backend = config, backend
+        dim, depth = config.dim, config.depth
+        self.embed = nn.Linear(config.channels, dim)
+        self.time = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.classes = nn.Embedding(config.num_classes + 1, dim) if config.num_classes else None
+        self.actions = nn.Embedding(config.num_actions + 1, dim) if config.num_actions else None
+        self.rope = AxialRoPE(config.head_dim, theta=config.rope_theta) if config.positions == "rope" else None
+        self.positions = Positions(config) if config.positions == "learned" else None
+        decodes = config.mask_weight > 0
+        self.blocks = nn.ModuleList(
+            Block(
+                config,
+                backend,
+                modulated=True,
+                affine1=config.separate_ln,
+                # The last block's history rows end at their keys and values, unless the decoder reads them there.
+                affine2=config.separate_ln and (i + 1 < depth or (decodes and config.decoder_layer == depth)),
+            )
+            for i in range(depth)
+        )
+        self.norm = Norm(dim, backend, modulated=True, affine=False, gated=False)
+        self.head = nn.Linear(dim, config.channels)
+        self.decoder = Decoder(config, backend) if decodes else None
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """DiT's: Xavier for linear layers; modulation and head zero, so that every future row starts as the identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        for layer in (self.time[0], self.time[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        for layer in (self.head, *(m.modulation for m in self.modules() if isinstance(m, Norm) and m.modulation)):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self,
+        history: Tensor,
+        noisy: Tensor | None,
+        timestep: Tensor | None,
+        *,
+        keep: Tensor | None = None,
+        labels: Tensor | None = None,
+        actions: Tensor | None = None,
+        drop_history: Tensor | None = None,
+        reconstruct: bool = True,
+    ) -> MiMoOutput:
+        """Velocity of every noisy frame given the clean frames before it, and the reconstruction of masked history.
+
+        Args:
+            history: clean latents [B, T, N, C].
+            noisy: noisy latents [B, T, N, C]; None runs history alone, as far as the decoder needs it.
+            timestep: [B, T] in 0..1000 (a schedule's `embedding`); None with `noisy`.
+            keep: int64 [B, k], sorted: the history tokens that are not masked, the same in every frame of a clip. None
+                keeps all and reconstructs nothing.
+            labels: int64 [B]; None or num_classes is the null class.
+            actions: int64 [B, T]; None or num_actions is the null action. An action belongs to the frame it leads to.
+            drop_history: bool [B, T] on the host: that future frame sees itself alone.
+            reconstruct: run the decoder, where there is one and tokens are masked.
+        """
+        self._check(history, noisy, timestep, keep, drop_history)
+        clips, frames, tokens, _ = history.shape
+        kept = tokens if keep is None else keep.shape[1]
+        plan = self.plan(clips, frames, kept, noisy is not None, reconstruct and keep is not None, drop_history)
+        if self.rope is not None:
+            self.rope.tables_on(history.device, frames - 1)
+        return self.run(plan, history, noisy, timestep, keep, labels, actions)
+
+    def plan(
+        self, clips: int, frames: int, kept: int, noised: bool, reconstruct: bool, drop_history: Tensor | None = None
+    ) -> Plan:
+        """What `run` needs to know about a batch of this shape; see `forward` for the rest."""
+        config = self.config
+        offsets = config.mask_offsets if reconstruct and self.decoder is not None else ()
+        shape = clips, frames, kept, config.tokens if noised else 0
+        plan = make_plan(*shape, config.tokens, config.separate_ln, offsets)
+        if drop_history is not None and drop_history.any():
+            mask, last_mask = make_masks(*shape, drop_history)
+            plan = plan._replace(mask=mask, last_mask=last_mask)
+        return plan
+
+    def run(
+        self,
+        plan: Plan,
+        history: Tensor,
+        noisy: Tensor | None,
+        timestep: Tensor | None,
+        keep: Tensor | None,
+        labels: Tensor | None,
+        actions: Tensor | None,
+    ) -> MiMoOutput:
+        """`forward` from a plan: device work alone, so that torch.compile(fullgraph=True) takes it whole."""
+        clips, frames, tokens, _ = history.shape
+        x, coords = self._pack(history, noisy, keep)
+        x = self._embed(x, coords, plan.layout, actions)
+        c = None
+        if noisy is not None:
+            per_frame = None if labels is None else labels[:, None].expand(-1, frames).flatten()
+            c = self._condition(timestep.flatten(), per_frame, None if actions is None else actions.flatten())
+        decode = len(plan.decoder) > 0
+        history_ends = noisy is not None and not (decode and self.config.decoder_layer == self.config.depth)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            mask = plan.last_mask if history_ends and layer + 1 == self.config.depth else plan.mask
+            return frame_attention(q, k, v, mask, backend=self.backend)
+
+        velocity, features = self._trunk(x, c, plan.layout, coords, attend, decode=decode)
+        if velocity is not None:
+            velocity = velocity.unflatten(0, (clips, frames, tokens))
+        reconstruction = {}
+        for offset, (mask, rows) in plan.decoder.items():
+            seen = features.unflatten(1, (frames, -1))[:, : frames - offset]
+            reconstruction[offset] = self.decoder(seen, keep, offset, mask, rows, self.rope)
+        return MiMoOutput(velocity, reconstruction)
+
+    def history_frame(
+        self, x: Tensor, position: int | Tensor, attend: Attend, *, actions: Tensor | None = None
+    ) -> None:
+        """Runs one clean frame per sequence, so that `attend` can keep the keys and values of every layer.
+
+        Args:
+            x: [S, N, C].
+            position: frame number, one for all or int [S]. A tensor is not looked at: before it holds 1024 or more on a GPU,
+                call `rope.tables_on(device, largest)`.
+            attend: called once per layer with q, k, v [S * N, h, d]; returns the attention output [S * N, h, d].
+            actions: int64 [S].
+        """
+        sequences, tokens, _ = x.shape
+        layout = make_layout(sequences, 1, tokens, 0, self.config.separate_ln)
+        coords = self._coords(position, sequences, x.device)
+        x = self._embed(x.flatten(0, 1), coords, layout, None if actions is None else actions[:, None])
+        self._trunk(x, None, layout, coords, attend, decode=False)
+
+    def future_frame(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        position: int | Tensor,
+        attend: Attend,
+        *,
+        labels: Tensor | None = None,
+        actions: Tensor | None = None,
+    ) -> Tensor:
+        """Velocity of one noisy frame per sequence, [S, N, C] -> [S, N, C].
+
+        Args:
+            x: [S, N, C].
+            timestep: [S] in 0..1000.
+            position, attend: as in `history_frame`; q attends to the kept frames and to its own k, v.
+            labels, actions: int64 [S]; None is null.
+        """
+        sequences, tokens, _ = x.shape
+        layout = make_layout(sequences, 1, 0, tokens, self.config.separate_ln)
+        coords = self._coords(position, sequences, x.device)
+        x = self._embed(x.flatten(0, 1), coords, layout, None)
+        c = self._condition(timestep, labels, actions)
+        return self._trunk(x, c, layout, coords, attend, decode=False)[0].view(sequences, tokens, -1)
+
+    def parameter_report(self) -> str:
+        """A table of parameter counts by part; the decoder is needed in training only."""
+        parts = {
+            "embedding": [self.embed, self.positions],
+            "conditioning": [self.time, self.classes, self.actions],
+            "attention": [block.attention for block in self.blocks],
+            "MLP": [block.mlp for block in self.blocks],
+            "norms and modulation": [norm for block in self.blocks for norm in (block.norm1, block.norm2)],
+            "head": [self.norm, self.head],
+            "decoder": [self.decoder],
+        }
+        counts = {
+            name: sum(p.numel() for m in modules if m is not None for p in m.parameters())
+            for name, modules in parts.items()
+        }
+        total = sum(counts.values())
+        counts |= {"total": total, "total when sampling": total - counts["decoder"]}
+        return "\n".join(f"{name:<22}{count:>15,}" for name, count in counts.items())
+
+    def _trunk(
+        self, x: Tensor, c: Tensor | None, layout: Layout, coords: Tensor, attend: Attend, *, decode: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """x [R, D], c [G, D] -> velocity rows [future rows, C] (None without future), history features after layer l
+        [B, T * k, D] (None unless `decode`)."""
+        config, rows, features = self.config, layout.rows, None
+        has_future = c is not None
+        if c is None:
+            c = x.new_empty(0, config.dim)
+        if not config.separate_ln and layout.history_len > 0:
+            c = torch.cat([c, self.time(sinusoid(torch.zeros(1, device=x.device)))])
+        c = F.silu(c)
+        norms = [*(norm for block in self.blocks for norm in (block.norm1, block.norm2)), self.norm]
+        m = [norm.condition(c) for norm in norms]
+        y = norms[0](x, m[0], rows)
+        for i, block in enumerate(self.blocks):
+            m1, m2, m_next = m[2 * i : 2 * i + 3]
+            out = block.attention(y, coords, self.rope, partial(attend, i))
+            last, read = i + 1 == config.depth, decode and i + 1 == config.decoder_layer
+            if last and not read:  # history has given its keys and values; nobody reads its outputs
+                if not has_future:
+                    break
+                out, x, rows = layout.future(out), layout.future(x), layout.future_rows
+            x, y = block.norm2.residual(x, block.attention.proj(out), m1.gate, m2, rows)
+            branch = block.mlp(y)
+            if read:
+                gate = 1 if config.separate_ln else m2.gate[-1]
+                features = layout.history(x) + gate * layout.history(branch)
+                if not has_future:
+                    break
+                if last:
+                    branch, x, rows = layout.future(branch), layout.future(x), layout.future_rows
+            x, y = norms[2 * i + 2].residual(x, branch, m2.gate, m_next, rows)
+        return (self.head(y) if has_future else None), features
+
+    def _pack(self, history: Tensor, noisy: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The rows that are not masked, in packed order: latents [R, C] and coordinates int32 [R, 3]."""
+        source = torch.stack([history] if noisy is None else [history, noisy], dim=1)  # [B, copies, T, N, C]
+        clips, copies, frames, tokens, _ = source.shape
+        size, device = frames * tokens, source.device
+        places = torch.arange(copies * size, device=device).expand(clips, -1)  # of a row among the copies of its clip
+        x = source.flatten(0, 3)
+        if keep is not None:
+            kept = torch.arange(0, size, tokens, device=device)[:, None] + keep[:, None]  # [B, T, k]
+            places = torch.cat([kept.flatten(1), places[:, size:]], dim=1)
+            first = torch.arange(0, len(x), copies * size, device=device)[:, None]  # row of each clip in x
+            x = gather_tokens(x, (first + places).flatten(), backend=self.backend)
+        return x, coordinates((places % size).flatten(), self.config.height, self.config.width)
+
+    def _embed(self, x: Tensor, coords: Tensor, layout: Layout, actions: Tensor | None) -> Tensor:
+        """Latent rows [R, C] -> [R, D], with learned positions and the actions [B, T] of history frames where in use."""
+        x = self.embed(x)
+        if self.positions is not None:
+            x = x + self.positions(coords).to(x.dtype)
+        if layout.history_len > 0 and (self.actions is not None or actions is not None):
+            action = self._action(actions, (layout.clips, layout.frames), x.device).to(x.dtype)  # [B, T, D]
+            layout.history(x).unflatten(1, (layout.frames, -1)).add_(action[:, :, None])
+        return x
+
+    def _condition(self, timestep: Tensor, labels: Tensor | None, actions: Tensor | None) -> Tensor:
+        """c of every future frame: [G] each -> [G, D]."""
+        c = self.time(sinusoid(timestep))
+        if labels is not None and self.classes is None:
+            raise ValueError("labels are given: expected None, as the network has no classes (num_classes=0)")
+        if self.classes is not None:
+            null = torch.full_like(timestep, self.config.num_classes, dtype=torch.int64)
+            c = c + self.classes(null if labels is None else labels)
+        if self.actions is not None or actions is not None:
+            c = c + self._action(actions, timestep.shape, timestep.device)
+        return c
+
+    def _action(self, actions: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        if self.actions is None:
+            raise ValueError("actions are given: expected None, as the network has no actions (num_actions=0)")
+        if actions is None:
+            actions = torch.full(shape, self.config.num_actions, device=device)
+        return self.actions(actions)
+
+    def _coords(self, position: int | Tensor, sequences: int, device: torch.device) -> Tensor:
+        """Coordinates of the tokens of one frame per sequence, int32 [S * N, 3]."""
+        place = torch.arange(self.config.tokens, device=device).repeat(sequences, 1)
+        if isinstance(position, int):
+            self._check_frames(position + 1)
+            if self.rope is not None:
+                self.rope.tables_on(device, position)
+            place += position * self.config.tokens
+        else:
+            place += position[:, None] * self.config.tokens
+        return coordinates(place.flatten(), self.config.height, self.config.width)
+
+    def _check_frames(self, frames: int) -> None:
+        if self.positions is not None and frames > self.config.frames:
+            raise ValueError(f"{frames} frames: learned positions end at {self.config.frames}")
+
+    def _check(self, history, noisy, timestep, keep, drop_history) -> None:
+        """Refuses shapes that do not fit, by name."""
+        config, shape = self.config, history.shape
+        if history.dim() != 4 or shape[2:] != (config.tokens, config.channels):
+            raise ValueError(f"history is {list(shape)}: expected [B, T, {config.tokens}, {config.channels}]")
+        self._check_frames(shape[1])
+        if (noisy is None) != (timestep is None):
+            raise ValueError("noisy and timestep: expected both or neither")
+        if noisy is None and (keep is None or self.decoder is None):
+            raise ValueError("noisy=None: expected a keep and a decoder, as there is nothing else to compute")
+        expected = {
+            "noisy": (noisy, shape),
+            "timestep": (timestep, shape[:2]),
+            "drop_history": (drop_history, shape[:2]),
+        }
+        for name, (tensor, wanted) in expected.items():
+            if tensor is not None and tensor.shape != wanted:
+                raise ValueError(f"{name} is {list(tensor.shape)}: expected {list(wanted)}, to match history")
+        if keep is not None and (keep.dim() != 2 or len(keep) != shape[0] or not 1 <= keep.shape[1] <= config.tokens):
+            raise ValueError(f"keep is {list(keep.shape)}: expected [{shape[0]}, k] with 1 <= k <= {config.tokens}")
+        if drop_history is not None and drop_history.device.type != "cpu":
+            raise ValueError(f"drop_history is on {drop_history.device}: expected cpu, where the mask is built")

@@ -1,0 +1,79 @@
+"""A whole training step on a GPU: bf16 near fp32, the same bits twice, and no wait for the device."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from mimo import MiMo, MiMoConfig
+from mimo.recipes import Recipe, step_generator
+
+CONFIG = MiMoConfig(
+    depth=4,
+    dim=144,
+    heads=2,
+    frames=5,
+    height=8,
+    width=8,
+    channels=16,
+    decoder_depth=2,
+    decoder_layer=3,
+    min_snr_gamma=5.0,
+    min_snr_decay=0.96,
+    num_classes=7,
+    num_actions=3,
+    history_dropout=0.3,
+)
+
+
+def run(config: MiMoConfig, backend: str, dtype: torch.dtype, step: int = 0):
+    torch.manual_seed(0)
+    model = MiMo(config, backend).cuda()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).cuda())
+    generator = step_generator(0, step, "cuda")
+    latents = torch.randn(4, *config.latent_shape, generator=torch.Generator().manual_seed(2)).cuda()
+    given = {"labels": torch.arange(4).cuda(), "actions": torch.arange(20).view(4, 5).cuda() % 3}
+    with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
+        loss = Recipe(config).loss(model, latents, generator=generator, step=step, **given)
+    loss.total.backward()
+    return loss, [parameter.grad for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("changes", [{}, {"separate_ln": False}, {"parameterization": "flow", "min_snr_gamma": None}])
+def test_bf16_kernels_stay_near_plain_fp32(changes):
+    if changes.get("parameterization") == "flow":
+        changes = changes | {"min_snr_decay": None}
+    config = dataclasses.replace(CONFIG, **changes)
+    loss, _ = run(config, "auto", torch.bfloat16)
+    exact, _ = run(config, "reference", torch.float32)
+    for part, expected in zip(loss, exact, strict=True):
+        assert abs(part.item() - expected.item()) < 0.02 * expected.item()
+
+
+def test_a_step_gives_the_same_bits_twice():
+    (first, first_grads), (second, second_grads) = (run(CONFIG, "auto", torch.bfloat16) for _ in range(2))
+    assert first.total.item() == second.total.item()
+    assert all(torch.equal(a, b) for a, b in zip(first_grads, second_grads, strict=True))
+
+
+def test_a_step_never_waits_for_the_device():
+    model, recipe = MiMo(CONFIG).cuda(), Recipe(CONFIG)
+    latents = torch.randn(4, *CONFIG.latent_shape, device="cuda")
+    labels, actions = torch.zeros(4, dtype=torch.int64, device="cuda"), torch.zeros(4, 5, dtype=torch.int64).cuda()
+
+    def step(number: int) -> None:
+        generator = step_generator(0, number, "cuda")
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = recipe.loss(model, latents, labels=labels, actions=actions, generator=generator)
+        loss.total.backward()
+
+    for number in range(3):  # tables, layouts and kernels are made on first use
+        step(number)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number in range(3):
+            step(number)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,326 @@
+"""Sizes, training forward, sampling forward, ablation switches and torch.compile of the network."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mimo import MiMo, MiMoConfig
+from mimo.config import PRESETS
+from mimo.recipes import Recipe, step_generator
+
+TINY = MiMoConfig(
+    depth=3,
+    dim=32,
+    heads=2,
+    frames=4,
+    height=2,
+    width=3,
+    channels=5,
+    decoder_depth=2,
+    decoder_layer=2,
+)
+
+
+def build(**changes) -> MiMo:
+    """A small network in which nothing is zero, so that every path carries a signal."""
+    torch.manual_seed(0)
+    model = MiMo(dataclasses.replace(TINY, **changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def batch(config: MiMoConfig, clips: int = 2, frames: int = 4):
+    """history, noisy, timestep, keep, labels, actions"""
+    generator = torch.Generator().manual_seed(1)
+    history, noisy = torch.randn(2, clips, frames, config.tokens, config.channels, generator=generator).unbind()
+    timestep = 1000 * torch.rand(clips, frames, generator=generator)
+    keep = torch.tensor([[0, 2, 3, 5], [1, 2, 4, 5]])[:clips]
+    labels = torch.randint(max(config.num_classes, 1), (clips,), generator=generator)
+    actions = torch.randint(max(config.num_actions, 1), (clips, frames), generator=generator)
+    return history, noisy, timestep, keep, labels, actions
+
+
+def optional(config: MiMoConfig, labels, actions) -> dict:
+    """The conditions that this network takes."""
+    return {"labels": labels if config.num_classes else None, "actions": actions if config.num_actions else None}
+
+
+# ------------------------------------------------------------------------------------------------------------ sizes
+
+
+def count_by_hand(c: MiMoConfig) -> int:
+    """Every weight, from the shapes of the paper's network."""
+    d, hidden, head = c.dim, int(c.mlp_ratio * c.dim), c.dim // c.heads
+    linear = lambda i, o: i * o + o  # noqa: E731
+    layer_norm = 2 * d
+    core = linear(d, 3 * d) + 2 * head + linear(d, d) + linear(d, hidden) + linear(hidden, d)  # 2 head: QK-norm
+    total = linear(c.channels, d) + linear(256, d) + linear(d, d)
+    total += (c.num_classes + 1) * d if c.num_classes else 0
+    total += (c.num_actions + 1) * d if c.num_actions else 0
+    total += c.depth * (core + linear(d, 6 * d))
+    history_norms = 2 * c.depth - (1 if c.decoder_layer < c.depth or not c.mask_weight else 0)
+    total += history_norms * layer_norm if c.separate_ln else 0
+    total += linear(d, 2 * d) + linear(d, c.channels)
+    if c.mask_weight:
+        total += d + len(c.mask_offsets) * d  # learned query, offset embedding
+        total += c.decoder_depth * (core + 2 * layer_norm) + layer_norm + linear(d, c.channels)
+    return total
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameter_counts_of_the_presets(name):
+    config = MiMoConfig.from_preset(name)
+    with torch.device("meta"):
+        model = MiMo(config)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count == count_by_hand(config)
+    report = dict(line.rsplit(maxsplit=1) for line in model.parameter_report().splitlines())
+    numbers = {part.strip(): int(number.replace(",", "")) for part, number in report.items()}
+    assert numbers["total"] == count
+    decoder = sum(parameter.numel() for parameter in model.decoder.parameters())
+    assert numbers["total when sampling"] == count - decoder
+
+
+@pytest.mark.parametrize("changes", [{"separate_ln": False}, {"decoder_layer": 3}, {"mask_weight": 0.0}], ids=str)
+def test_parameter_counts_of_ablations(changes):
+    model = build(**changes)
+    assert sum(parameter.numel() for parameter in model.parameters()) == count_by_hand(model.config)
+
+
+def test_a_fresh_network_predicts_zero_velocity():
+    """AdaLN-zero: the head starts at zero and future rows pass every block unchanged."""
+    torch.manual_seed(0)
+    model = MiMo(TINY)
+    history, noisy, timestep, keep, *_ = batch(TINY)
+    output = model(history, noisy, timestep, keep=keep)
+    assert output.velocity.abs().max() == 0
+    assert output.reconstruction[0].abs().max() > 0
+
+
+# ------------------------------------------------------------------------------------------- sampling equals training
+
+
+class ListCache:
+    """Keys and values of earlier frames as plain lists, per layer: what a sampler's cache must amount to."""
+
+    def __init__(self, sequences: int) -> None:
+        self.sequences, self.kept = sequences, {}
+
+    def _attend(self, layer: int, q, k, v, *, store: bool):
+        q, k, v = (x.unflatten(0, (self.sequences, -1)).transpose(1, 2) for x in (q, k, v))  # [S, h, N, d]
+        earlier = self.kept.get(layer, [])
+        keys, values = (torch.cat([*(e[i] for e in earlier), x], dim=2) for i, x in enumerate((k, v)))
+        if store:
+            self.kept[layer] = [*earlier, (k, v)]
+        return F.scaled_dot_product_attention(q, keys, values).transpose(1, 2).flatten(0, 1)
+
+    def write(self, layer: int, q, k, v):
+        return self._attend(layer, q, k, v, store=True)
+
+    def read(self, layer: int, q, k, v):
+        return self._attend(layer, q, k, v, store=False)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"separate_ln": False},
+        {"positions": "learned"},
+        {"num_classes": 7, "num_actions": 3},
+        {"separate_ln": False, "num_classes": 7, "num_actions": 3, "decoder_layer": 3},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_frame_by_frame_equals_the_full_forward(changes):
+    model = build(**changes)
+    history, noisy, timestep, _, labels, actions = batch(model.config)
+    given = optional(model.config, labels, actions)
+    full = model(history, noisy, timestep, **given)
+    assert full.reconstruction == {}
+    cache = ListCache(len(history))
+    for t in range(history.shape[1]):
+        now = None if given["actions"] is None else actions[:, t]
+        position = torch.full((2,), t) if t % 2 else t  # both forms
+        velocity = model.future_frame(
+            noisy[:, t], timestep[:, t], position, cache.read, labels=given["labels"], actions=now
+        )
+        torch.testing.assert_close(velocity, full.velocity[:, t], rtol=1e-5, atol=1e-5)
+        model.history_frame(history[:, t], position, cache.write, actions=now)
+    assert sorted(cache.kept) == list(range(model.config.depth))
+
+
+@torch.no_grad()
+def test_no_cache_equals_dropped_history():
+    model = build()
+    history, noisy, timestep, *_ = batch(TINY)
+    dropped = model(history, noisy, timestep, drop_history=torch.ones(2, 4, dtype=torch.bool)).velocity
+    for t in range(4):
+        alone = model.future_frame(noisy[:, t], timestep[:, t], t, ListCache(2).read)
+        torch.testing.assert_close(alone, dropped[:, t], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_sequences_may_be_at_different_positions():
+    model = build()
+    history, noisy, timestep, *_ = batch(TINY)
+    together = model.future_frame(noisy[:, 0], timestep[:, 0], torch.tensor([1, 3]), ListCache(2).read)
+    for s, position in enumerate((1, 3)):
+        alone = model.future_frame(noisy[s : s + 1, 0], timestep[s : s + 1, 0], position, ListCache(1).read)
+        torch.testing.assert_close(together[s : s + 1], alone, rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------- conditions
+
+
+@torch.no_grad()
+def test_conditions_matter_and_none_is_null():
+    model = build(num_classes=7, num_actions=3)
+    history, noisy, timestep, keep, labels, actions = batch(model.config)
+    forward = lambda **given: model(history, noisy, timestep, keep=keep, **given)  # noqa: E731
+    null = forward(labels=torch.full((2,), 7), actions=torch.full((2, 4), 3))
+    absent = forward()
+    assert torch.equal(null.velocity, absent.velocity)
+    with_labels, with_actions = forward(labels=labels), forward(actions=actions)
+    assert not torch.equal(with_labels.velocity, null.velocity)
+    assert not torch.equal(with_actions.velocity, null.velocity)
+    # History knows its actions, and neither class nor timestep: its keys and values serve every step and every branch.
+    assert torch.equal(with_labels.reconstruction[0], null.reconstruction[0])
+    assert not torch.equal(with_actions.reconstruction[0], null.reconstruction[0])
+    later = model(history, noisy, 0.5 * timestep, keep=keep)
+    assert torch.equal(later.reconstruction[0], null.reconstruction[0])
+
+
+@torch.no_grad()
+def test_history_alone_reconstructs_the_same():
+    for changes in ({}, {"decoder_layer": 3}, {"separate_ln": False}):
+        model = build(**changes)
+        history, noisy, timestep, keep, *_ = batch(TINY)
+        both, alone = model(history, noisy, timestep, keep=keep), model(history, None, None, keep=keep)
+        assert alone.velocity is None
+        for offset in (0, 1):
+            torch.testing.assert_close(alone.reconstruction[offset], both.reconstruction[offset], rtol=1e-5, atol=1e-5)
+        silent = model(history, noisy, timestep, keep=keep, reconstruct=False)
+        assert silent.reconstruction == {} and torch.equal(silent.velocity, both.velocity)
+
+
+@torch.no_grad()
+def test_kept_tokens_keep_their_coordinates():
+    """A mask that drops the last tokens equals a network that never had them, as far as RoPE is concerned."""
+    model = build()
+    history, noisy, timestep, *_ = batch(TINY)
+    keep = torch.tensor([[0, 1, 2]]).expand(2, -1)
+    masked = model(history, noisy, timestep, keep=keep)
+    garbled = history.clone()
+    garbled[:, :, 3:] = 1e3
+    torch.testing.assert_close(model(garbled, noisy, timestep, keep=keep).velocity, masked.velocity, rtol=0, atol=0)
+    elsewhere = model(history.roll(1, 2), noisy, timestep, keep=keep + 1)  # the same contents at other places
+    assert not torch.allclose(elsewhere.velocity, masked.velocity, atol=1e-3)
+
+
+@torch.no_grad()
+def test_both_backends_agree():
+    automatic = build()
+    plain = MiMo(TINY, backend="reference")
+    plain.load_state_dict(automatic.state_dict())
+    history, noisy, timestep, keep, *_ = batch(TINY)
+    first, second = (m(history, noisy, timestep, keep=keep) for m in (automatic, plain))
+    torch.testing.assert_close(first.velocity, second.velocity, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(first.reconstruction[1], second.reconstruction[1], rtol=1e-5, atol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------------- ablations
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"positions": "learned"},
+        {"separate_ln": False},
+        {"mask_region": "all"},
+        {"mask_offsets": (0,)},
+        {"mask_offsets": (1,)},
+        {"mask_offsets": (2, 0, 1)},
+        {"decoder_layer": 1},
+        {"decoder_layer": 3},
+        {"decoder_depth": 0},
+        {"mask_weight": 0.0},
+        {"num_classes": 7, "num_actions": 3},
+        {"parameterization": "flow"},
+    ],
+    ids=str,
+)
+def test_every_parameter_of_every_ablation_learns(changes):
+    """One step of the recipe leaves a finite gradient, not zero, on every parameter: none is unused."""
+    model = build(**changes)
+    history, _, _, _, labels, actions = batch(model.config)
+    given = optional(model.config, labels, actions)
+    latents = history.unflatten(2, (2, 3))
+    loss = Recipe(model.config).loss(model, latents, generator=step_generator(0, 0, "cpu"), **given)
+    loss.total.backward()
+    assert loss.total.isfinite()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_bf16_autocast_runs_forward_and_backward():
+    model = build(num_actions=3)
+    history, noisy, timestep, keep, _, actions = batch(model.config)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(history, noisy, timestep, keep=keep, actions=actions)
+    exact = model(history, noisy, timestep, keep=keep, actions=actions)
+    assert output.velocity.dtype == torch.bfloat16
+    for low, high in ((output.velocity, exact.velocity), (output.reconstruction[1], exact.reconstruction[1])):
+        assert (low.float() - high).square().mean() < 1e-3 * high.square().mean()
+    (output.velocity.float().square().mean() + output.reconstruction[0].float().square().mean()).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call")
+def test_compiles_whole():
+    """`run` is one graph, for any number of kept tokens and any drop of history."""
+    small = {"depth": 2, "decoder_layer": 1, "decoder_depth": 0}
+    model, eager = build(**small), build(**small)
+    model.run = torch.compile(model.run, fullgraph=True, backend="aot_eager")
+    history, noisy, timestep, keep, *_ = batch(TINY)
+    for kept, drop in ((keep, None), (keep[:, :3], torch.rand(2, 4) < 0.5), (keep[:, :2], None)):
+        compiled, expected = (m(history, noisy, timestep, keep=kept, drop_history=drop) for m in (model, eager))
+        torch.testing.assert_close(compiled.velocity, expected.velocity, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(compiled.reconstruction[1], expected.reconstruction[1], rtol=1e-5, atol=1e-5)
+    for output in (compiled, expected):
+        (output.velocity.square().mean() + output.reconstruction[0].square().mean()).backward()
+    for ours, theirs in zip(model.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_bad_input_is_refused_by_name():
+    model, plain = build(), build(mask_weight=0.0)
+    history, noisy, timestep, keep, *_ = batch(TINY)
+    cases = [
+        (lambda: model(history[:, :, :5], noisy, timestep), r"history is \[2, 4, 5, 5\].*6, 5"),
+        (lambda: model(history, noisy[:1], timestep), r"noisy is \[1, 4, 6, 5\].*\[2, 4, 6, 5\]"),
+        (lambda: model(history, noisy, timestep[:, :2]), r"timestep is \[2, 2\]"),
+        (lambda: model(history, noisy, None), "noisy and timestep"),
+        (lambda: model(history, None, None), "noisy=None"),
+        (lambda: plain(history, None, None, keep=keep), "noisy=None"),
+        (lambda: model(history, noisy, timestep, keep=keep[:1]), r"keep is \[1, 4\]"),
+        (lambda: model(history, noisy, timestep, drop_history=torch.ones(2, 3)), r"drop_history is \[2, 3\]"),
+        (lambda: build(positions="learned")(*batch(TINY, frames=5)[:3]), "5 frames.*end at 4"),
+        (lambda: model(history, noisy, timestep, labels=torch.zeros(2).long()), "labels are given.*num_classes=0"),
+        (lambda: model(history, noisy, timestep, actions=torch.zeros(2, 4).long()), "actions are given.*num_actions=0"),
+        (lambda: build(positions="learned").history_frame(history[:, 0], 4, ListCache(2).write), "5 frames.*end at 4"),
+        (lambda: MiMo(TINY, backend="triton"), "backend='triton'.*'auto'"),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -1,0 +1,255 @@
+"""The objective against loops over clips, frames and offsets; its randomness; and that it can be driven to nearly zero."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from mimo import MiMo, MiMoConfig
+from mimo.diffusion import build_schedule, compute_loss_weight
+from mimo.model import MiMoOutput
+from mimo.recipes import Recipe, acdit, kept_tokens, make_ema, step_generator
+
+CONFIG = MiMoConfig(
+    depth=2,
+    dim=32,
+    heads=2,
+    frames=4,
+    height=2,
+    width=3,
+    channels=5,
+    decoder_depth=1,
+    decoder_layer=1,
+)
+K600 = {"min_snr_gamma": 5.0, "min_snr_decay": 0.96, "history_dropout": 0.4}
+
+
+class Spy(nn.Module):
+    """Stands in for the network: keeps what it was given and answers with random numbers, decoder and all."""
+
+    def __init__(self, config: MiMoConfig) -> None:
+        super().__init__()
+        self.config, self.seen = config, None
+
+    def forward(self, history, noisy, timestep, *, keep=None, reconstruct=True, **given) -> MiMoOutput:
+        self.seen = {"history": history, "noisy": noisy, "timestep": timestep, "keep": keep, **given}
+        generator = torch.Generator().manual_seed(5)
+        clips, frames, tokens, channels = history.shape
+        offsets = [o for o in self.config.mask_offsets if o < frames] if reconstruct and keep is not None else []
+        velocity = None if noisy is None else torch.randn(history.shape, generator=generator)
+        shapes = {offset: (clips, frames - offset, tokens, channels) for offset in offsets}
+        self.answer = MiMoOutput(velocity, {o: torch.randn(s, generator=generator) for o, s in shapes.items()})
+        return self.answer
+
+
+def clips(config: MiMoConfig = CONFIG, count: int = 3) -> torch.Tensor:
+    return torch.randn(count, *config.latent_shape, generator=torch.Generator().manual_seed(0))
+
+
+def loss_of(config: MiMoConfig, step: int = 0, **given):
+    spy = Spy(config)
+    latents = clips(config)
+    unmasked_from = given.pop("unmasked_from", None)
+    recipe = Recipe(config, unmasked_from=unmasked_from)
+    return recipe.loss(spy, latents, generator=step_generator(0, step, "cpu"), step=step, **given), spy
+
+
+# --------------------------------------------------------------------------------------------------------- the loss
+
+
+@pytest.mark.parametrize("offsets", [(0, 1), (0,), (1,), (2,), (0, 1, 2), (1, 2)])
+@pytest.mark.parametrize("region", ["dropped", "all"])
+def test_mask_loss_is_equation_5(offsets, region):
+    config = dataclasses.replace(CONFIG, mask_offsets=offsets, mask_region=region)
+    loss, spy = loss_of(config)
+    x, keep = spy.seen["history"], spy.seen["keep"].tolist()
+    frames_with_targets, total = 0, 0.0
+    for t in range(config.frames):
+        targets = [offset for offset in offsets if t + offset < config.frames]
+        frames_with_targets += bool(targets)
+        for clip in range(len(x)):
+            for offset in targets:
+                places = [n for n in range(config.tokens) if region == "all" or n not in keep[clip]]
+                error = spy.answer.reconstruction[offset][clip, t, places] - x[clip, t + offset, places]
+                total += error.square().mean().item() / len(targets)
+    assert loss.mask.item() == pytest.approx(total / (len(x) * frames_with_targets), rel=1e-5)
+    assert loss.total.item() == pytest.approx(loss.diffusion.item() + 0.5 * loss.mask.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("changes", [{}, K600, {"min_snr_gamma": 5.0}, {"parameterization": "flow"}], ids=str)
+def test_diffusion_loss_is_the_weighted_error_of_every_frame(changes):
+    config = dataclasses.replace(CONFIG, **changes)
+    loss, spy = loss_of(config)
+    schedule, seen = build_schedule(config.parameterization), spy.seen
+    x = seen["history"]
+    assert torch.equal(x, clips(config).flatten(2, 3))
+    t = seen["timestep"].long() if config.parameterization == "v" else seen["timestep"] / 1000
+    alpha, sigma = (f(t)[..., None, None] for f in (schedule.alpha, schedule.sigma))
+    assert (sigma > 0.05).all()  # as eps is read back from the noisy frames
+    eps = (seen["noisy"] - alpha * x) / sigma
+    v = alpha * eps - sigma * x if config.parameterization == "v" else eps - x
+    error = (spy.answer.velocity - v).square().mean((2, 3))
+    if config.min_snr_gamma is not None:
+        error = error * compute_loss_weight(schedule.snr(t), 5.0, "v_prediction", config.min_snr_decay)
+    assert loss.diffusion.item() == pytest.approx(error.mean().item(), rel=1e-4)
+    assert abs(eps.mean()) < 0.2 and abs(eps.std() - 1) < 0.2
+
+
+def test_every_frame_and_clip_has_its_own_timestep_and_noise():
+    _, spy = loss_of(CONFIG)
+    assert spy.seen["timestep"].unique().numel() == spy.seen["timestep"].numel()
+
+
+# --------------------------------------------------------------------------------------------------- what is random
+
+
+def test_a_step_is_a_function_of_seed_and_step():
+    config = dataclasses.replace(CONFIG, num_classes=7, num_actions=3, label_dropout=0.5, **K600)
+    given = {"labels": torch.tensor([0, 3, 6]), "actions": torch.arange(12).view(3, 4) % 3}
+    (first, a), (second, b), (third, c) = (loss_of(config, step, **given) for step in (4, 4, 5))
+    assert first.total == second.total and first.total != third.total
+    for name in ("noisy", "timestep", "keep", "labels", "actions", "drop_history"):
+        assert torch.equal(a.seen[name], b.seen[name])
+    assert not torch.equal(a.seen["noisy"], c.seen["noisy"])
+
+
+def test_generators_of_steps_and_parts_differ():
+    draws = {
+        torch.rand((), generator=step_generator(seed, step, "cpu", part)).item()
+        for seed in (0, 1)
+        for step in (0, 1, 2)
+        for part in (0, 1)
+    }
+    assert len(draws) == 12
+
+
+def test_masks_are_tubes_with_a_ratio_in_range():
+    config = dataclasses.replace(CONFIG, height=8, width=8)
+    kept = set()
+    for step in range(60):
+        _, spy = loss_of(config, step)
+        keep = spy.seen["keep"]
+        assert (keep.diff(dim=1) > 0).all() and keep.min() >= 0 and keep.max() < 64
+        assert not torch.equal(keep[0], keep[1])
+        kept.add(keep.shape[1])
+    assert min(kept) >= 64 - 32 and max(kept) <= 64 - 16 and len(kept) > 10
+
+
+@pytest.mark.parametrize(
+    ("ratio", "multiple", "kept"),
+    [(0.25, 1, 48), (0.5, 1, 32), (0.3, 1, 45), (0.3, 16, 48), (0.01, 1, 64), (0.1, 16, 48), (0.9, 16, 16)],
+)
+def test_kept_tokens(ratio, multiple, kept):
+    assert kept_tokens(64, ratio, multiple) == kept
+
+
+def test_dropout_rates_and_null_values():
+    config = dataclasses.replace(CONFIG, num_classes=7, num_actions=3, label_dropout=0.25, **K600)
+    labels, actions = torch.tensor([0, 3, 6]), torch.arange(12).view(3, 4) % 3
+    null_labels, null_actions, no_history = [], [], []
+    for step in range(200):
+        _, spy = loss_of(config, step, labels=labels, actions=actions)
+        for name, null, clean, counts in (("labels", 7, labels, null_labels), ("actions", 3, actions, null_actions)):
+            dropped = spy.seen[name] == null
+            assert torch.equal(spy.seen[name][~dropped], clean[~dropped])
+            counts.append(dropped.float().mean())
+        no_history.append(spy.seen["drop_history"].float().mean())
+    for counts, rate in ((null_labels, 0.25), (null_actions, 0.25), (no_history, 0.4)):
+        assert abs(torch.stack(counts).mean() - rate) < 0.05
+    _, spy = loss_of(CONFIG, labels=labels, actions=actions)
+    assert spy.seen["labels"] is None and spy.seen["actions"] is None and spy.seen["drop_history"] is None
+
+
+# ---------------------------------------------------------------------------------------------------------- variants
+
+
+def test_acdit_masks_nothing_and_has_no_decoder():
+    config = acdit(CONFIG)
+    loss, spy = loss_of(config)
+    assert spy.seen["keep"] is None and loss.mask == 0 and loss.total == loss.diffusion
+    assert MiMo(config).decoder is None
+
+
+def test_masking_without_the_loss_still_drops_history():
+    loss, spy = loss_of(dataclasses.replace(CONFIG, mask_weight=0.0))
+    assert spy.seen["keep"] is not None and loss.total == loss.diffusion
+
+
+def test_interleaved_steps_alternate_between_the_losses():
+    config = dataclasses.replace(CONFIG, interleaved=True)
+    even, spy = loss_of(config, 2)
+    assert even.total == even.diffusion > 0 and even.mask == 0 and spy.seen["keep"] is not None
+    odd, spy = loss_of(config, 3)
+    assert odd.diffusion == 0 and odd.mask > 0 and spy.seen["noisy"] is None
+    assert odd.total.item() == pytest.approx(0.5 * odd.mask.item())
+    with pytest.raises(ValueError, match="step=None"):
+        Recipe(config).loss(Spy(config), clips(), generator=step_generator(0, 0, "cpu"))
+
+
+def test_interleaved_steps_reach_their_own_parameters():
+    config = dataclasses.replace(CONFIG, interleaved=True)
+    torch.manual_seed(0)
+    model = MiMo(config)
+    for step, trained, untouched in ((0, "head.weight", "decoder.query"), (1, "decoder.query", "head.weight")):
+        model.zero_grad()
+        Recipe(config).loss(model, clips(), generator=step_generator(0, step, "cpu"), step=step).total.backward()
+        parameters = dict(model.named_parameters())
+        assert parameters[trained].grad.abs().sum() > 0 and parameters[untouched].grad is None
+
+
+def test_the_unmasked_phase_masks_nothing():
+    before, spy = loss_of(CONFIG, 9, unmasked_from=10)
+    assert spy.seen["keep"] is not None and before.mask > 0
+    after, spy = loss_of(CONFIG, 10, unmasked_from=10)
+    assert spy.seen["keep"] is None and after.total == after.diffusion
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+def test_ema_follows_the_model():
+    torch.manual_seed(0)
+    model = MiMo(CONFIG)
+    ema = make_ema(model, 0.9)
+    expected = None
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        ema.update_parameters(model)
+        now = model.head.weight.detach().clone()
+        expected = now if expected is None else 0.9 * expected + 0.1 * now
+    torch.testing.assert_close(ema.module.head.weight, expected)
+    assert not any(parameter.requires_grad for parameter in ema.parameters())
+
+
+@pytest.fixture
+def one_thread():
+    """Tensors this small are only slowed down by a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("changes", [{"parameterization": "flow"}, K600 | {"history_dropout": 0.0}], ids=["flow", "v"])
+def test_overfitting_one_clip_removes_nine_tenths_of_both_losses(changes, one_thread):
+    shape = {"frames": 3, "height": 2, "width": 3, "channels": 4}
+    config = dataclasses.replace(CONFIG, dim=64, **shape, **changes)
+    torch.manual_seed(0)
+    model, recipe, steps = MiMo(config), Recipe(config), 260
+    clip = clips(config, 1).expand(16, -1, -1, -1, -1)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, steps)
+    curve = []
+    for step in range(steps):
+        loss = recipe.loss(model, clip, generator=step_generator(0, step, "cpu"))
+        optimizer.zero_grad()
+        loss.total.backward()
+        optimizer.step()
+        rate.step()
+        curve.append([loss.diffusion.item(), loss.mask.item()])
+    curve = torch.tensor(curve)
+    start, end = curve[:5].mean(0), curve[-20:].mean(0)
+    assert (end < 0.1 * start).all(), (start, end)
