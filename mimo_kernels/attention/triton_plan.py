@@ -1,0 +1,146 @@
+"""Tile sizes of the attention kernels per architecture, and the schedules that follow from them and a mask."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .._dispatch import extension
+
+BAND_ROWS = 16384  # clips that run side by side hold about so many rows: their keys and values stay in the cache
+
+
+@dataclass(frozen=True)
+class Config:
+    """tile: rows (dK/dV: keys) of a program; block: keys (dK/dV: rows) of one step; cost: time per query-key pair relative to the other choices."""
+
+    tile: int
+    block: int
+    num_warps: int
+    num_stages: int
+    cost: float = 1.0
+
+
+# Pass -> up to this many channels (the padded head dimension) -> the choices for a mask: the one whose schedule computes the fewest pairs, weighed by
+# their cost, is taken. Every entry was compiled for its architecture without spills (tests/aot); the costs are estimates.
+SM80 = {
+    "forward": {128: (Config(128, 64, 8, 2),), 192: (Config(64, 16, 8, 2),), 256: (Config(64, 32, 8, 2),)},
+    "dq": {80: (Config(128, 64, 8, 2),), 128: (Config(64, 64, 8, 2),), 192: (Config(32, 32, 8, 1),), 256: (Config(64, 32, 8, 1),)},
+    "dkv": {80: (Config(128, 32, 8, 2),), 128: (Config(64, 32, 8, 2),), 256: (Config(32, 32, 8, 1),)},
+}
+# 99 KiB of shared memory instead of 163.
+SM86 = {**SM80, "dq": {**SM80["dq"], 256: (Config(32, 32, 8, 1),)}}
+# Programs of 4 warps leave room for a second one on the multiprocessor: one computes its softmax while the other multiplies. Three stages because the
+# loads of the next but one block are issued behind the current one's matrix products.
+SM90 = {
+    "forward": {
+        80: (Config(128, 64, 4, 3), Config(64, 64, 4, 3, 1.15)),
+        128: (Config(128, 64, 8, 3),),
+        192: (Config(128, 64, 8, 2),),
+        256: (Config(128, 32, 8, 2),),
+    },
+    "dq": {96: (Config(64, 64, 4, 3),), 128: (Config(128, 64, 8, 3),), 256: (Config(128, 32, 8, 2),)},
+    # Two sums of 64 keys x 256 channels do not fit in registers beside the rest: the last entry does without wgmma, which wants 64 keys.
+    "dkv": {
+        80: (Config(128, 64, 8, 3),),
+        128: (Config(128, 32, 8, 3),),
+        192: (Config(64, 16, 8, 2),),
+        256: (Config(32, 32, 8, 1),),
+    },
+}
+SM100 = {
+    "forward": {80: (Config(128, 64, 8, 3),), 128: (Config(128, 64, 8, 2),), 256: (Config(64, 32, 8, 2),)},
+    "dq": {80: (Config(128, 64, 8, 2),), 128: (Config(64, 64, 8, 2),), 256: (Config(32, 32, 8, 1),)},
+    "dkv": {80: (Config(128, 64, 8, 2),), 128: (Config(64, 64, 8, 2),), 256: (Config(64, 32, 8, 2),)},
+}
+HALF = {80: SM80, 86: SM86, 90: SM90, 100: SM100, 120: SM86}
+PASSES = ("forward", "dq", "dkv")
+SINGLE = {name: {64: (Config(32, 32, 4, 1),), 256: (Config(16, 16, 4, 1),)} for name in PASSES}
+INTERPRETED = {name: {256: (Config(32, 32, 1, 1), Config(16, 16, 1, 1, 1.2))} for name in PASSES}
+
+
+def configs(name: str, arch: int, dtype: torch.dtype, head_dim: int) -> tuple[Config, ...]:
+    """The choices for a pass ("forward", "dq", "dkv") on an architecture (90 for sm_90; 0 for the interpreter)."""
+    if arch == 0:
+        table = INTERPRETED
+    elif dtype == torch.float32:
+        table = SINGLE
+    else:
+        table = HALF[max(known for known in HALF if known <= arch)]
+    channels = sum(split_head_dim(head_dim))
+    return next(choices for limit, choices in table[name].items() if channels <= limit)
+
+
+@functools.cache
+def split_head_dim(head_dim: int) -> tuple[int, int, int]:
+    """At most three powers of two from 16 upwards, descending, that hold head_dim with the fewest channels, then in the fewest parts."""
+    powers = (256, 128, 64, 32, 16)
+    splits = [
+        (a, b, c)
+        for a in powers
+        for b in (*powers, 0)
+        for c in (*powers, 0)
+        if (a > b or not b) and (b > c or not c) and (b or not c)
+    ]
+    return min((s for s in splits if sum(s) >= head_dim), key=lambda s: (sum(s), sum(part > 0 for part in s)))
+
+
+@functools.cache
+def architecture(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A schedule on the device, and what a launch has to say about it.
+
+    data: int32, tiles, groups and segments as csrc/plan.cpp writes them, for one of `repeats` clips that are alike.
+    executed_pairs: query-key pairs the matrix units compute per head, all clips together, tile padding included.
+    """
+
+    config: Config
+    data: Tensor
+    num_tiles: int
+    repeats: int
+    band: int
+    executed_pairs: int
+
+
+def plan_for(name: str, frames: Tensor, repeats: int, device: torch.device, dtype: torch.dtype, head_dim: int) -> Plan:
+    """The plan of a pass for `repeats` clips with this table of groups (FrameMask.pattern). Made and uploaded once per table, device and tile size:
+    it is kept on the table itself, so that all layers and the backward share it, and goes away with it."""
+    plans = frames.__dict__.setdefault("attention_plans", {})
+    key = (name, repeats, device, dtype, head_dim)
+    if key not in plans:
+        plans[key] = _make(plans, name, frames, repeats, device, configs(name, architecture(device), dtype, head_dim))
+    return plans[key]
+
+
+def _make(
+    plans: dict, name: str, frames: Tensor, repeats: int, device: torch.device, choices: tuple[Config, ...]
+) -> Plan:
+    schedules = {}
+    for config in choices:
+        schedule = extension().plan_keys if name == "dkv" else extension().plan_rows
+        schedules[config] = schedule(frames.data_ptr(), len(frames), config.tile, config.block)
+    config = min(choices, key=lambda config: config.cost * schedules[config][2])
+    cells, num_tiles, executed = schedules[config]
+    key = (name == "dkv", config.tile, config.block, device)
+    if key not in plans:
+        plans[key] = _upload(torch.frombuffer(cells, dtype=torch.int32), device)
+    rows = int(frames[-1, 1]) if len(frames) else 1
+    return Plan(config, plans[key], num_tiles, repeats, max(1, min(repeats, BAND_ROWS // rows)), executed * repeats)
+
+
+def _upload(cells: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return cells
+    if torch.cuda.is_current_stream_capturing():
+        raise ValueError(
+            "this mask has not been used before and cannot be planned inside a CUDA graph capture; run the attention once before capturing"
+        )
+    return cells.pin_memory().to(device, non_blocking=True)

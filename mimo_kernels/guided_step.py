@@ -1,0 +1,94 @@
+"""Guidance and one sampler step in one pass: the velocities of all branches are combined and the latents updated in place."""
+
+import torch
+from torch import Tensor
+
+from mimo_kernels import _dispatch
+
+if _dispatch.triton_available():
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def guided_step_kernel(
+        p_x, p_v, p_weights, p_coefficients, p_index, num_elements, G: tl.constexpr, BM: tl.constexpr
+    ):
+        o_x = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+        m_x = o_x < num_elements
+        p_row = p_coefficients + 2 * tl.load(p_index)
+        b_v = tl.zeros([BM], dtype=tl.float32)
+        for g in tl.static_range(G):
+            b_v += tl.load(p_weights + g) * tl.load(p_v + g * num_elements + o_x, mask=m_x, other=0.0).to(tl.float32)
+        b_x = tl.load(p_row) * tl.load(p_x + o_x, mask=m_x, other=0.0) + tl.load(p_row + 1) * b_v
+        tl.store(p_x + o_x, b_x, mask=m_x)
+
+
+BLOCK = 1024
+
+
+@torch.library.custom_op("mimo_kernels::guided_step_triton", mutates_args=("x",))
+def _triton_op(x: Tensor, v: Tensor, weights: Tensor, coefficients: Tensor, index: Tensor) -> None:
+    blocks = triton.cdiv(x.numel(), BLOCK)
+    guided_step_kernel[(blocks,)](x, v, weights, coefficients, index, x.numel(), G=len(weights), BM=BLOCK, num_warps=4)
+
+
+@_triton_op.register_fake
+def _(x, v, weights, coefficients, index):
+    return None
+
+
+def backends(device: torch.device) -> dict[str, list[str]]:
+    """backend -> the reasons why it cannot serve tensors on `device`, in order of preference."""
+    triton_ = _dispatch.triton_refusals(device)
+    if device.type == "cuda":
+        return {"triton": triton_, "reference": []}
+    return {"reference": [], "triton": triton_}
+
+
+describe_backends = backends
+
+
+def guided_step(
+    x: Tensor, v: Tensor, weights: Tensor, coefficients: Tensor, index: Tensor, *, backend: str = "auto"
+) -> Tensor:
+    """One step of a sampler that is linear in x and v, under guidance, in place:
+
+        x <- coefficients[i, 0] * x + coefficients[i, 1] * sum_g weights[g] * v[g]        i = index[0]
+
+    DDIM with eta 0 and Euler are such samplers; guidance is a weighted sum of velocities whose weights add up to 1
+    (MiMo, Eq. 27). The step number stands on the device, so a captured CUDA graph serves every step.
+
+    Args:
+        x: fp32 [...], contiguous; updated.
+        v: fp32, fp16 or bf16 [G, ...], contiguous: the velocities of G branches, each shaped as x.
+        weights: fp32 [G]. coefficients: fp32 [steps, 2]. index: int64 [1], below `steps`.
+        backend: "auto", "triton" or "reference".
+
+    Returns: x.
+
+    Raises ValueError for shapes or dtypes that do not fit, and for a backend that cannot serve.
+    """
+    expected = {
+        "x": (x, x.shape, torch.float32),
+        "v": (v, (len(weights), *x.shape), v.dtype),
+        "weights": (weights, (len(weights),), torch.float32),
+        "coefficients": (coefficients, (len(coefficients), 2), torch.float32),
+        "index": (index, (1,), torch.int64),
+    }
+    for name, (tensor, shape, dtype) in expected.items():
+        if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous {dtype} {list(shape)}, "
+                f"got {tensor.dtype} {list(tensor.shape)} with strides {list(tensor.stride())}"
+            )
+    if _dispatch.choose("guided_step", backend, backends(x.device)) == "triton":
+        _triton_op(x, v, weights, coefficients, index)
+        return x
+    return x.copy_(guided_step_ref(x, v, weights, coefficients, index))
+
+
+def guided_step_ref(x: Tensor, v: Tensor, weights: Tensor, coefficients: Tensor, index: Tensor) -> Tensor:
+    """`guided_step` in plain PyTorch, not in place."""
+    of_x, of_v = coefficients[index].unbind(1)  # [1] each
+    guided = (weights.view(-1, *[1] * x.ndim) * v.float()).sum(0)
+    return of_x * x + of_v * guided

@@ -1,0 +1,120 @@
+"""The paged kernels on a GPU, in the dtypes that sampling uses, and inside a captured graph."""
+
+import pytest
+import torch
+
+from mimo_kernels import FrameCache, paged_frame_attention
+from mimo_kernels.attention.paged import _triton_op
+from mimo_kernels.testing import assert_within_budget, poisoned_memory
+
+DEVICE = torch.device("cuda")
+
+
+def draw(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+def plain(q, k, v, history, layer: int, dtype: torch.dtype) -> torch.Tensor:
+    """history: per row a list of (keys, values) [layers, n, h, d]."""
+    out = []
+    for place, frames in enumerate(history):
+        keys = torch.cat([*(f[0][layer] for f in frames), k[place]]).to(dtype)
+        values = torch.cat([*(f[1][layer] for f in frames), v[place]]).to(dtype)
+        scores = torch.einsum("qhd,khd->hqk", q[place].to(dtype), keys) * q.shape[-1] ** -0.5
+        out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), values))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("heads, dim", [(4, 64), (16, 72), (2, 96), (4, 128), (1, 256)])
+@pytest.mark.parametrize("tokens, page_size", [(256, 64), (64, 64), (16, 16), (196, 64), (1560, 1560)])
+def test_equals_plain_attention(dtype, heads, dim, tokens, page_size):
+    torch.manual_seed(0)
+    per_frame = FrameCache.pages_for(1, tokens, page_size=page_size)
+    cache = FrameCache(2, heads, dim, num_pages=8 * per_frame, page_size=page_size, dtype=dtype, device=DEVICE)
+    cache.pool.fill_(float("nan"))
+    a, b = cache.new_sequence(), cache.new_sequence()
+    history: dict = {a: [], b: [], None: []}
+    for seqs in ([a, b], [a, b], [a], [a]):
+        k, v = (draw(2, len(seqs), tokens, heads, dim, dtype=dtype) for _ in range(2))
+        cache.append(seqs, k, v)
+        for place, seq in enumerate(seqs):
+            history[seq].append((k[:, place], v[:, place]))
+    cache.evict(a, window=1, sink=1)
+    history[a] = [history[a][0], history[a][-1]]
+    seqs = [a, None, b]
+    view = cache.view(seqs, max_pages=20 * per_frame)
+    q, k, v = draw(3, tokens, 3, heads, dim, dtype=dtype).unbind(2)
+    rows = [history[seq] for seq in seqs]
+    exact, rough = (plain(q, k, v, rows, 1, kind) for kind in (torch.float64, dtype))
+    with poisoned_memory():
+        out = paged_frame_attention(q, k, v, cache, layer=1, view=view)
+    assert_within_budget(out, rough, exact.float())
+    args = (q, k, v, *cache.pool[1], view.page_table, view.page_rows, view.num_pages, dim**-0.5)
+    for splits in (1, 2, 7):
+        with poisoned_memory():
+            once, again = (_triton_op(*args, splits=splits) for _ in range(2))
+        assert_within_budget(once, rough, exact.float(), name=f"{splits} splits")
+        assert torch.equal(once, again)
+
+
+def test_captured_graph_follows_the_cache():
+    """One graph, captured on an empty cache, serves every later frame, and writes new ones."""
+    torch.manual_seed(0)
+    tokens, heads, dim = 64, 4, 72
+    cache = FrameCache(1, heads, dim, num_pages=12, dtype=torch.bfloat16, device=DEVICE)
+    seqs = [cache.new_sequence(), cache.new_sequence()]
+    view = cache.view([*seqs, None], max_pages=8)
+    q, k, v = (draw(3, tokens, heads, dim, dtype=torch.bfloat16) for _ in range(3))
+    slot = cache.begin_frame(seqs, tokens)
+
+    def frame() -> torch.Tensor:
+        cache.write(slot, 0, k[:2], v[:2])
+        return paged_frame_attention(q, k, v, cache, layer=0, view=view, backend="triton")
+
+    frame()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = frame()
+        with pytest.raises(ValueError, match="a CUDA graph would freeze"):
+            paged_frame_attention(q, k, v, cache, layer=0, view=view, backend="reference")
+    history = [[], [], []]
+    for step in range(5):
+        if step:
+            slot = cache.begin_frame(seqs, tokens, reuse=slot)
+        for x in (q, k, v):
+            x.copy_(draw(3, tokens, heads, dim, dtype=torch.bfloat16))
+        graph.replay()
+        exact, rough = (plain(q, k, v, history, 0, kind) for kind in (torch.float64, torch.bfloat16))
+        assert_within_budget(out, rough, exact.float())
+        cache.commit(slot)
+        for place in range(2):
+            history[place].append((k[None, place].clone(), v[None, place].clone()))
+            if step == 3:
+                cache.evict(seqs[place], window=2)
+                history[place] = history[place][-2:]
+        view.refresh()
+
+
+def test_nothing_waits_for_the_device():
+    cache = FrameCache(1, 2, 64, num_pages=64, dtype=torch.bfloat16, device=DEVICE)
+    seq = cache.new_sequence()
+    view = cache.view([seq], max_pages=16)
+    q, k, v = (draw(1, 64, 2, 64, dtype=torch.bfloat16) for _ in range(3))
+    paged_frame_attention(q, k, v, cache, layer=0, view=view)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(8):
+            slot = cache.begin_frame([seq], 64)
+            cache.write(slot, 0, k, v)
+            cache.commit(slot)
+            cache.evict(seq, window=3)
+            view.refresh()
+            paged_frame_attention(q, k, v, cache, layer=0, view=view, backend="triton")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_pool_beyond_the_free_memory_is_refused():
+    with pytest.raises(ValueError, match=r"the cache needs .* GiB for .* pages, the budget is"):
+        FrameCache(28, 16, 72, num_pages=10**7, dtype=torch.bfloat16, device=DEVICE)

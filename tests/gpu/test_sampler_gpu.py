@@ -1,0 +1,121 @@
+"""Sampling on a GPU: captured graphs against eager execution and against the CPU, and no waiting inside a frame."""
+
+import pytest
+import torch
+
+import mimo.sampler
+from mimo import MiMo, MiMoConfig
+from mimo.config import SampleConfig
+from mimo.sampler import CachePolicy, Sampler
+
+DEVICE = torch.device("cuda")
+
+
+def network(dtype: torch.dtype = torch.float32, **options) -> MiMo:
+    torch.manual_seed(0)
+    base = {"depth": 3, "dim": 144, "heads": 2, "frames": 6, "height": 8, "width": 8, "channels": 8}
+    base |= {"mask_weight": 0.0, "parameterization": "flow", "decoder_layer": 1, "num_classes": 3, "num_actions": 4}
+    model = MiMo(MiMoConfig(**base | options)).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
+    return model.to(DEVICE, dtype)
+
+
+def config(**options) -> SampleConfig:
+    base = {"sampler": "euler", "steps": 4, "num_frames": 6, "history_guidance": 1.5, "class_guidance": 2.0}
+    return SampleConfig(**base | options)
+
+
+def draw(sampler: Sampler, frames: int = 6, **options) -> torch.Tensor:
+    given = torch.randn(2, 2, 64, 8, generator=torch.Generator().manual_seed(5))
+    device = sampler.model.embed.weight.device
+    options |= {"labels": torch.tensor([0, 2]), "actions": torch.arange(2 * frames).view(2, frames) % 4}
+    moved = {name: value.to(device) if torch.is_tensor(value) else value for name, value in options.items()}
+    return sampler.sample(given.to(device), frames, generator=torch.Generator().manual_seed(1), **moved)
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """Sampler without graphs."""
+
+    def make(*args, **options):
+        with monkeypatch.context() as patch:
+            patch.setattr(mimo.sampler, "_Replayed", lambda function, device: function)
+            sampler = Sampler(*args, **options)
+            video = draw(sampler)
+        return video
+
+    return make
+
+
+@pytest.mark.parametrize("policy", [CachePolicy(), CachePolicy(3, sink=1)], ids=["whole", "window"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_graph_equals_eager(eager, policy, dtype):
+    model = network(dtype)
+    expected = eager(model, config(), policy=policy)
+    sampler = Sampler(model, config(), policy=policy)
+    assert torch.equal(draw(sampler), expected)
+    assert torch.equal(draw(sampler), expected)  # the same graphs, a second run
+    (run,) = sampler._idle.values()
+    assert run.step.graph is not None and run.record.graph is not None
+
+
+def test_equals_the_cpu_and_the_full_mask():
+    model = network()
+    cpu = network().cpu()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    video = draw(Sampler(model, config()))
+    torch.testing.assert_close(video.cpu(), draw(Sampler(cpu, config())), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(video, draw(Sampler(model, config(), use_cache=False)), rtol=1e-3, atol=1e-3)
+
+
+def test_trajectories_equal_repeated_contexts():
+    model = network()
+    forked = draw(Sampler(model, config(class_guidance=1.0)), trajectories=3)
+    given = torch.randn(2, 2, 64, 8, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    repeated = Sampler(model, config(class_guidance=1.0)).sample(
+        given.repeat_interleave(3, 0),
+        6,
+        labels=torch.tensor([0, 2], device=DEVICE).repeat_interleave(3),
+        actions=(torch.arange(12, device=DEVICE).view(2, 6) % 4).repeat_interleave(3, 0),
+        generator=torch.Generator().manual_seed(1),
+    )
+    torch.testing.assert_close(forked, repeated, rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_graphs_outlive_the_context():
+    sampler = Sampler(network(), config())
+    videos = []
+    for _ in range(2):
+        with torch.autocast("cuda", torch.bfloat16):
+            videos.append(draw(sampler))
+        torch.cuda.empty_cache()
+        torch.empty(2**28, device=DEVICE).fill_(float("nan"))  # what was freed is gone
+    assert torch.equal(*videos)
+
+
+def test_nothing_waits_for_the_device_inside_a_frame():
+    sampler = Sampler(network(torch.bfloat16), config(class_guidance=1.0), policy=CachePolicy(4, sink=1))
+    stream = sampler.stream(None, 12, batch=2, generator=torch.Generator().manual_seed(0))
+    for _ in range(3):  # captures both graphs
+        next(stream)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        frames = [next(stream) for _ in range(8)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.stack(frames).isfinite().all()
+    assert all(latency() > 0 for latency in sampler.latencies)
+
+
+def test_long_video_in_constant_memory():
+    model = network(torch.bfloat16, depth=1)
+    sampler = Sampler(model, config(steps=2), policy=CachePolicy(4, sink=2))
+    stream = sampler.stream(None, 300, generator=torch.Generator().manual_seed(0))
+    for _ in range(20):
+        next(stream)
+    before = torch.cuda.memory_allocated()
+    for frame in stream:
+        assert frame.shape == (1, 64, 8)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() <= before + 2**20

@@ -1,0 +1,1 @@
+from .emulation import emulated  # noqa: F401

@@ -1,0 +1,327 @@
+"""FrameCache against a plain-Python model of it, its errors, and saving."""
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+from safetensors.torch import load_file, save_file
+
+from mimo_kernels import FrameCache
+
+LAYERS, HEADS, DIM, PAGE = 2, 1, 8, 4
+
+
+def make(num_pages: int = 8, **options) -> FrameCache:
+    return FrameCache(LAYERS, HEADS, DIM, num_pages=num_pages, page_size=PAGE, **options)
+
+
+def frame(value: float, tokens: int, seqs: int = 1) -> tuple[list, list]:
+    """Keys and values of one frame per layer; every row of every layer is different."""
+    shape = (seqs, tokens, HEADS, DIM)
+    rows = value + torch.arange(seqs * tokens).view(seqs, tokens, 1, 1) / 1000
+    keys = [(rows + 0.5 * layer).expand(shape) for layer in range(LAYERS)]
+    return keys, [-k for k in keys]
+
+
+def content(cache: FrameCache, seq: int) -> list[torch.Tensor]:
+    """What a kernel reads through the device page table: per layer, keys and values of all cached tokens."""
+    view = cache.view([None, seq])
+    assert view.num_pages[0] == 0
+    pages, used = view.page_table[1].tolist(), view.page_rows[1].tolist()
+    assert len(pages) == view.num_pages[1] and sum(used) == view.lengths[1] == len(view.rows()) == cache.num_tokens(seq)
+    seen = torch.cat([cache.pool[:, :, page, :rows] for page, rows in zip(pages, used)] or [cache.pool[:, :, 0, :0]], 2)
+    assert torch.equal(seen, cache.pool.flatten(2, 3)[:, :, view.rows()])
+    return list(seen.unbind(1))
+
+
+class Machine(RuleBasedStateMachine):
+    """Random sequences of operations; `frames` says what every sequence must hold, written without pages."""
+
+    seqs = Bundle("seqs")
+
+    def __init__(self):
+        super().__init__()
+        self.cache = make()
+        self.frames: dict[int, list[tuple[int, torch.Tensor, torch.Tensor, object]]] = {}
+        self.appended: dict[int, int] = {}
+        self.slot = None
+        self.count = 0
+
+    def pages(self) -> int:
+        """Pages in use: frames that sequences share are the same object and count once."""
+        frames = {id(f[3]): f[1].shape[1] for frames in self.frames.values() for f in frames}
+        return sum(-(-tokens // PAGE) for tokens in frames.values())
+
+    def reserved(self) -> int:
+        return 0 if self.slot is None else len(self.slot[0].seqs) * -(-self.slot[0].num_tokens // PAGE)
+
+    def fits(self, need: int) -> bool:
+        return need <= self.cache.num_pages - self.pages() - self.reserved()
+
+    def open(self, seq: int) -> bool:
+        return self.slot is not None and seq in self.slot[0].seqs
+
+    def put(self, seqs, keys, values) -> None:
+        for place, seq in enumerate(seqs):
+            k, v = (torch.stack([x[place] for x in layers]) for layers in (keys, values))
+            self.frames[seq].append((self.appended[seq], k, v, object()))
+            self.appended[seq] += 1
+
+    def new_values(self, tokens: int, seqs: int):
+        self.count += 1
+        return frame(10.0 * self.count, tokens, seqs)
+
+    @rule(target=seqs)
+    def new(self):
+        seq = self.cache.new_sequence()
+        assert seq not in self.appended
+        self.frames[seq], self.appended[seq] = [], 0
+        return seq
+
+    @rule(chosen=st.lists(seqs, min_size=1, max_size=3, unique=True), tokens=st.integers(1, 9))
+    def append(self, chosen, tokens):
+        keys, values = self.new_values(tokens, len(chosen))
+        if any(map(self.open, chosen)) or not self.fits(len(chosen) * -(-tokens // PAGE)):
+            with pytest.raises(ValueError, match="open frame|full"):
+                self.cache.append(chosen, keys, values)
+            return
+        self.cache.append(chosen, keys, values)
+        self.put(chosen, keys, values)
+
+    @rule(chosen=st.lists(seqs, min_size=1, max_size=2, unique=True), tokens=st.integers(1, 9))
+    def begin(self, chosen, tokens):
+        if self.slot is None and self.fits(len(chosen) * -(-tokens // PAGE)):
+            slot = self.cache.begin_frame(chosen, tokens)
+            keys, values = self.new_values(tokens, len(chosen))
+            for layer in range(LAYERS):
+                self.cache.write(slot, layer, keys[layer], values[layer])
+            self.slot = slot, keys, values
+
+    @rule(commit=st.booleans())
+    def close(self, commit):
+        if self.slot is not None:
+            slot, keys, values = self.slot
+            self.slot = None
+            if commit:
+                self.cache.commit(slot)
+                self.put(slot.seqs, keys, values)
+            else:
+                self.cache.cancel(slot)
+
+    @rule(target=seqs, seq=seqs)
+    def fork(self, seq):
+        child = self.cache.fork(seq)
+        self.frames[child], self.appended[child] = list(self.frames[seq]), self.appended[seq]
+        return child
+
+    @rule(seq=seqs, window=st.integers(0, 3), sink=st.integers(0, 2))
+    def evict(self, seq, window, sink):
+        before = self.frames[seq]
+        kept = [f for i, f in enumerate(before) if i < sink or i >= len(before) - window]
+        assert self.cache.evict(seq, window=window, sink=sink) == len(before) - len(kept)
+        self.frames[seq] = kept
+
+    @rule(target=seqs, seq=consumes(seqs))
+    def free(self, seq):
+        if self.open(seq):
+            with pytest.raises(ValueError, match="open frame"):
+                self.cache.free(seq)
+            return seq
+        self.cache.free(seq)
+        del self.frames[seq]
+        with pytest.raises(ValueError, match=f"no sequence {seq} in the cache: it was freed"):
+            self.cache.fork(seq)
+        return multiple()
+
+    @rule(more=st.integers(0, 4))
+    def save_and_load(self, more):
+        if self.slot is not None:
+            with pytest.raises(ValueError, match="open frame"):
+                self.cache.state_dict()
+            return
+        restored = make(max(1, self.pages()) + more)
+        restored.load_state_dict(self.cache.state_dict())
+        assert restored.num_free_pages == restored.num_pages - self.pages()
+        if restored.num_pages >= self.cache.num_pages:
+            self.cache = restored
+
+    @invariant()
+    def holds_what_was_written(self):
+        assert self.cache.num_free_pages == self.cache.num_pages - self.pages() - self.reserved()
+        for seq, frames in self.frames.items():
+            assert self.cache.frame_indices(seq) == [f[0] for f in frames]
+            assert self.cache.position(seq) == self.appended[seq] and self.cache.num_frames(seq) == len(frames)
+            k, v = content(self.cache, seq)
+            empty = torch.empty(LAYERS, 0, HEADS, DIM)
+            assert torch.equal(k, torch.cat([empty, *(f[1] for f in frames)], 1))
+            assert torch.equal(v, torch.cat([empty, *(f[2] for f in frames)], 1))
+
+
+TestMachine = Machine.TestCase
+TestMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_shared_pages_are_stored_once():
+    cache = make(7)
+    parent = cache.new_sequence()
+    cache.append([parent], *frame(1, 10))
+    children = [cache.fork(parent) for _ in range(4)]
+    assert cache.num_free_pages == 4
+    cache.append(children, *frame(2, 3, seqs=4))
+    assert cache.num_free_pages == 0
+    cache.free(parent)
+    for place, child in enumerate(children):
+        assert torch.equal(content(cache, child)[0][0, 10:], frame(2, 3, seqs=4)[0][0][place])
+        assert cache.num_free_pages == place
+        cache.free(child)
+    assert cache.num_free_pages == 7
+
+
+def test_view_keeps_its_addresses():
+    cache = make()
+    a, b = cache.new_sequence(), cache.new_sequence()
+    view = cache.view([a, None, a], max_pages=3)
+    tensors = view.page_table, view.page_rows, view.num_pages
+    slot = cache.begin_frame([a, b], 6)
+    rows = slot.rows
+    cache.commit(slot)
+    assert view.num_pages.tolist() == [0, 0, 0]  # a view follows when it is told to
+    view.refresh()
+    assert tensors[2].tolist() == [2, 0, 2] and tensors[1].tolist()[0][:2] == [4, 2]
+    assert tensors[0][0].tolist() == tensors[0][2].tolist()
+    again = cache.begin_frame([b, a], 6, reuse=slot)
+    assert again.rows.data_ptr() == rows.data_ptr() and again.rows.tolist() != list(range(12))
+    cache.commit(again)
+    with pytest.raises(ValueError, match="sequence of 4 pages does not fit into a view of max_pages = 3"):
+        view.refresh([b, b, b])
+    with pytest.raises(ValueError, match="3 rows and cannot show 1"):
+        view.refresh([b])
+
+
+def test_full_pool_names_need_and_budget_and_harms_nobody():
+    cache = make(3)
+    a, b = cache.new_sequence(), cache.new_sequence()
+    cache.append([a], *frame(1, 5))
+    before = content(cache, a)
+    with pytest.raises(ValueError, match=r"full: 2 frames of 3 tokens need 2 pages \(.* MiB\), 1 of 3 are free"):
+        cache.append([a, b], *frame(2, 3, seqs=2))
+    assert cache.num_free_pages == 1 and cache.num_frames(b) == 0
+    assert all(torch.equal(x, y) for x, y in zip(before, content(cache, a)))
+    cache.append([b], *frame(3, 4))
+    assert cache.num_free_pages == 0
+
+
+def test_budget_is_known_before_the_run():
+    sizes = {"num_pages": 10, "page_size": 64, "dtype": torch.bfloat16}
+    assert FrameCache.bytes(28, 16, 72, **sizes) == 2 * 28 * 10 * 64 * 16 * 72 * 2
+    assert FrameCache(2, 2, 8, **sizes).pool.nbytes == FrameCache.bytes(2, 2, 8, **sizes)
+    assert FrameCache.pages_for(5, 256, sequences=3, page_size=64) == 60
+    assert FrameCache.pages_for(5, 65, page_size=64) == 10
+    with pytest.raises(ValueError, match=r"needs 0.04 MiB for 10 pages, the budget is 0.02 MiB"):
+        FrameCache(2, 1, 8, **sizes, budget=20000)
+
+
+def test_wrong_use_is_named():
+    cache = make()
+    a, b = cache.new_sequence(), cache.new_sequence()
+    keys, values = frame(1, 3)
+    with pytest.raises(ValueError, match=r"k must be \[1, 3, 1, 8\] torch.float32 .* got \[1, 3, 1, 8\] torch.float16"):
+        cache.append([a], [k.half() for k in keys], values)
+    with pytest.raises(ValueError, match=r"v must be \[1, 3, 1, 8\] .* got \[1, 2, 1, 8\]"):
+        cache.append([a], keys, [v[:, :2] for v in values])
+    with pytest.raises(ValueError, match="expected 2 layers, got 1"):
+        cache.append([a], keys[:1], values)
+    assert cache.num_free_pages == 8
+    cache.append([a], keys, values)  # the failed ones left no open frame behind
+    with pytest.raises(ValueError, match="at least one token|a sequence and a token"):
+        cache.begin_frame([a], 0)
+    with pytest.raises(ValueError, match=r"one open frame, got sequences \[0, 0\]"):
+        cache.begin_frame([a, a], 3)
+    with pytest.raises(ValueError, match="no sequence 7 in the cache: it was never made"):
+        cache.view([a, 7])
+    with pytest.raises(ValueError, match="must not be negative, got -1 and 0"):
+        cache.evict(a, window=-1)
+    with pytest.raises(ValueError, match=r"frame 4 of sequence 0 is not resident, only \[0\]"):
+        cache.frame(a, 4)
+    slot = cache.begin_frame([b], 3)
+    with pytest.raises(ValueError, match="layer must be in 0..1, got 2"):
+        cache.write(slot, 2, keys[0], values[0])
+    with pytest.raises(ValueError, match="cannot reuse a slot of 1 x 3 tokens, open: True"):
+        cache.begin_frame([a], 3, reuse=slot)
+    cache.commit(slot)
+    for late in (cache.commit, cache.cancel, lambda s: cache.write(s, 0, keys[0], values[0])):
+        with pytest.raises(ValueError, match="already committed or cancelled"):
+            late(slot)
+    for name in ("num_pages", "page_size"):
+        with pytest.raises(ValueError, match=f"{name} must be positive, got 0"):
+            FrameCache(1, 1, 8, **{"num_pages": 1, "page_size": 1, name: 0})
+    with pytest.raises(ValueError, match="dtype must be"):
+        make(dtype=torch.int8)
+
+
+def test_save_and_restore_through_safetensors(tmp_path):
+    cache = make()
+    a = cache.new_sequence()
+    cache.append([a], *frame(1, 6))
+    b = cache.fork(a)
+    cache.append([a, b], *frame(2, 4, seqs=2))
+    cache.evict(b, window=1)
+    empty = cache.new_sequence()
+    cache.free(cache.new_sequence())
+    save_file(cache.state_dict(), tmp_path / "cache.safetensors")
+    restored = make(5)
+    restored.new_sequence()  # is replaced
+    restored.load_state_dict(load_file(tmp_path / "cache.safetensors"))
+    assert restored.num_free_pages == 1
+    for seq in (a, b, empty):
+        assert restored.frame_indices(seq) == cache.frame_indices(seq)
+        assert restored.position(seq) == cache.position(seq)
+        assert all(torch.equal(x, y) for x, y in zip(content(restored, seq), content(cache, seq)))
+    assert restored.new_sequence() == cache.new_sequence()
+    with pytest.raises(ValueError, match="saved cache has 4 pages, this one only 3"):
+        make(3).load_state_dict(cache.state_dict())
+    with pytest.raises(ValueError, match="saved pages are"):
+        FrameCache(LAYERS, 2, DIM, num_pages=9, page_size=PAGE).load_state_dict(cache.state_dict())
+
+
+def test_caches_are_independent():
+    one, two = make(), make()
+    a, b = one.new_sequence(), two.new_sequence()
+    one.append([a], *frame(1, 4))
+    two.append([b], *frame(2, 4))
+    assert content(one, a)[0][0, 0, 0, 0] == 1 and content(two, b)[0][0, 0, 0, 0] == 2
+
+
+def test_compress_keeps_old_frames_coarse():
+    cache = make(20)
+    a = cache.new_sequence()
+    for value in range(5):
+        cache.append([a], *frame(value, 8))
+    b = cache.fork(a)
+    calls = []
+
+    def coarse(seq, index):
+        calls.append((seq, index))
+        return tuple(x.unflatten(1, (2, 4)).mean(2) for x in cache.frame(seq, index))
+
+    before = content(cache, a)
+    cache.compress([a, b], coarse, window=2, sink=1)
+    assert calls == [(a, 1), (a, 2)]  # shared frames once
+    assert cache.num_free_pages == 20 - 3 * 2 - 2 * 1
+    for seq in (a, b):
+        assert cache.frame_indices(seq) == [0, 1, 2, 3, 4] and cache.num_tokens(seq) == 3 * 8 + 2 * 2
+        for x, y in zip(content(cache, seq), before):
+            pooled = y[:, 8:24].unflatten(1, (4, 4)).mean(2)
+            assert torch.equal(x, torch.cat([y[:, :8], pooled, y[:, 24:]], 1))
+    cache.compress([a], coarse, window=2, sink=1)
+    assert len(calls) == 2  # coarse frames stay as they are
+    restored = make(20)
+    restored.load_state_dict(cache.state_dict())
+    restored.compress([a, b], coarse, window=2, sink=1)
+    assert len(calls) == 2
+    with pytest.raises(ValueError, match=r"coarse k and v must be \[2, fewer than 8, 1, 8\], got \[2, 8, 1, 8\]"):
+        cache.compress([a], lambda seq, index: cache.frame(seq, index), window=0, sink=1)
+    cache.free(a)
+    cache.free(b)
+    assert cache.num_free_pages == 20

@@ -1,0 +1,235 @@
+"""paged_frame_attention, reference and interpreted Triton kernel, against plain attention over lists of frames."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mimo_kernels import FrameCache, paged_frame_attention
+from mimo_kernels.attention.paged import _reference_op, _triton_op
+from mimo_kernels.testing import assert_within_budget, poisoned_memory
+
+triton_paged = pytest.importorskip("mimo_kernels.attention.triton_paged")
+
+
+class Clips:
+    """A cache and, beside it, the frames that every sequence sees, as plain tensors."""
+
+    def __init__(self, heads: int, dim: int, page_size: int, dtype: torch.dtype = torch.float32, seed: int = 0):
+        self.cache = FrameCache(2, heads, dim, num_pages=400, page_size=page_size, dtype=dtype)
+        self.cache.pool.fill_(float("nan"))  # what was never written must not be seen
+        self.shape, self.dtype = (heads, dim), dtype
+        self.frames: dict[int | None, list[tuple[torch.Tensor, torch.Tensor]]] = {None: []}
+        self.random = torch.Generator().manual_seed(seed)
+
+    def draw(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, *self.shape, generator=self.random).to(self.dtype)
+
+    def new(self, *lens: int) -> int:
+        seq = self.cache.new_sequence()
+        self.frames[seq] = []
+        for tokens in lens:
+            self.append([seq], tokens)
+        return seq
+
+    def append(self, seqs: list[int], tokens: int) -> None:
+        k, v = self.draw(2, len(seqs), tokens), self.draw(2, len(seqs), tokens)
+        self.cache.append(seqs, k, v)
+        for place, seq in enumerate(seqs):
+            self.frames[seq].append((k[:, place], v[:, place]))
+
+    def fork(self, seq: int) -> int:
+        child = self.cache.fork(seq)
+        self.frames[child] = list(self.frames[seq])
+        return child
+
+    def evict(self, seq: int, window: int, sink: int) -> None:
+        frames = self.frames[seq]
+        self.cache.evict(seq, window=window, sink=sink)
+        self.frames[seq] = [f for i, f in enumerate(frames) if i < sink or i >= len(frames) - window]
+
+    def frame(self, seqs: list[int | None], tokens: int) -> tuple[torch.Tensor, ...]:
+        """q, k, v of one frame as a network has them: three slices of one projection."""
+        return self.draw(len(seqs), tokens, 3).unbind(2)
+
+    def plain(self, seqs, q, k, v, layer: int, dtype: torch.dtype, scale: float | None = None) -> torch.Tensor:
+        """softmax(scale q K^T) V for each sequence over the concatenation of its frames and itself."""
+        out = []
+        for place, seq in enumerate(seqs):
+            keys = torch.cat([*(f[0][layer] for f in self.frames[seq]), k[place]]).to(dtype)
+            values = torch.cat([*(f[1][layer] for f in self.frames[seq]), v[place]]).to(dtype)
+            scores = torch.einsum("qhd,khd->hqk", q[place].to(dtype), keys)
+            probabilities = (scores * (scale or q.shape[-1] ** -0.5)).softmax(-1)
+            out.append(torch.einsum("hqk,khd->qhd", probabilities, values))
+        return torch.stack(out)
+
+    def check(self, out, seqs, q, k, v, layer: int, **options) -> None:
+        exact = self.plain(seqs, q, k, v, layer, torch.float64, **options)
+        assert_within_budget(out, self.plain(seqs, q, k, v, layer, self.dtype, **options), exact)
+
+
+def ragged(page_size: int, heads: int = 2, dim: int = 8, dtype=torch.float32) -> tuple[Clips, list[int | None]]:
+    """Five rows: a forked pair that went on differently, no history, an evicted middle, a repeat."""
+    clips = Clips(heads, dim, page_size, dtype)
+    a, b = clips.new(9, 9), clips.new(9, 4, 9, 9)
+    c = clips.fork(a)
+    clips.append([a, c], 9)
+    clips.append([c], 17)
+    clips.evict(b, window=1, sink=1)
+    return clips, [a, c, None, b, a]
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("page_size", [1, 4, 9, 64])
+def test_equals_plain_attention(backend, page_size):
+    clips, seqs = ragged(page_size)
+    q, k, v = clips.frame(seqs, 9)
+    view = clips.cache.view(seqs)
+    with poisoned_memory():
+        out = paged_frame_attention(q, k, v, clips.cache, layer=1, view=view, backend=backend)
+    clips.check(out, seqs, q, k, v, layer=1)
+    assert out.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    "dim, dtype",
+    [(8, torch.float32), (24, torch.float16), (64, torch.float32)]
+    + [(72, torch.float32), (72, torch.float16), (96, torch.float16)],
+)
+def test_head_dims_and_splits(dim, dtype):
+    clips, seqs = ragged(16, heads=1, dim=dim, dtype=dtype)
+    q, k, v = clips.frame(seqs, 9)
+    view = clips.cache.view(seqs)
+    args = (q, k, v, *clips.cache.pool[0], view.page_table, view.page_rows, view.num_pages, dim**-0.5)
+    with poisoned_memory():
+        for splits in (1, 3, 16):  # 16: more splits than key blocks
+            clips.check(_triton_op(*args, splits=splits), seqs, q, k, v, layer=0)
+
+
+@pytest.mark.parametrize("dim, parts", {8: (16, 0), 64: (64, 0), 72: (64, 16), 80: (64, 16), 96: (64, 32)}.items())
+def test_head_dim_is_split_into_powers_of_two(dim, parts):
+    assert triton_paged.split_head_dim(dim) == parts
+
+
+def test_every_head_dim_has_a_configuration():
+    for dim in range(8, 257, 8):
+        first, second = triton_paged.split_head_dim(dim)
+        assert dim <= first + second < dim + 16 + dim // 2
+        for itemsize in (2, 4):
+            for tokens in (1, 16, 64, 1560):
+                for capability in (80, 89, 90, 100):
+                    config = triton_paged.config_for(dim, itemsize, tokens, capability)
+                    assert config.block_m >= 16 and config.block_n >= 16
+
+
+def test_splits_fill_the_device_and_no_more():
+    choose = triton_paged.choose_splits
+    assert choose(tiles=500, max_keys=10**5, block_n=64, num_sms=132) == 1
+    assert choose(tiles=64, max_keys=10**5, block_n=64, num_sms=132) == 2
+    assert choose(tiles=4, max_keys=10**5, block_n=64, num_sms=132) == 16
+    assert choose(tiles=4, max_keys=512, block_n=64, num_sms=132) == 2
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_fuzzed_histories(data):
+    page_size = data.draw(st.integers(1, 40), label="page size")
+    tokens = data.draw(st.sampled_from([1, 5, 16, 33]), label="tokens")
+    clips = Clips(1, 8, page_size, seed=data.draw(st.integers(0, 99)))
+    lens = st.lists(st.sampled_from([1, 2, 7, 16, tokens]), max_size=3)
+    made = []
+    for _ in range(data.draw(st.integers(1, 2))):
+        made.append(clips.new(*data.draw(lens, label="frames")))
+    if data.draw(st.booleans()):
+        made.append(clips.fork(made[0]))
+        clips.append([made[-1]], 3)
+    clips.evict(made[0], data.draw(st.integers(0, 3)), data.draw(st.integers(0, 1)))
+    seqs = data.draw(st.lists(st.sampled_from([None, *made]), min_size=1, max_size=3), label="rows")
+    q, k, v = clips.frame(seqs, tokens)
+    view = clips.cache.view(seqs, max_pages=30 * 3)
+    scale = data.draw(st.sampled_from([None, 0.5]))
+    for backend in ("reference", "triton"):
+        with poisoned_memory():
+            out = paged_frame_attention(q, k, v, clips.cache, layer=0, view=view, scale=scale, backend=backend)
+        clips.check(out, seqs, q, k, v, layer=0, scale=scale)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_follows_a_refreshed_view(backend):
+    """What a captured graph relies on: the same tensors, only their content changes."""
+    clips = Clips(1, 8, 4)
+    a = clips.new()
+    view = clips.cache.view([a], max_pages=8)
+    slot = None
+    for tokens in (4, 4, 4):
+        q, k, v = clips.frame([a], tokens)
+        clips.check(paged_frame_attention(q, k, v, clips.cache, layer=1, view=view, backend=backend), [a], q, k, v, 1)
+        keys, values = clips.draw(2, 1, tokens), clips.draw(2, 1, tokens)
+        slot = clips.cache.begin_frame([a], tokens, reuse=slot)
+        for layer in range(2):
+            clips.cache.write(slot, layer, keys[layer], values[layer])
+        clips.cache.commit(slot)
+        clips.frames[a].append((keys[:, 0], values[:, 0]))
+        view.refresh()
+
+
+def test_same_result_every_time():
+    clips, seqs = ragged(4)
+    q, k, v = clips.frame(seqs, 9)
+    view = clips.cache.view(seqs)
+    args = (q, k, v, *clips.cache.pool[0], view.page_table, view.page_rows, view.num_pages, 0.3)
+    assert torch.equal(_triton_op(*args, splits=5), _triton_op(*args, splits=5))
+
+
+def test_operators_are_registered_in_full():
+    clips, seqs = ragged(4)
+    q, k, v = clips.frame(seqs, 9)
+    view = clips.cache.view(seqs)
+    pages = clips.cache.pool[0].nan_to_num()
+    checks = ("test_schema", "test_faketensor")
+    triton = (q, k, v, *pages, view.page_table, view.page_rows, view.num_pages, 0.3)
+    torch.library.opcheck(_triton_op, (*triton, 2), test_utils=checks)
+    torch.library.opcheck(_reference_op, (q, k, v, *pages, view.rows(), view.lengths, 0.3), test_utils=checks)
+
+
+def test_torch_compile_without_a_graph_break():
+    clips, seqs = ragged(4)
+    q, k, v = clips.frame(seqs, 9)
+    pages, view = clips.cache.pool[0], clips.cache.view(seqs)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def doubled(q, k, v, rows):
+        return 2 * _reference_op(q, k, v, *pages, rows, view.lengths, 0.3)
+
+    clips.check(doubled(q, k, v, view.rows()) / 2, seqs, q, k, v, layer=0, scale=0.3)
+
+
+def test_wrong_use_is_named():
+    clips, seqs = ragged(4)
+    q, k, v = clips.frame(seqs, 9)
+    cache, view = clips.cache, clips.cache.view(seqs)
+
+    def call(q=q, k=k, v=v, cache=cache, layer=0, **options):
+        return paged_frame_attention(q, k, v, cache, layer=layer, view=view, **options)
+
+    with pytest.raises(ValueError, match=r"k_self must be \[5, 9, 2, 8\] torch.float32 on cpu, got \[5, 8, 2, 8\]"):
+        call(k=k[:, :8])
+    with pytest.raises(ValueError, match=r"q must be \[5, N, 2, 8\] .* got \[9, 2, 8\]"):
+        call(q=q[0])
+    with pytest.raises(ValueError, match="v_self must be .* got .* torch.float16"):
+        call(v=v.half())
+    with pytest.raises(ValueError, match="the view belongs to another cache"):
+        call(cache=Clips(2, 8, 4).cache)
+    with pytest.raises(ValueError, match="layer must be in 0..1, got -1"):
+        call(layer=-1)
+    with pytest.raises(ValueError, match="unknown backend 'cutlass'"):
+        call(backend="cutlass")
+    strided = torch.empty(5, 9, 8, 2).transpose(2, 3)
+    with pytest.raises(ValueError, match="'triton' cannot serve: strides are not 1 for channels"):
+        call(q=strided, backend="triton")
+    narrow = Clips(1, 12, 4)
+    a = narrow.new(4)
+    with pytest.raises(ValueError, match="head_dim 12 is not a multiple of 8 up to 256"):
+        paged_frame_attention(
+            *narrow.frame([a], 4), narrow.cache, layer=0, view=narrow.cache.view([a]), backend="triton"
+        )

@@ -1,0 +1,431 @@
+"""Sampler against Algorithms 2 and 4 written out with the full-mask forward, and against itself: cached, uncached,
+batched, forked."""
+
+import itertools
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import mimo.sampler
+from mimo import MiMo, MiMoConfig
+from mimo.config import SampleConfig
+from mimo.diffusion import FlowSchedule, VPredictionSchedule
+from mimo.sampler import CachePolicy, Sampler, guidance_branches
+from mimo_kernels import FrameCache, paged_frame_attention
+
+TOKENS, CHANNELS, CLASSES, ACTIONS = 8, 5, 3, 4
+
+
+def network(**options) -> MiMo:
+    """Small, and with weights that make everything matter: DiT's initial zeros would hide it."""
+    torch.manual_seed(0)
+    base = {"depth": 2, "dim": 32, "heads": 2, "frames": 6, "height": 2, "width": 4, "channels": CHANNELS}
+    base |= {"mask_weight": 0.0, "parameterization": "flow", "decoder_layer": 1}
+    model = MiMo(MiMoConfig(**base | options)).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.15)
+    return model
+
+
+def config(**options) -> SampleConfig:
+    return SampleConfig(**{"sampler": "euler", "steps": 3, "num_frames": 6} | options)
+
+
+def context(clips: int = 2, frames: int = 2) -> torch.Tensor:
+    return torch.randn(clips, frames, TOKENS, CHANNELS, generator=torch.Generator().manual_seed(5))
+
+
+def seed(number: int = 1) -> torch.Generator:
+    return torch.Generator().manual_seed(number)
+
+
+def conditions(clips: int = 2, frames: int = 6) -> dict:
+    actions = torch.randint(ACTIONS, (clips, frames), generator=seed(3))
+    return {"labels": torch.arange(clips) % CLASSES, "actions": actions}
+
+
+def close(actual, expected) -> None:
+    torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def model() -> MiMo:
+    return network()
+
+
+@pytest.fixture(scope="module")
+def conditional() -> MiMo:
+    return network(num_classes=CLASSES, num_actions=ACTIONS)
+
+
+class Starts:
+    """Records the noise that every frame starts from."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.noise: list[torch.Tensor] = []
+        original = Sampler._noise
+
+        def record(sampler, seed, ids, positions, use, scale):
+            noise = original(sampler, seed, ids, positions, use, scale)
+            if use == "start":
+                self.noise.append(noise.clone())
+            return noise
+
+        monkeypatch.setattr(Sampler, "_noise", record)
+
+
+@torch.no_grad()
+def algorithm_4(model, schedule, steps, given, starts, w_history=1.0, w_class=1.0, labels=None, actions=None):
+    """The paper's Algorithm 4 with one full-mask forward per branch and step, and class guidance beside it."""
+    frames = list(given.unbind(1))
+    timesteps = schedule.embedding(schedule.sampling_timesteps(steps))
+    for x in starts:
+        t = len(frames)
+        history = torch.stack([*frames, torch.full_like(x, math.nan)], 1).nan_to_num(77.0)  # frame t: never seen
+        for i in range(steps):
+
+            def velocity(drop=False, labels=labels, actions=actions, x=x, t=t, history=history, i=i):
+                noisy = torch.zeros_like(history)
+                noisy[:, t] = x
+                return model(
+                    history,
+                    noisy,
+                    timesteps[i].expand(len(x), t + 1),
+                    labels=labels,
+                    actions=None if actions is None else actions[:, : t + 1],
+                    drop_history=torch.full((len(x), t + 1), drop),
+                ).velocity[:, t]
+
+            v = velocity()
+            guided = v
+            if w_history != 1:
+                guided = guided + (w_history - 1) * (v - velocity(drop=True))
+            if w_class != 1:
+                # The history keeps its actions: it is the same for all branches.
+                null = actions.clone() if actions is not None else None
+                if null is not None:
+                    null[:, t] = ACTIONS
+                guided = guided + (w_class - 1) * (v - velocity(labels=None, actions=null))
+            x = schedule.step(guided, x, i)
+        frames.append(x)
+    return torch.stack(frames, 1)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("w_history, w_class", [(1.0, 1.0), (1.5, 1.0), (1.0, 2.0), (1.5, 2.0)])
+def test_equals_algorithm_4_with_the_full_mask(conditional, monkeypatch, w_history, w_class, use_cache):
+    starts = Starts(monkeypatch)
+    guided = config(history_guidance=w_history, class_guidance=w_class)
+    sampler = Sampler(conditional, guided, use_cache=use_cache)
+    given = context()
+    video = sampler.sample(given, 5, generator=seed(), **conditions(frames=5))
+    schedule = FlowSchedule()
+    expected = algorithm_4(conditional, schedule, 3, given, starts.noise, w_history, w_class, **conditions(frames=5))
+    close(video, expected)
+    assert torch.equal(video[:, :2], given)
+
+
+def test_ddim_from_nothing(monkeypatch):
+    model = network(parameterization="v", separate_ln=False)
+    starts = Starts(monkeypatch)
+    video = Sampler(model, config(sampler="ddim", history_guidance=1.05)).sample(None, 3, batch=2, generator=seed())
+    nothing = torch.empty(2, 0, TOKENS, CHANNELS)
+    close(video, algorithm_4(model, VPredictionSchedule(), 3, nothing, starts.noise, 1.05))
+
+
+POLICIES = {
+    "whole": CachePolicy(),
+    "window": CachePolicy(3),
+    "window and sink": CachePolicy(2, sink=1),
+    "alone": CachePolicy(1),
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_cached_equals_full_mask(conditional, name):
+    """Ragged contexts, trajectories, both guidances: history recomputed with FrameMask against pages."""
+    given = [context(1, 4)[0], context(1, 1)[0]]
+    guided = config(history_guidance=1.5, class_guidance=2.0)
+    videos = []
+    for use_cache in (True, False):
+        sampler = Sampler(conditional, guided, policy=POLICIES[name], use_cache=use_cache, page_size=3)
+        videos.append(sampler.sample(given, 8, trajectories=2, generator=seed(), **conditions(frames=8)))
+    assert [len(video) for video in videos[0]] == [8, 8, 5, 5]
+    for cached, full in zip(*videos, strict=True):
+        close(cached, full)
+    if name != "whole":
+        whole = Sampler(conditional, guided).sample(given, 8, trajectories=2, generator=seed(), **conditions(frames=8))
+        assert not torch.allclose(whole[0], videos[0][0], atol=1e-2)
+
+
+def test_same_seed_same_video_alone_batched_and_forked(model):
+    sampler, given = Sampler(model, config(history_guidance=1.5)), context(3)
+    batched = sampler.sample(given, 5, generator=seed())
+    assert torch.equal(batched, sampler.sample(given, 5, generator=seed()))  # the cache of the first run, used again
+    for clip in range(3):
+        close(sampler.sample(given[clip : clip + 1], 5, generator=seed(), ids=[clip]), batched[clip : clip + 1])
+    forked = sampler.sample(given[:1], 5, generator=seed(), trajectories=3)
+    close(forked, sampler.sample(given[:1].expand(3, -1, -1, -1), 5, generator=seed()))
+    for one, other in itertools.combinations(forked[:, 2:].unbind(), 2):
+        assert not torch.allclose(one, other, atol=1e-2)
+    assert not torch.allclose(sampler.sample(given, 5, generator=seed(2)), batched, atol=1e-2)
+    generator = seed()
+    first, second = (sampler.sample(given, 5, generator=generator) for _ in range(2))
+    assert torch.equal(first, batched) and not torch.equal(second, batched)
+
+
+def test_trajectories_store_their_context_once(model, monkeypatch):
+    caches = []
+
+    class Recorded(FrameCache):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            caches.append(self)
+
+    monkeypatch.setattr(mimo.sampler, "FrameCache", Recorded)
+    stream = Sampler(model, config()).stream(context(2, 4), 6, trajectories=10, generator=seed())
+    next(stream)
+    (cache,) = caches
+    assert cache.num_pages - cache.num_free_pages == 2 * 4 + 20 * 1
+    assert cache.num_pages == 2 * 4 + 20 * 2  # known before the run
+    stream.close()
+    assert cache.num_free_pages == cache.num_pages
+
+
+class Syncs(TorchDispatchMode):
+    """Counts what would read a value back from a device."""
+
+    READS = (
+        torch.ops.aten._local_scalar_dense,
+        torch.ops.aten.nonzero,
+        torch.ops.aten.is_nonzero,
+        torch.ops.aten.equal,
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket in self.READS
+        return function(*args, **(kwargs or {}))
+
+
+def test_nothing_is_read_back_inside_a_frame():
+    with Syncs() as syncs:
+        torch.ones(1).item()
+    assert syncs.count == 1
+    # Learned positions: RoPE's reference looks at positions on the CPU, where it costs nothing, to refuse negative ones.
+    model = network(num_classes=CLASSES, num_actions=ACTIONS, positions="learned", frames=8)
+    sampler = Sampler(model, config(history_guidance=1.5, class_guidance=2.0), policy=CachePolicy(3, sink=1))
+    stream = sampler.stream(context(), 8, generator=seed(), **conditions(frames=8))
+    next(stream)
+    with Syncs() as syncs:
+        for _ in range(4):
+            next(stream)
+    assert syncs.count == 0
+
+
+class Recorded:
+    """What a CUDA graph does, on the CPU: the second call is recorded operator by operator, later calls run the record
+    again on the same memory and run no Python of the function."""
+
+    def __init__(self, function, device):
+        self.function, self.calls, self.record = function, 0, []
+
+    def __call__(self):
+        self.calls += 1
+        if self.calls == 1:
+            self.function()
+        elif self.calls == 2:
+            with self.Recorder(self.record):
+                self.function()
+        else:
+            for function, args, kwargs, outputs in self.record:
+                for old, new in zip(outputs, self.tensors(function(*args, **kwargs)), strict=True):
+                    if old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
+
+    @staticmethod
+    def tensors(tree) -> list[torch.Tensor]:
+        return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+    class Recorder(TorchDispatchMode):
+        def __init__(self, record):
+            super().__init__()
+            self.record = record
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            self.record.append((function, args, kwargs or {}, Recorded.tensors(out)))
+            return out
+
+
+def test_one_recording_serves_all_steps_and_frames(conditional, monkeypatch):
+    """Nothing that changes from step to step, frame to frame or run to run reaches the network but through memory."""
+    policy = CachePolicy(2, sink=1)  # the cache grows, then loses frames
+    guided = config(steps=2, history_guidance=1.5, class_guidance=2.0)
+    options = [conditions(frames=6), conditions(frames=6) | {"labels": torch.tensor([2, 0])}]
+    expected = [
+        Sampler(conditional, guided, policy=policy).sample(context(), 6, generator=seed(), **o) for o in options
+    ]
+    monkeypatch.setattr(mimo.sampler, "_Replayed", Recorded)
+    # The reference takes lengths from the host; the kernel reads them where a graph leaves them.
+    kernel = partial(paged_frame_attention, backend="triton")
+    monkeypatch.setattr(mimo.sampler, "paged_frame_attention", lambda *args, backend, **rest: kernel(*args, **rest))
+    sampler = Sampler(conditional, guided, policy=policy)
+    for o, video in zip(options, expected, strict=True):
+        close(sampler.sample(context(), 6, generator=seed(), **o), video)
+    (run,) = sampler._idle.values()
+    assert run.step.calls == 2 * 2 * 4 and run.record.calls == 2 * 3
+
+
+def test_long_video_in_constant_memory():
+    model = network(depth=1)
+    sampler = Sampler(model, config(steps=1), policy=CachePolicy(4, sink=2))
+    video = sampler.sample(context(1), 300, generator=seed())
+    assert video.shape == (1, 300, TOKENS, CHANNELS) and video.isfinite().all()
+    (run,) = sampler._idle.values()
+    assert run.cache.num_pages == run.cache.num_free_pages == 6
+
+
+def test_multi_level_cache(model):
+    """Frames that leave the window stay as averages of their tokens."""
+    left = []
+
+    def coarse(cache, seq, index):
+        left.append((seq, index))
+        return tuple(x.unflatten(1, (2, 4)).mean(2) for x in cache.frame(seq, index))
+
+    def draw(policy):
+        return Sampler(model, config(), policy=policy, page_size=2).sample(context(1), 7, generator=seed())
+
+    video = draw(CachePolicy(3, sink=1, coarse=coarse, coarse_tokens=2))
+    assert [index for _, index in left] == [1, 2, 3]  # before frame 6: 0 is a sink, 4 and 5 are in the window
+    others = draw(CachePolicy(3, sink=1)), draw(CachePolicy())
+    close(video[:, :4], others[1][:, :4])  # nothing had left the window yet
+    for other in others:
+        assert not torch.allclose(video[:, 4:], other[:, 4:], atol=1e-3)
+
+    def same(cache, seq, index):
+        k, v = cache.frame(seq, index)
+        return k[:, :-1], v[:, :-1]
+
+    close(draw(CachePolicy(7, coarse=same, coarse_tokens=TOKENS - 1)), others[1])  # nothing ever leaves
+
+
+def test_stream_hands_out_frames_as_they_are_done(model):
+    done, sampler = [], Sampler(model, config())
+    stream = sampler.stream(context(), 5, generator=seed(), progress=lambda *now: done.append(now))
+    frames = [next(stream)]
+    assert done == [(1, 3)]
+    frames += stream
+    assert done == [(1, 3), (2, 3), (3, 3)]
+    assert len(sampler.latencies) == 3 and all(latency() > 0 for latency in sampler.latencies)
+    assert torch.equal(torch.stack(frames, 1), sampler.sample(context(), 5, generator=seed())[:, 2:])
+
+
+def test_two_streams_and_an_abandoned_one(model):
+    sampler = Sampler(model, config())
+    expected = sampler.sample(context(), 5, generator=seed())[:, 2:]
+    one, other = (sampler.stream(context(), 5, generator=seed(n)) for n in (1, 2))
+    frames = [next(one), next(other), next(one), next(other), next(one)]
+    close(torch.stack(frames[::2], 1), expected)
+    other.close()
+    close(sampler.sample(context(), 5, generator=seed())[:, 2:], expected)
+
+
+def test_failure_inside_a_frame_leaves_the_sampler_usable(model, monkeypatch):
+    sampler = Sampler(model, config())
+    expected = sampler.sample(context(), 5, generator=seed())
+    original, calls = MiMo.history_frame, itertools.count()
+
+    def fails(*args, **options):
+        if next(calls) == 3:
+            raise RuntimeError("out of luck")
+        return original(*args, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of luck"):
+        patch.setattr(MiMo, "history_frame", fails)
+        sampler.sample(context(), 5, generator=seed())
+    assert torch.equal(sampler.sample(context(), 5, generator=seed()), expected)
+
+
+def test_temperature_and_history_noise_change_late_frames(model, monkeypatch):
+    starts = Starts(monkeypatch)
+    plain = Sampler(model, config()).sample(context(), 5, generator=seed())
+    cool = Sampler(model, config(), temperature=(1.0, 0.5)).sample(context(), 5, generator=seed())
+    for noise, scaled, factor in zip(starts.noise[:3], starts.noise[3:], (1.0, 0.75, 0.5), strict=True):
+        close(scaled, factor * noise)
+    close(cool[:, 2], plain[:, 2])
+    assert not torch.allclose(cool[:, 3], plain[:, 3], atol=1e-2)
+    videos = []
+    for use_cache in (True, False):
+        sampler = Sampler(model, config(), history_noise=(0.0, 0.5), use_cache=use_cache)
+        videos.append(sampler.sample(context(), 5, generator=seed()))
+    close(*videos)
+    close(videos[0][:, :4], plain[:, :4])  # frame 2 joins the history without noise, frame 3 with
+    assert not torch.allclose(videos[0][:, 4], plain[:, 4], atol=1e-2)
+
+
+def test_autocast_keeps_keys_and_values_in_its_dtype(model):
+    sampler = Sampler(model, config(steps=2))
+    exact = sampler.sample(context(), 4, generator=seed())
+    with torch.autocast("cpu", torch.bfloat16):
+        video = sampler.sample(context(), 4, generator=seed())
+    (run,) = sampler._idle.values()
+    assert run.cache.dtype == torch.bfloat16 and video.dtype == torch.float32
+    assert 1e-4 < (video - exact).abs().max() < 0.3
+
+
+def test_guidance_branches():
+    assert [(b.weight, b.history, b.condition) for b in guidance_branches(1.0, 1.0)] == [(1.0, True, True)]
+    assert [(b.weight, b.history, b.condition) for b in guidance_branches(1.5, 1.0)] == [
+        (1.5, True, True),
+        (-0.5, False, True),
+    ]
+    assert [(b.weight, b.history, b.condition) for b in guidance_branches(1.5, 3.0)] == [
+        (3.5, True, True),
+        (-0.5, False, True),
+        (-2.0, True, False),
+    ]
+
+
+def test_wrong_use_is_named(model, conditional):
+    sampler = Sampler(model, config())
+
+    def refuses(match: str, *args, sampler=sampler, **options):
+        with pytest.raises(ValueError, match=match):
+            sampler.sample(*args, **options)
+
+    refuses("num_frames=2: the context has 2 frames already", context(), 2)
+    refuses(r"a context is \[2, 7, 5\]: expected \[frames, 8, 5\]", context()[:, :, 1:], 4)
+    refuses("expected a clip and a trajectory, got 0 clips", [], 4)
+    refuses("batch=3: the context has 2 clips", context(), 4, batch=3)
+    refuses("3 ids for 2 sequences", context(), 4, ids=[1, 2, 3])
+    refuses("trajectories=0", context(), 4, trajectories=0)
+    refuses(r"labels are \[2\] for 2 clips and 0 classes", context(), 4, labels=torch.zeros(2, dtype=torch.int64))
+    actions = torch.zeros(2, 3, dtype=torch.int64)
+    refuses(
+        r"actions are \[2, 3\]: expected \[2, 4\]",
+        context(),
+        4,
+        actions=actions,
+        sampler=Sampler(conditional, config()),
+    )
+    learned = Sampler(network(positions="learned"), config())
+    refuses("num_frames=7: learned positions end at 6", context(), 7, sampler=learned)
+    with pytest.raises(ValueError, match="sampler='ddim': a 'flow' network is sampled by 'euler'"):
+        Sampler(model, config(sampler="ddim"))
+    with pytest.raises(ValueError, match="window=0: expected 1 or more"):
+        CachePolicy(0)
+    with pytest.raises(ValueError, match="sink=-1"):
+        CachePolicy(2, sink=-1)
+    with pytest.raises(ValueError, match="coarse needs a window"):
+        CachePolicy(coarse=lambda *_: None, coarse_tokens=1)
+    with pytest.raises(ValueError, match="coarse policy needs the cache"):
+        Sampler(model, config(), policy=CachePolicy(2, coarse=lambda *_: None, coarse_tokens=1), use_cache=False)
