@@ -23,10 +23,15 @@ class Config:
 
 
 # Pass -> up to this many channels (the padded head dimension) -> the choices for a mask: the one whose schedule computes the fewest pairs, weighed by
-# their cost, is taken. Every entry was compiled for its architecture without spills (tests/aot); the costs are estimates.
+# their cost, is taken. What the compiler makes of the entries is checked in tests/aot; the costs are estimates, not yet measured.
 SM80 = {
     "forward": {128: (Config(128, 64, 8, 2),), 192: (Config(64, 16, 8, 2),), 256: (Config(64, 32, 8, 2),)},
-    "dq": {80: (Config(128, 64, 8, 2),), 128: (Config(64, 64, 8, 2),), 192: (Config(32, 32, 8, 1),), 256: (Config(64, 32, 8, 1),)},
+    "dq": {
+        80: (Config(128, 64, 8, 2),),
+        128: (Config(64, 64, 8, 2),),
+        192: (Config(32, 32, 8, 1),),
+        256: (Config(64, 32, 8, 1),),
+    },
     "dkv": {80: (Config(128, 32, 8, 2),), 128: (Config(64, 32, 8, 2),), 256: (Config(32, 32, 8, 1),)},
 }
 # 99 KiB of shared memory instead of 163.
@@ -50,8 +55,18 @@ SM90 = {
     },
 }
 SM100 = {
-    "forward": {80: (Config(128, 64, 8, 3),), 128: (Config(128, 64, 8, 2),), 256: (Config(64, 32, 8, 2),)},
-    "dq": {80: (Config(128, 64, 8, 2),), 128: (Config(64, 64, 8, 2),), 256: (Config(32, 32, 8, 1),)},
+    "forward": {
+        80: (Config(128, 64, 8, 3),),
+        128: (Config(128, 64, 8, 2),),
+        192: (Config(128, 32, 8, 2),),
+        256: (Config(64, 32, 8, 2),),
+    },
+    "dq": {
+        64: (Config(64, 64, 8, 2),),
+        80: (Config(128, 64, 8, 2),),
+        128: (Config(64, 64, 8, 2),),
+        256: (Config(32, 32, 8, 1),),
+    },
     "dkv": {80: (Config(128, 64, 8, 2),), 128: (Config(64, 64, 8, 2),), 256: (Config(64, 32, 8, 2),)},
 }
 HALF = {80: SM80, 86: SM86, 90: SM90, 100: SM100, 120: SM86}
@@ -123,17 +138,20 @@ def plan_for(name: str, frames: Tensor, repeats: int, device: torch.device, dtyp
 def _make(
     plans: dict, name: str, frames: Tensor, repeats: int, device: torch.device, choices: tuple[Config, ...]
 ) -> Plan:
-    schedules = {}
+    schedule = extension().plan_keys if name == "dkv" else extension().plan_rows
+    scheduled = {}
     for config in choices:
-        schedule = extension().plan_keys if name == "dkv" else extension().plan_rows
-        schedules[config] = schedule(frames.data_ptr(), len(frames), config.tile, config.block)
-    config = min(choices, key=lambda config: config.cost * schedules[config][2])
-    cells, num_tiles, executed = schedules[config]
-    key = (name == "dkv", config.tile, config.block, device)
+        key = (schedule, config.tile, config.block)
+        if key not in plans:
+            plans[key] = schedule(frames.data_ptr(), len(frames), config.tile, config.block)
+        scheduled[config] = plans[key]
+    config = min(choices, key=lambda config: config.cost * scheduled[config][2])
+    cells, num_tiles, executed = scheduled[config]
+    key = (schedule, config.tile, config.block, device)
     if key not in plans:
         plans[key] = _upload(torch.frombuffer(cells, dtype=torch.int32), device)
-    rows = int(frames[-1, 1]) if len(frames) else 1
-    return Plan(config, plans[key], num_tiles, repeats, max(1, min(repeats, BAND_ROWS // rows)), executed * repeats)
+    band = max(1, min(repeats, BAND_ROWS // int(frames[-1, 1])))
+    return Plan(config, plans[key], num_tiles, repeats, band, executed * repeats)
 
 
 def _upload(cells: Tensor, device: torch.device) -> Tensor:

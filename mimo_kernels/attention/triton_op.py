@@ -1,0 +1,127 @@
+"""frame_attention on Triton kernels, as operators of torch.library: `mimo_kernels::frame_attention_triton` and its `_backward`."""
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+from .. import _dispatch
+from . import triton_bwd, triton_fwd
+from .triton_plan import PASSES, Plan, plan_for
+
+
+def refusals(q: Tensor, k: Tensor, v: Tensor, mask) -> list[str]:
+    """Why the Triton kernels cannot serve tensors like these; empty when they can. Shapes and dtypes have passed frame_attention's checks."""
+    reasons = _dispatch.triton_refusals(q.device)
+    if _dispatch.extension() is None:
+        reasons.append(_dispatch.extension_reason())
+    if not reasons and q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        reasons.append("Triton's interpreter multiplies bfloat16 matrices wrongly; use float32 or float16 on the CPU")
+    return reasons
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask, scale: float) -> tuple[Tensor, Tensor]:
+    """q, k, v [B, L, h, d] -> out [B, L, h, d], lse fp32 [B, h, L]; both differentiable. B is 1 unless the mask has one clip."""
+    if scale <= 0:  # the kernels take the maximum before they scale
+        q, scale = q * scale, 1.0
+    return torch.ops.mimo_kernels.frame_attention_triton(q, k, v, mask.pattern, mask.repeats, scale)
+
+
+def plans(q: Tensor, mask) -> dict[str, Plan]:
+    """The plans that attention over q [.., h, d] with this mask uses, by pass: their tile sizes and the pairs they compute."""
+    return {name: plan_for(name, mask.pattern, mask.repeats, q.device, q.dtype, q.shape[-1]) for name in PASSES}
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, frames: Tensor, repeats: int, scale: float) -> tuple[Tensor, Tensor]:
+    batch, tokens, heads, head_dim = q.shape
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((batch, heads, tokens), dtype=torch.float32)
+    if out.numel():
+        q, k, v = (_addressable(x) for x in (q, k, v))
+        plan = plan_for("forward", frames, repeats, q.device, q.dtype, head_dim)
+        with _on_device(q):
+            triton_fwd.forward(q, k, v, out, lse, plan, scale)
+    return out, lse
+
+
+def _backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    frames: Tensor,
+    repeats: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = tuple(x.new_empty(x.shape) for x in (q, k, v))
+    if out.numel():
+        dout, q, k, v = (_addressable(x) for x in (dout, q, k, v))
+        row_plan, key_plan = (plan_for(name, frames, repeats, q.device, q.dtype, q.shape[-1]) for name in ("dq", "dkv"))
+        dlse = None if dlse is None else dlse.contiguous()
+        with _on_device(q):
+            triton_bwd.backward(
+                dout, dlse, q, k, v, out.contiguous(), lse.contiguous(), *gradients, row_plan, key_plan, scale
+            )
+    return gradients
+
+
+def _addressable(x: Tensor) -> Tensor:
+    """The tensor itself when 16-byte loads of its channels are aligned, as in any slice of a projection; else a copy."""
+    if x.stride(-1) == 1 and not any(stride % 8 for stride in x.stride()[:3]) and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _on_device(x: Tensor) -> contextlib.AbstractContextManager:
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+_LIBRARY = torch.library.Library("mimo_kernels", "FRAGMENT")
+_NAME = "mimo_kernels::frame_attention_triton"
+_BACKWARD_NAME = f"{_NAME}_backward"
+
+_LIBRARY.define(
+    "frame_attention_triton(Tensor q, Tensor k, Tensor v, Tensor frames, SymInt repeats, float scale) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_LIBRARY.define(
+    "frame_attention_triton_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor frames,"
+    " SymInt repeats, float scale) -> (Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("frame_attention_triton", _forward, _device)
+    _LIBRARY.impl("frame_attention_triton_backward", _backward, _device)
+
+
+@torch.library.register_fake(_NAME, lib=_LIBRARY)
+def _(q, k, v, frames, repeats, scale):
+    batch, tokens, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, heads, tokens), dtype=torch.float32)
+
+
+@torch.library.register_fake(_BACKWARD_NAME, lib=_LIBRARY)
+def _(dout, dlse, q, k, v, out, lse, frames, repeats, scale):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, frames, ctx.repeats, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, frames)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, dout, dlse):
+    q, k, v, out, lse, frames = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(out)
+    dq, dk, dv = torch.ops.mimo_kernels.frame_attention_triton_backward(
+        dout, dlse, q, k, v, out, lse, frames, ctx.repeats, ctx.scale
+    )
+    return dq, dk, dv, None, None, None
+
+
+torch.library.register_autograd(_NAME, _autograd, setup_context=_setup_context, lib=_LIBRARY)

@@ -1,0 +1,132 @@
+"""Every attention kernel in every tile size, compiled here for real GPUs: registers, shared memory and which matrix instructions came out.
+
+Runs in a process of its own, because Triton decides when a kernel is decorated whether it is interpreted. As a script it prints the table:
+
+    python tests/aot/test_triton_aot.py [ARCH ...]
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import triton
+
+ROOT = Path(__file__).parents[2]
+SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a program may use
+# Local stores at most. Triton before 3.9 sets aside one value of one sm_90 kernel, outside its loops; on sm_100 so do two small forward kernels.
+SPILLS = {80: 0, 90: 0, 100: 4}
+# Head dimensions that between them take every row of the tables, and those that matter most.
+HEAD_DIMS = (64, 72, 96, 128, 192, 256)
+COLUMNS = (
+    "pass",
+    "arch",
+    "dtype",
+    "head dim",
+    "tile",
+    "block",
+    "warps",
+    "stages",
+    "registers",
+    "shared KiB",
+    "HGMMA",
+    "HMMA",
+    "loads",
+    "stores",
+)
+
+
+def compiled(name: str, arch: int, dtype: str, head_dim: int, config) -> dict:
+    """A row of the table: what the compiler made of one kernel."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from mimo_kernels.attention import triton_bwd, triton_fwd
+    from mimo_kernels.attention.triton_plan import split_head_dim
+
+    kernel = {
+        "forward": triton_fwd.frame_attention_fwd_kernel,
+        "dq": triton_bwd.frame_attention_dq_kernel,
+        "dkv": triton_bwd.frame_attention_dkv_kernel,
+    }[name]
+    tile, block = ("BN", "BM") if name == "dkv" else ("BM", "BN")
+    precision = triton_fwd.precision(dtype == "fp32")
+    constants = {
+        "D": head_dim,
+        **dict(zip(("D0", "D1", "D2"), split_head_dim(head_dim))),
+        tile: config.tile,
+        block: config.block,
+        "PRECISION": precision,
+    }
+    signature, attributes = {}, {}
+    for index, parameter in enumerate(kernel.params):
+        if parameter.name in constants:
+            signature[parameter.name] = "constexpr"
+        elif parameter.name.startswith("p_"):
+            kinds = {"p_plan": "*i32", "p_lse": "*fp32", "p_rows": "*fp32"}
+            signature[parameter.name] = kinds.get(parameter.name, f"*{dtype}")
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            kinds = {"scale": "fp32", "scale_log2": "fp32"}
+            signature[parameter.name] = kinds.get(
+                parameter.name, "i64" if parameter.name.startswith("stride_b") else "i32"
+            )
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(result.asm["cubin"])
+        file.flush()
+        code, usage = (
+            subprocess.run([tool, flag, file.name], check=True, capture_output=True, text=True).stdout
+            for flag in ("-sass", "-res-usage")
+        )
+    count = lambda opcode: len(re.findall(rf"\b{opcode}\b", code))  # noqa: E731
+    values = (name, arch, dtype, head_dim, config.tile, config.block, config.num_warps, config.num_stages)
+    registers = int(re.search(r"REG:(\d+)", usage)[1])
+    shared = round(result.metadata.shared / 1024, 1)
+    return dict(zip(COLUMNS, (*values, registers, shared, count("HGMMA"), count("HMMA"), count("LDL"), count("STL"))))
+
+
+def table(archs: list[int]) -> list[dict]:
+    import torch
+
+    from mimo_kernels.attention.triton_plan import configs
+
+    kinds = [("bf16", torch.bfloat16, HEAD_DIMS)]
+    rows = []
+    print(" ".join(f"{column:>9}" for column in COLUMNS), flush=True)
+    for arch in archs:
+        for dtype, torch_dtype, head_dims in kinds:
+            for name in ("forward", "dq", "dkv"):
+                for head_dim in head_dims:
+                    for config in configs(name, arch, torch_dtype, head_dim):
+                        rows.append(compiled(name, arch, dtype, head_dim, config))
+                        print(" ".join(f"{value:>9}" for value in rows[-1].values()), flush=True)
+    return rows
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_kernels_fit(arch):
+    """sm_90: wgmma (HGMMA) and nothing slower (HMMA). No spills, and shared memory a multiprocessor has."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    run = subprocess.run([sys.executable, __file__, str(arch)], env=environment, capture_output=True, text=True)
+    print(run.stdout)
+    assert run.returncode == 0, run.stderr
+    rows = [dict(zip(COLUMNS, line.split())) for line in run.stdout.splitlines()[1:]]
+    assert {row["pass"] for row in rows} == {"forward", "dq", "dkv"} and len(rows) >= 3 * len(HEAD_DIMS)
+    for row in rows:
+        assert float(row["shared KiB"]) <= SHARED_LIMIT[arch], row
+        assert int(row["stores"]) <= SPILLS[arch] + (triton.__version__ < "3.9"), row
+        if arch == 90 and not (row["pass"] == "dkv" and row["head dim"] == "256"):  # see the tables
+            assert int(row["HGMMA"]) > 0 and row["HMMA"] == "0", row
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    table([int(arch) for arch in sys.argv[1:]] or [80, 90, 100])
