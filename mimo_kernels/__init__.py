@@ -15,14 +15,17 @@ _EXPORTS = {
     "FrameCache": "cache",
     "FrameMask": "attention",
     "FrameRows": "modulate",
+    "bias_gelu": "gelu",
     "frame_attention": "attention",
     "gated_residual_modulate": "modulate",
     "gather_tokens": "tokens",
+    "guided_step": "guided_step",
     "modulate": "modulate",
     "paged_frame_attention": "attention.paged",
     "qk_norm_rope": "qk_norm_rope",
     "sample_tube_mask": "tokens",
     "scatter_tokens": "tokens",
+    "weighted_squared_error": "losses",
 }
 __all__ = list(_EXPORTS)
 

@@ -22,6 +22,9 @@ OPS = {
     "modulate": "modulate",
     "gated_residual_modulate": "modulate",
     "qk_norm_rope": "qk_norm_rope",
+    "bias_gelu": "gelu",
+    "weighted_squared_error": "losses",
+    "guided_step": "guided_step",
 }
 PACKAGES = ("torch", "triton", "flash-attn", "einops", "numpy")
 

@@ -1,0 +1,60 @@
+"""What the op families share: the operator library, which device the compiled kernels serve, and how tensors are handed to them."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from mimo_kernels import _dispatch
+
+LIBRARY = torch.library.Library("mimo_kernels", "FRAGMENT")
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the numbers of csrc/common.cuh
+DTYPE_NAMES = "float32, float16 or bfloat16"
+
+
+@functools.cache
+def _device_refusals(device: torch.device) -> tuple[str, ...]:
+    return tuple(_dispatch.cuda_refusals(device))
+
+
+@torch.compiler.assume_constant_result
+def device_refusals(device: torch.device) -> list[str]:
+    """Why the compiled kernels cannot work on tensors of this device; empty when they can. Every call asks, so it is remembered."""
+    return list(_device_refusals(device))
+
+
+def same_device(op: str, reference: Tensor, **tensors: Tensor | None) -> None:
+    """ValueError unless all tensors are where `reference` is."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != reference.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, expected {reference.device}")
+
+
+def kernels():
+    """The compiled module. Only for code that runs after `device_refusals` said nothing."""
+    return _dispatch.extension()
+
+
+def place(tensor: Tensor) -> tuple[int, int]:
+    """Device index and raw stream for a launch that works on this tensor."""
+    index = tensor.get_device()
+    return (index, torch._C._cuda_getCurrentRawStream(index)) if index >= 0 else (0, 0)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor itself when it is contiguous and 16-byte aligned, a copy otherwise."""
+    if tensor.is_contiguous() and tensor.data_ptr() % 16 == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def aligned_rows(tensor: Tensor) -> Tensor:
+    """As `aligned` for a matrix, but rows may lie apart: chunks of a wider projection need no copy."""
+    step = 16 // tensor.element_size()
+    if tensor.stride(1) == 1 and tensor.stride(0) % step == 0 and tensor.data_ptr() % 16 == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

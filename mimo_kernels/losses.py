@@ -1,0 +1,125 @@
+"""Weighted squared error in one pass: the diffusion loss (a weight per frame) and the mask loss (a weight per token)."""
+
+import torch
+from torch import Tensor
+
+from mimo_kernels import _dispatch
+from mimo_kernels._launch import DTYPE_NAMES, DTYPES, LIBRARY, device_refusals, kernels, place, same_device
+
+BLOCKS = 512  # a constant, so that the order of addition is one
+
+
+def _squared_error(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    prediction, target, weight = prediction.contiguous(), target.contiguous(), weight.contiguous()
+    loss, partial = prediction.new_empty((), dtype=torch.float32), prediction.new_empty(BLOCKS, dtype=torch.float32)
+    kernels().squared_error_forward(
+        loss.data_ptr(),
+        partial.data_ptr(),
+        BLOCKS,
+        prediction.data_ptr(),
+        target.data_ptr(),
+        weight.data_ptr(),
+        prediction.numel(),
+        max(prediction.numel() // max(weight.numel(), 1), 1),
+        DTYPES[prediction.dtype],
+        *place(prediction),
+    )
+    return loss
+
+
+def _squared_error_backward(dloss: Tensor, prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    prediction, target, weight = prediction.contiguous(), target.contiguous(), weight.contiguous()
+    dprediction = torch.empty_like(prediction)
+    kernels().squared_error_backward(
+        dprediction.data_ptr(),
+        dloss.data_ptr(),
+        prediction.data_ptr(),
+        target.data_ptr(),
+        weight.data_ptr(),
+        prediction.numel(),
+        max(prediction.numel() // max(weight.numel(), 1), 1),
+        DTYPES[prediction.dtype],
+        *place(prediction),
+    )
+    return dprediction
+
+
+def _context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx, dloss):
+    return torch.ops.mimo_kernels.squared_error_backward(dloss, *ctx.saved_tensors), None, None
+
+
+LIBRARY.define("squared_error(Tensor prediction, Tensor target, Tensor weight) -> Tensor")
+LIBRARY.define("squared_error_backward(Tensor dloss, Tensor prediction, Tensor target, Tensor weight) -> Tensor")
+LIBRARY.impl("squared_error", _squared_error, "CompositeExplicitAutograd")
+LIBRARY.impl("squared_error_backward", _squared_error_backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("mimo_kernels::squared_error", lib=LIBRARY)
+def _(prediction, target, weight):
+    return prediction.new_empty((), dtype=torch.float32)
+
+
+@torch.library.register_fake("mimo_kernels::squared_error_backward", lib=LIBRARY)
+def _(dloss, prediction, target, weight):
+    return torch.empty_like(prediction, memory_format=torch.contiguous_format)
+
+
+torch.library.register_autograd("mimo_kernels::squared_error", _gradients, setup_context=_context, lib=LIBRARY)
+
+
+def _refusals(device: torch.device, dtype: torch.dtype) -> dict[str, list[str]]:
+    reasons = device_refusals(device)
+    if dtype not in DTYPES:
+        reasons.append(f"prediction is {dtype}, expected {DTYPE_NAMES}")
+    return {"cuda": reasons, "reference": []}
+
+
+def describe_backends(device: torch.device | str) -> dict[str, list[str]]:
+    """Backend -> why it cannot serve bfloat16 predictions on this device."""
+    return _refusals(torch.device(device), torch.bfloat16)
+
+
+def weighted_squared_error(prediction: Tensor, target: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
+    """loss = sum over i of weight[i] * |prediction[i] - target[i]|^2, with the squares of all that lies behind the weight's dimensions.
+
+        diffusion loss   prediction [B, T, N, C]   weight [B, T]      w(tau) / (B T N C)
+        mask loss        prediction [B, T, N, C]   weight [B, T, N]   dropped / (number of dropped values)
+
+    Args:
+        prediction: float32, float16 or bfloat16.
+        target: of the same shape and dtype; not differentiable.
+        weight: float32, its shape the leading dimensions of the prediction; not differentiable.
+        backend: "auto", "cuda" or "reference".
+
+    Returns a float32 scalar, summed in float32 and in a fixed order. Differentiable in the prediction.
+    Raises ValueError for shapes, dtypes or devices that do not fit, and for a target or weight that requires a gradient.
+    """
+    if target.shape != prediction.shape or target.dtype != prediction.dtype:
+        raise ValueError(
+            f"weighted_squared_error: target is {target.dtype} of shape {tuple(target.shape)},"
+            f" expected {prediction.dtype} of shape {tuple(prediction.shape)} (as the prediction)"
+        )
+    if weight.shape != prediction.shape[: weight.ndim] or weight.dtype != torch.float32:
+        raise ValueError(
+            f"weighted_squared_error: weight is {weight.dtype} of shape {tuple(weight.shape)},"
+            f" expected torch.float32 with leading dimensions of {tuple(prediction.shape)}"
+        )
+    same_device("weighted_squared_error", prediction, target=target, weight=weight)
+    for name, tensor in (("target", target), ("weight", weight)):
+        if tensor.requires_grad:
+            raise ValueError(f"weighted_squared_error: {name} requires a gradient, expected a constant (detach it)")
+    chosen = _dispatch.choose("weighted_squared_error", backend, _refusals(prediction.device, prediction.dtype))
+    if chosen == "reference":
+        return weighted_squared_error_ref(prediction, target, weight)
+    return torch.ops.mimo_kernels.squared_error(prediction, target, weight)
+
+
+def weighted_squared_error_ref(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """`weighted_squared_error` in plain PyTorch."""
+    precise = torch.promote_types(prediction.dtype, torch.float32)
+    squares = (prediction.to(precise) - target.to(precise)).square()
+    return (squares * weight.reshape(weight.shape + (1,) * (prediction.ndim - weight.ndim))).sum()

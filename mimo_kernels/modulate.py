@@ -1,0 +1,438 @@
+"""AdaLN and separate LayerNorm in one pass over packed rows, with or without the gated residual in front.
+
+y = LN(x) * (1 + scale[g]) + shift[g]      rows of a noisy frame, g its row of the modulation
+y = LN(x) * weight + bias                  rows of clean history, g = -1
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mimo_kernels import _dispatch
+from mimo_kernels._launch import (
+    DTYPE_NAMES,
+    DTYPES,
+    LIBRARY,
+    aligned,
+    aligned_rows,
+    device_refusals,
+    kernels,
+    place,
+    pointer,
+    same_device,
+)
+
+MAX_DIM = 8192
+
+
+class FrameRows:
+    """Which modulation row each packed row uses: frame i has `lens[i]` rows of group `groups[i]`.
+
+    A group is a row of scale, shift and gate, or -1 for history, which uses the learned weight and bias. Several
+    frames may share a group; a frame of no rows is legal; frames need not be sorted.
+
+        lens   = [2, 2, 3, 3]        rows   0 0 | 1 1 | 2 2 2 | 3 3 3       frame
+        groups = [-1, -1, 0, 1]            -1 -1 -1 -1  0 0 0   1 1 1       group
+
+    Built on the host once per batch; uploaded once per device without waiting for it.
+
+    Args:
+        lens, groups: one int per frame, as sequences or 1-d CPU tensors.
+    Raises ValueError for a negative length, a group below -1, or unequal numbers of them.
+    """
+
+    def __init__(self, lens: Sequence[int] | Tensor, groups: Sequence[int] | Tensor):
+        lens, groups = (
+            torch.as_tensor(values, dtype=torch.int64, device="cpu").reshape(-1) for values in (lens, groups)
+        )
+        if lens.numel() != groups.numel():
+            raise ValueError(f"FrameRows: {lens.numel()} lens and {groups.numel()} groups, expected as many")
+        if lens.numel() and int(lens.min()) < 0:
+            raise ValueError(f"FrameRows: a frame has {int(lens.min())} rows, expected 0 or more")
+        if groups.numel() and int(groups.min()) < -1:
+            raise ValueError(
+                f"FrameRows: a frame has group {int(groups.min())}, expected -1 (history) or a modulation row"
+            )
+        self.num_frames = lens.numel()
+        self.num_rows = int(lens.sum())
+        self.num_groups = int(groups.max()) + 1 if groups.numel() else 0
+        offsets = F.pad(lens.cumsum(0), (1, 0))
+        row = groups.repeat_interleave(lens)
+        host = (row, offsets, groups, *_chunks(row, self.num_groups))
+        self._host = tuple(tensor.to(torch.int32) for tensor in host)
+        self._devices: dict[str, tuple[Tensor, ...]] = {}
+
+    def row_on(self, device: torch.device | str) -> Tensor:
+        """int32 [num_rows]: group of every row."""
+        return self._on(device)[0]
+
+    def offsets_on(self, device: torch.device | str) -> Tensor:
+        """int32 [frames + 1]: first row of every frame, and the end."""
+        return self._on(device)[1]
+
+    def group_on(self, device: torch.device | str) -> Tensor:
+        """int32 [frames]: group of every frame."""
+        return self._on(device)[2]
+
+    def chunks_on(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """The backward's work list: int32 [chunks, 3] of (first row, end row, group), ascending in the group, and int32 [groups + 2]:
+        where the chunks of history and of every group begin."""
+        return self._on(device)[3:5]
+
+    def _on(self, device: torch.device | str) -> tuple[Tensor, ...]:
+        device = torch.device(device)
+        if device.type == "cpu":
+            return self._host
+        key = str(device)
+        if key not in self._devices:
+            pin = device.type == "cuda" and not torch.compiler.is_compiling()
+            hosts = (host.pin_memory() if pin else host for host in self._host)
+            self._devices[key] = tuple(host.to(device, non_blocking=True) for host in hosts)
+        return self._devices[key]
+
+
+def _chunks(row: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Runs of rows of one group cut into nearly equal pieces, small enough to fill a GPU and large enough that their sums are few."""
+    longest = 64 if row.numel() >= 1 << 15 else 32 if row.numel() >= 1 << 14 else 16
+    groups, lens = torch.unique_consecutive(row, return_counts=True)
+    offsets = F.pad(lens.cumsum(0), (1, 0))
+    pieces = (lens + longest - 1) // longest
+    run = torch.arange(lens.numel()).repeat_interleave(pieces)
+    piece = torch.arange(run.numel()) - F.pad(pieces.cumsum(0), (1, 0))[run]
+    begin = offsets[run] + lens[run] * piece // pieces[run]
+    end = offsets[run] + lens[run] * (piece + 1) // pieces[run]
+    group = groups[run]
+    order = group.argsort(stable=True)
+    chunks = torch.stack([begin, end, group], dim=1)[order]
+    first = F.pad(torch.bincount(group + 1, minlength=num_groups + 1).cumsum(0), (1, 0))
+    return chunks, first
+
+
+def _modulation(tensors: list[Tensor | None]) -> list[int]:
+    """Pointer and row stride of scale, shift, gate; 0, 0 for one that is not there."""
+    return [value for t in tensors for value in ((0, 0) if t is None else (t.data_ptr(), t.stride(0)))]
+
+
+def _is_float(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.dtype == torch.float32 for t in tensors)
+
+
+def _forward(x, branch, gate, scale, shift, weight, bias, row, eps):
+    x, scale, shift = aligned(x), aligned_rows(scale), aligned_rows(shift)
+    branch = None if branch is None else aligned(branch)
+    gate = None if gate is None else aligned_rows(gate)
+    weight, bias = (None if p is None else aligned(p) for p in (weight, bias))
+    x_new = None if branch is None else torch.empty_like(x)
+    y = torch.empty_like(x)
+    mean = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
+    kernels().modulate_forward(
+        pointer(x_new),
+        y.data_ptr(),
+        mean.data_ptr(),
+        rstd.data_ptr(),
+        x.data_ptr(),
+        pointer(branch),
+        *_modulation([scale, shift, gate]),
+        scale.dtype == torch.float32,
+        pointer(weight),
+        pointer(bias),
+        _is_float(weight, bias),
+        row.data_ptr(),
+        x.shape[0],
+        x.shape[1],
+        eps,
+        DTYPES[x.dtype],
+        *place(x),
+    )
+    return x_new, y, mean, rstd
+
+
+def _modulate(x, scale, shift, weight, bias, row, chunks, first, eps):
+    return _forward(x, None, None, scale, shift, weight, bias, row, eps)[1:]
+
+
+def _gated(x, branch, gate, scale, shift, weight, bias, row, chunks, first, eps):
+    return _forward(x, branch, gate, scale, shift, weight, bias, row, eps)
+
+
+def _backward(dy, dx_new, x, mean, rstd, branch, gate, scale, weight, bias, chunks, first):
+    dy, x, scale = aligned(dy), aligned(x), aligned_rows(scale)
+    dx_new = None if dx_new is None else aligned(dx_new)
+    branch = None if branch is None else aligned(branch)
+    gate = None if gate is None else aligned_rows(gate)
+    weight = None if weight is None else aligned(weight)
+    dx, dbranch, dgate, dscale, dshift, dweight, dbias = _backward_results(x, branch, gate, scale, weight, bias)
+    sums = 2 if branch is None else 3
+    partial = torch.empty(chunks.shape[0], sums, x.shape[1], dtype=torch.float32, device=x.device)
+    kernels().modulate_backward(
+        dx.data_ptr(),
+        0 if branch is None else dbranch.data_ptr(),
+        dscale.data_ptr(),
+        dshift.data_ptr(),
+        0 if branch is None else dgate.data_ptr(),
+        0 if weight is None else dweight.data_ptr(),
+        0 if bias is None else dbias.data_ptr(),
+        partial.data_ptr(),
+        dy.data_ptr(),
+        pointer(dx_new),
+        x.data_ptr(),
+        mean.data_ptr(),
+        rstd.data_ptr(),
+        pointer(branch),
+        *_modulation([scale, gate]),
+        scale.dtype == torch.float32,
+        branch is not None,
+        pointer(weight),
+        (weight if bias is None else bias).dtype == torch.float32
+        if (weight is not None or bias is not None)
+        else False,
+        chunks.data_ptr(),
+        chunks.shape[0],
+        first.data_ptr(),
+        first.shape[0] - 2,
+        scale.shape[0],
+        x.shape[1],
+        DTYPES[x.dtype],
+        *place(x),
+    )
+    return dx, dbranch, dgate, dscale, dshift, dweight, dbias
+
+
+def _backward_results(x, branch, gate, scale, weight, bias):
+    """What the backward writes; empty for an input that is not there."""
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dbranch, dgate, dweight, dbias = (
+        x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (branch, gate, weight, bias)
+    )
+    return dx, dbranch, dgate, scale.new_empty(scale.shape), scale.new_empty(scale.shape), dweight, dbias
+
+
+def _save(ctx, x, mean, rstd, branch, gate, scale, weight, bias, chunks, first):
+    ctx.save_for_backward(x, mean, rstd, branch, gate, scale, weight, bias, chunks, first)
+    ctx.set_materialize_grads(False)
+
+
+def _modulate_context(ctx, inputs, output):
+    x, scale, _, weight, bias, _, chunks, first, _ = inputs
+    _save(ctx, x, output[1], output[2], None, None, scale, weight, bias, chunks, first)
+
+
+def _gated_context(ctx, inputs, output):
+    _, branch, gate, scale, _, weight, bias, _, chunks, first, _ = inputs
+    x_new, _, mean, rstd = output
+    _save(ctx, x_new, mean, rstd, branch, gate, scale, weight, bias, chunks, first)
+
+
+def _gradients(ctx, dx_new, dy):
+    x, mean, rstd, branch, gate, scale, weight, bias, chunks, first = ctx.saved_tensors
+    dy = torch.zeros_like(x) if dy is None else dy
+    return torch.ops.mimo_kernels.modulate_backward(
+        dy, dx_new, x, mean, rstd, branch, gate, scale, weight, bias, chunks, first
+    )
+
+
+def _modulate_gradients(ctx, dy, dmean, drstd):
+    dx, _, _, dscale, dshift, dweight, dbias = _gradients(ctx, None, dy)
+    return dx, dscale, dshift, *_parameters(ctx, 3, dweight, dbias), None, None, None, None
+
+
+def _gated_gradients(ctx, dx_new, dy, dmean, drstd):
+    dx, dbranch, dgate, dscale, dshift, dweight, dbias = _gradients(ctx, dx_new, dy)
+    return dx, dbranch, dgate, dscale, dshift, *_parameters(ctx, 5, dweight, dbias), None, None, None, None
+
+
+def _parameters(ctx, at, *gradients):
+    return (g if ctx.needs_input_grad[at + i] else None for i, g in enumerate(gradients))
+
+
+_ROWS = "Tensor scale, Tensor shift, Tensor? weight, Tensor? bias, Tensor row, Tensor chunks, Tensor first, float eps"
+_BRANCH = "Tensor? branch, Tensor? gate, Tensor scale, Tensor? weight, Tensor? bias, Tensor chunks, Tensor first"
+LIBRARY.define(f"modulate(Tensor x, {_ROWS}) -> (Tensor y, Tensor mean, Tensor rstd)")
+LIBRARY.define(
+    f"gated_residual_modulate(Tensor x, Tensor branch, Tensor gate, {_ROWS})"
+    " -> (Tensor x_new, Tensor y, Tensor mean, Tensor rstd)"
+)
+LIBRARY.define(
+    f"modulate_backward(Tensor dy, Tensor? dx_new, Tensor x, Tensor mean, Tensor rstd, {_BRANCH}) -> "
+    "(Tensor dx, Tensor dbranch, Tensor dgate, Tensor dscale, Tensor dshift, Tensor dweight, Tensor dbias)"
+)
+LIBRARY.impl("modulate", _modulate, "CompositeExplicitAutograd")
+LIBRARY.impl("gated_residual_modulate", _gated, "CompositeExplicitAutograd")
+LIBRARY.impl("modulate_backward", _backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("mimo_kernels::modulate", lib=LIBRARY)
+def _(x, scale, shift, weight, bias, row, chunks, first, eps):
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, *(x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
+
+
+@torch.library.register_fake("mimo_kernels::gated_residual_modulate", lib=LIBRARY)
+def _(x, branch, gate, scale, shift, weight, bias, row, chunks, first, eps):
+    x_new, y = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
+    return x_new, y, *(x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
+
+
+@torch.library.register_fake("mimo_kernels::modulate_backward", lib=LIBRARY)
+def _(dy, dx_new, x, mean, rstd, branch, gate, scale, weight, bias, chunks, first):
+    return _backward_results(x, branch, gate, scale, weight, bias)
+
+
+torch.library.register_autograd(
+    "mimo_kernels::modulate", _modulate_gradients, setup_context=_modulate_context, lib=LIBRARY
+)
+torch.library.register_autograd(
+    "mimo_kernels::gated_residual_modulate", _gated_gradients, setup_context=_gated_context, lib=LIBRARY
+)
+
+
+def _refusals(device: torch.device, dtype: torch.dtype, dim: int) -> dict[str, list[str]]:
+    reasons = device_refusals(device)
+    if dtype not in DTYPES:
+        reasons.append(f"x is {dtype}, expected {DTYPE_NAMES}")
+    if dim % 8 or not 8 <= dim <= MAX_DIM:
+        reasons.append(f"D is {dim}, expected a multiple of 8 up to {MAX_DIM}")
+    return {"cuda": reasons, "reference": []}
+
+
+def describe_backends(device: torch.device | str) -> dict[str, list[str]]:
+    """Backend -> why it cannot serve bfloat16 rows of 1152 channels on this device."""
+    return _refusals(torch.device(device), torch.bfloat16, 1152)
+
+
+def _check(op: str, x: Tensor, rows: FrameRows, branch: Tensor | None, modulation: dict, affine: dict) -> None:
+    if x.ndim != 2:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected [rows, D]")
+    if x.shape[0] != rows.num_rows:
+        raise ValueError(f"{op}: x has {x.shape[0]} rows, expected the {rows.num_rows} of FrameRows")
+    if branch is not None and (branch.shape != x.shape or branch.dtype != x.dtype):
+        raise ValueError(
+            f"{op}: branch is {branch.dtype} of shape {tuple(branch.shape)}, expected {x.dtype} of shape {tuple(x.shape)}"
+        )
+    groups = modulation["scale"].shape[0]
+    for name, tensor in modulation.items():
+        if tensor.shape != (groups, x.shape[1]) or groups < rows.num_groups:
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(tensor.shape)}, expected [{max(groups, rows.num_groups)}, {x.shape[1]}]"
+                f" (FrameRows uses {rows.num_groups} modulation rows)"
+            )
+    for name, tensor in affine.items():
+        if tensor is not None and tensor.shape != x.shape[1:]:
+            raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected [{x.shape[1]}]")
+    for together in (modulation, affine):
+        dtypes = {tensor.dtype for tensor in together.values() if tensor is not None}
+        if len(dtypes) > 1 or not dtypes <= {x.dtype, torch.float32}:
+            raise ValueError(
+                f"{op}: {', '.join(together)} have dtype {', '.join(sorted(map(str, dtypes)))},"
+                f" expected one of {x.dtype} (as x) or torch.float32 for all of them"
+            )
+    same_device(op, x, branch=branch, **modulation, **affine)
+
+
+def modulate(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    rows: FrameRows,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> Tensor:
+    """y = LN(x) * (1 + scale[g]) + shift[g] for a row of group g, y = LN(x) * weight + bias for a row of group -1.
+
+    LN subtracts the mean of the row's D channels and divides by sqrt(variance + eps); statistics are in float32.
+
+    Args:
+        x: [rows, D] packed tokens, float32, float16 or bfloat16; the cuda backend wants D a multiple of 8 up to 8192.
+        scale, shift: [groups, D], both of x's dtype or both float32. Slices of a wider projection are read in place.
+        rows: the group of every row.
+        weight, bias: [D], of x's dtype or both float32; None means 1 and 0.
+        backend: "auto", "cuda" or "reference".
+
+    Returns y [rows, D] in x's dtype. Differentiable in all five tensors; sums over rows have a fixed order, so gradients
+    are the same bits in every run. Raises ValueError for shapes, dtypes or devices that do not fit.
+
+    Source: adaptive LayerNorm of DiT (Peebles and Xie, arXiv 2212.09748, Sec. 3.2), and MiMo's separate LayerNorm for history.
+    """
+    _check("modulate", x, rows, None, {"scale": scale, "shift": shift}, {"weight": weight, "bias": bias})
+    if _dispatch.choose("modulate", backend, _refusals(x.device, x.dtype, x.shape[1])) == "reference":
+        return modulate_ref(x, scale, shift, rows, weight=weight, bias=bias, eps=eps)
+    row, (chunks, first) = rows.row_on(x.device), rows.chunks_on(x.device)
+    return torch.ops.mimo_kernels.modulate(x, scale, shift, weight, bias, row, chunks, first, eps)[0]
+
+
+def gated_residual_modulate(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    rows: FrameRows,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """x_new = x + gate[g] * branch (gate 1 for a row of group -1), and y = modulate(x_new), in one pass.
+
+    Args:
+        x, branch: [rows, D] of one dtype.
+        gate: [groups, D], with the dtype of scale and shift.
+        The others as in `modulate`. LN sees x_new as it is stored, rounded to x's dtype.
+
+    Returns (x_new, y), both [rows, D] in x's dtype. Differentiable in all seven tensors. Raises ValueError as `modulate`.
+    """
+    modulation = {"scale": scale, "shift": shift, "gate": gate}
+    _check("gated_residual_modulate", x, rows, branch, modulation, {"weight": weight, "bias": bias})
+    if _dispatch.choose("gated_residual_modulate", backend, _refusals(x.device, x.dtype, x.shape[1])) == "reference":
+        return gated_residual_modulate_ref(x, branch, gate, scale, shift, rows, weight=weight, bias=bias, eps=eps)
+    row, (chunks, first) = rows.row_on(x.device), rows.chunks_on(x.device)
+    return torch.ops.mimo_kernels.gated_residual_modulate(
+        x, branch, gate, scale, shift, weight, bias, row, chunks, first, eps
+    )[:2]
+
+
+def _per_row(history: Tensor, modulation: Tensor, rows: FrameRows, dtype: torch.dtype) -> Tensor:
+    """The row of `modulation` that every packed row uses, `history` for group -1: [rows, D]"""
+    table = torch.cat([history.to(modulation.dtype)[None], modulation])
+    return table.to(dtype).index_select(0, rows.row_on(modulation.device) + 1)
+
+
+def modulate_ref(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    rows: FrameRows,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """`modulate` in plain PyTorch."""
+    weight = scale.new_ones(x.shape[1]) if weight is None else weight
+    bias = scale.new_zeros(x.shape[1]) if bias is None else bias
+    factor, offset = _per_row(weight, 1 + scale, rows, x.dtype), _per_row(bias, shift, rows, x.dtype)
+    return torch.addcmul(offset, F.layer_norm(x, x.shape[1:], eps=eps), factor).to(x.dtype)  # autocast makes LN float32
+
+
+def gated_residual_modulate_ref(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    rows: FrameRows,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """`gated_residual_modulate` in plain PyTorch."""
+    x_new = torch.addcmul(x, _per_row(gate.new_ones(x.shape[1]), gate, rows, x.dtype), branch)
+    return x_new, modulate_ref(x_new, scale, shift, rows, weight=weight, bias=bias, eps=eps)

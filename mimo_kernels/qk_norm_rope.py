@@ -1,0 +1,373 @@
+"""QK-norm and axial 3D RoPE, from the packed qkv projection to the queries and keys of attention in one pass."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mimo_kernels import _dispatch
+from mimo_kernels._launch import (
+    DTYPE_NAMES,
+    DTYPES,
+    LIBRARY,
+    aligned,
+    device_refusals,
+    kernels,
+    place,
+    pointer,
+    same_device,
+)
+
+MAX_HEAD_DIM = 256
+GRAD_BLOCKS = 528  # blocks of the backward, each with its own sum of the weights' gradients: a constant fixes the order of addition
+
+
+class AxialRoPE:
+    """Rotary embedding of integer (t, y, x) positions, a share of the channels for each axis.
+
+    Channels (2i, 2i + 1) of an axis with c channels turn by position * theta ** (-2i / c).
+
+    Args:
+        head_dim: channels of a head, even.
+        theta: base of the frequencies.
+        split: channels for t, y and x, each even; their sum is head_dim. Default: a third each, rounded down to even,
+            what is left goes in pairs to y and x: 72 -> 24, 24, 24 and 64 -> 20, 22, 22.
+
+    Raises ValueError for an odd head_dim or a split that does not fit.
+    Source: Su et al., arXiv 2104.09864, Sec. 3.2, applied to each axis.
+    """
+
+    def __init__(self, head_dim: int, *, theta: float = 100.0, split: Sequence[int] | None = None):
+        if head_dim < 2 or head_dim % 2:
+            raise ValueError(f"AxialRoPE: head_dim is {head_dim}, expected an even number of at least 2")
+        if split is None:
+            pairs = head_dim // 2
+            t = pairs // 3
+            split = (2 * t, 2 * ((pairs - t + 1) // 2), 2 * ((pairs - t) // 2))
+        split = tuple(split)
+        if len(split) != 3 or sum(split) != head_dim or any(channels < 0 or channels % 2 for channels in split):
+            raise ValueError(f"AxialRoPE: split is {split}, expected three even numbers with the sum {head_dim}")
+        self.head_dim, self.theta, self.split = head_dim, theta, split
+        self._tables: dict[str, list[Tensor]] = {}
+
+    def frequencies(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64) -> Tensor:
+        """Radians per position of every channel pair: [head_dim / 2]"""
+        steps = [torch.arange(0, c, 2, dtype=torch.float64, device=device) / c for c in self.split if c]
+        return (self.theta ** -torch.cat(steps)).to(dtype)
+
+    def axes(self, device: torch.device | str = "cpu") -> Tensor:
+        """The axis that turns every channel pair, 0, 1 or 2: int64 [head_dim / 2]"""
+        pairs = [torch.full((c // 2,), axis, dtype=torch.int64, device=device) for axis, c in enumerate(self.split)]
+        return torch.cat(pairs)
+
+    def tables_on(self, device: torch.device | str, max_position: int = 1023) -> tuple[Tensor, Tensor]:
+        """(cos, sin) of every position and channel pair: float32 [positions, head_dim / 2], at least up to `max_position`.
+
+        Kept per device; a larger position makes a table of twice the size, once. Call it where positions from 1024 on
+        are about to come in on a GPU: the kernel cannot make its table longer, and stops with a message.
+        """
+        table = self._table(torch.device(device), max_position)
+        return table[..., 0], table[..., 1]
+
+    def _table(self, device: torch.device, max_position: int = 1023) -> Tensor:
+        key = str(device)
+        kept = self._tables.setdefault(key, [])  # replaced tables stay: a captured CUDA graph may point to them
+        if not kept or kept[-1].shape[0] <= max_position:
+            positions = 1 << max(10, max_position.bit_length())
+            angle = torch.arange(positions, dtype=torch.float64, device=device)[:, None] * self.frequencies(device)
+            kept.append(torch.stack([angle.cos(), angle.sin()], dim=-1).float())
+        return kept[-1]
+
+
+def _forward(qkv, q_weight, k_weight, coords, table, split, eps, k_cache, v_cache, cache_rows, with_v):
+    qkv, q_weight, k_weight = aligned(qkv), aligned(q_weight), aligned(k_weight)
+    rows, _, heads, dim = qkv.shape
+    q, k = (qkv.new_empty(rows, heads, dim) for _ in range(2))
+    v = qkv.new_empty((rows, heads, dim) if with_v else 0)
+    coords = None if coords is None else coords.contiguous()
+    kernels().qk_norm_rope_forward(
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr() if with_v else 0,
+        pointer(k_cache),
+        pointer(v_cache),
+        pointer(cache_rows),
+        0 if k_cache is None else k_cache.shape[0],
+        qkv.data_ptr(),
+        q_weight.data_ptr(),
+        k_weight.data_ptr(),
+        q_weight.dtype == torch.float32,
+        pointer(coords),
+        pointer(table),
+        0 if table is None else table.shape[0],
+        split[0] // 2,
+        (split[0] + split[1]) // 2,
+        rows,
+        heads,
+        dim,
+        eps,
+        DTYPES[qkv.dtype],
+        *place(qkv),
+    )
+    return q, k, v
+
+
+def _qk_norm_rope(qkv, q_weight, k_weight, coords, table, split, eps, with_v):
+    return _forward(qkv, q_weight, k_weight, coords, table, split, eps, None, None, None, with_v)
+
+
+def _qk_norm_rope_cache(qkv, q_weight, k_weight, coords, table, split, eps, k_cache, v_cache, cache_rows):
+    return _forward(qkv, q_weight, k_weight, coords, table, split, eps, k_cache, v_cache, cache_rows, False)[:2]
+
+
+def _backward(dq, dk, dv, qkv, q_weight, k_weight, coords, table, split, eps):
+    dq, dk, qkv, q_weight, k_weight = map(aligned, (dq, dk, qkv, q_weight, k_weight))
+    dv = None if dv is None else aligned(dv)
+    rows, _, heads, dim = qkv.shape
+    dqkv, dq_weight, dk_weight = torch.empty_like(qkv), torch.empty_like(q_weight), torch.empty_like(k_weight)
+    partial = torch.empty(GRAD_BLOCKS, 2, dim, dtype=torch.float32, device=qkv.device)
+    coords = None if coords is None else coords.contiguous()
+    kernels().qk_norm_rope_backward(
+        dqkv.data_ptr(),
+        dq_weight.data_ptr(),
+        dk_weight.data_ptr(),
+        partial.data_ptr(),
+        GRAD_BLOCKS,
+        dq.data_ptr(),
+        dk.data_ptr(),
+        pointer(dv),
+        qkv.data_ptr(),
+        q_weight.data_ptr(),
+        k_weight.data_ptr(),
+        q_weight.dtype == torch.float32,
+        pointer(coords),
+        pointer(table),
+        0 if table is None else table.shape[0],
+        split[0] // 2,
+        (split[0] + split[1]) // 2,
+        rows,
+        heads,
+        dim,
+        eps,
+        DTYPES[qkv.dtype],
+        *place(qkv),
+    )
+    return dqkv, dq_weight, dk_weight
+
+
+def _context(ctx, inputs, output):
+    qkv, q_weight, k_weight, coords, table, ctx.split, ctx.eps, ctx.with_v = inputs
+    ctx.save_for_backward(qkv, q_weight, k_weight, coords, table)
+
+
+def _gradients(ctx, dq, dk, dv):
+    dv = dv if ctx.with_v else None
+    gradients = torch.ops.mimo_kernels.qk_norm_rope_backward(dq, dk, dv, *ctx.saved_tensors, ctx.split, ctx.eps)
+    return *gradients, None, None, None, None, None
+
+
+_INPUTS = "Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor? coords, Tensor? table, int[] split, float eps"
+LIBRARY.define(f"qk_norm_rope({_INPUTS}, bool with_v) -> (Tensor q, Tensor k, Tensor v)")
+LIBRARY.define(
+    f"qk_norm_rope_cache({_INPUTS}, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_rows) -> (Tensor q, Tensor k)"
+)
+LIBRARY.define(
+    f"qk_norm_rope_backward(Tensor dq, Tensor dk, Tensor? dv, {_INPUTS})"
+    " -> (Tensor dqkv, Tensor dq_weight, Tensor dk_weight)"
+)
+LIBRARY.impl("qk_norm_rope", _qk_norm_rope, "CompositeExplicitAutograd")
+LIBRARY.impl("qk_norm_rope_cache", _qk_norm_rope_cache, "CompositeExplicitAutograd")
+LIBRARY.impl("qk_norm_rope_backward", _backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("mimo_kernels::qk_norm_rope", lib=LIBRARY)
+def _(qkv, q_weight, k_weight, coords, table, split, eps, with_v):
+    shape = (qkv.shape[0], qkv.shape[2], qkv.shape[3])
+    return qkv.new_empty(shape), qkv.new_empty(shape), qkv.new_empty(shape if with_v else 0)
+
+
+@torch.library.register_fake("mimo_kernels::qk_norm_rope_cache", lib=LIBRARY)
+def _(qkv, q_weight, k_weight, coords, table, split, eps, k_cache, v_cache, cache_rows):
+    return tuple(qkv.new_empty(qkv.shape[0], qkv.shape[2], qkv.shape[3]) for _ in range(2))
+
+
+@torch.library.register_fake("mimo_kernels::qk_norm_rope_backward", lib=LIBRARY)
+def _(dq, dk, dv, qkv, q_weight, k_weight, coords, table, split, eps):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (qkv, q_weight, k_weight))
+
+
+torch.library.register_autograd("mimo_kernels::qk_norm_rope", _gradients, setup_context=_context, lib=LIBRARY)
+
+
+def _refusals(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, list[str]]:
+    reasons = device_refusals(device)
+    if dtype not in DTYPES:
+        reasons.append(f"qkv is {dtype}, expected {DTYPE_NAMES}")
+    if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
+        reasons.append(f"head_dim is {head_dim}, expected a multiple of 8 up to {MAX_HEAD_DIM}")
+    return {"cuda": reasons, "reference": []}
+
+
+def describe_backends(device: torch.device | str) -> dict[str, list[str]]:
+    """Backend -> why it cannot serve a bfloat16 projection with heads of 72 on this device."""
+    return _refusals(torch.device(device), torch.bfloat16, 72)
+
+
+def _check(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, coords: Tensor | None, rope: AxialRoPE | None) -> None:
+    if qkv.ndim != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"qk_norm_rope: qkv has shape {tuple(qkv.shape)}, expected [rows, 3, heads, head_dim]")
+    dim = qkv.shape[3]
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight.shape != (dim,):
+            raise ValueError(f"qk_norm_rope: {name} has shape {tuple(weight.shape)}, expected [{dim}]")
+        if weight.dtype not in (qkv.dtype, torch.float32) or weight.dtype != q_weight.dtype:
+            raise ValueError(
+                f"qk_norm_rope: {name} is {weight.dtype}, expected {qkv.dtype} (as qkv) or torch.float32 for both weights"
+            )
+    if (rope is None) != (coords is None):
+        given, missing = ("coords", "rope") if rope is None else ("rope", "coords")
+        raise ValueError(f"qk_norm_rope: {given} is given but {missing} is None, expected both or none")
+    if rope is not None:
+        if coords.shape != (qkv.shape[0], 3) or coords.dtype != torch.int32:
+            raise ValueError(
+                f"qk_norm_rope: coords is {coords.dtype} of shape {tuple(coords.shape)},"
+                f" expected torch.int32 of shape ({qkv.shape[0]}, 3)"
+            )
+        if rope.head_dim != dim:
+            raise ValueError(f"qk_norm_rope: rope is for heads of {rope.head_dim} channels, expected {dim}")
+    same_device("qk_norm_rope", qkv, q_weight=q_weight, k_weight=k_weight, coords=coords)
+
+
+def qk_norm_rope(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    coords: Tensor | None,
+    rope: AxialRoPE | None,
+    *,
+    eps: float = 1e-6,
+    return_v: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, ...]:
+    """q = RoPE(RMSNorm(qkv[:, 0]) * q_weight), k = RoPE(RMSNorm(qkv[:, 1]) * k_weight), per row and head.
+
+    RMSNorm divides a head's channels by sqrt(mean of their squares + eps); everything between the load and the store is float32.
+
+    Args:
+        qkv: [rows, 3, heads, head_dim], a view of the projection's output; float32, float16 or bfloat16. The cuda
+            backend wants head_dim a multiple of 8 up to 256.
+        q_weight, k_weight: [head_dim], both of qkv's dtype or both float32.
+        coords: int32 [rows, 3], the (t, y, x) position of every row, 0 or more; None together with rope for no rotation.
+        rope: frequencies and channel split.
+        return_v: also return v, as a tensor of its own. The values stay available as the view qkv[:, 2]; but where
+            gradients flow, v from here costs one copy each way, and the view's backward several passes over qkv.
+        backend: "auto", "cuda" or "reference".
+
+    Returns (q, k) or (q, k, v), each [rows, heads, head_dim] in qkv's dtype. Differentiable in qkv and both weights.
+    Raises ValueError for shapes, dtypes or devices that do not fit. On a GPU, a position beyond the tables of
+    `AxialRoPE.tables_on` stops the kernel with a message.
+    """
+    _check(qkv, q_weight, k_weight, coords, rope)
+    if _dispatch.choose("qk_norm_rope", backend, _refusals(qkv.device, qkv.dtype, qkv.shape[3])) == "reference":
+        return qk_norm_rope_ref(qkv, q_weight, k_weight, coords, rope, eps=eps, return_v=return_v)
+    table, split = (None, (0, 0, 0)) if rope is None else (rope._table(qkv.device), rope.split)
+    outputs = torch.ops.mimo_kernels.qk_norm_rope(qkv, q_weight, k_weight, coords, table, split, eps, return_v)
+    return outputs if return_v else outputs[:2]
+
+
+def qk_norm_rope_cache(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    coords: Tensor | None,
+    rope: AxialRoPE | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_rows: Tensor,
+    *,
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`qk_norm_rope` that also stores k and v in cache pages: k_cache[cache_rows[i]] = k[i], v_cache[cache_rows[i]] = v[i].
+
+    Args:
+        k_cache, v_cache: [slots, heads, head_dim], contiguous, of qkv's dtype: the pages of a layer, one after the
+            other; written in place. Pages that no row names stay as they are.
+        cache_rows: int64 [rows], the slot of every row, no value twice.
+        The others as in `qk_norm_rope`. Not differentiable.
+
+    Returns (q, k). Raises ValueError as `qk_norm_rope`, and for a cache that does not fit.
+    """
+    _check(qkv, q_weight, k_weight, coords, rope)
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache.shape[1:] != qkv.shape[2:] or cache.ndim != 3 or cache.dtype != qkv.dtype or not cache.is_contiguous():
+            raise ValueError(
+                f"qk_norm_rope_cache: {name} is {cache.dtype} of shape {tuple(cache.shape)} and strides {cache.stride()},"
+                f" expected contiguous {qkv.dtype} [slots, {qkv.shape[2]}, {qkv.shape[3]}]"
+            )
+    if cache_rows.shape != qkv.shape[:1] or cache_rows.dtype != torch.int64:
+        raise ValueError(
+            f"qk_norm_rope_cache: cache_rows is {cache_rows.dtype} of shape {tuple(cache_rows.shape)},"
+            f" expected torch.int64 of shape ({qkv.shape[0]},)"
+        )
+    same_device("qk_norm_rope_cache", qkv, k_cache=k_cache, v_cache=v_cache, cache_rows=cache_rows)
+    refusals = _refusals(qkv.device, qkv.dtype, qkv.shape[3])
+    if _dispatch.choose("qk_norm_rope_cache", backend, refusals) == "reference":
+        q, k, v = qk_norm_rope_ref(qkv, q_weight, k_weight, coords, rope, eps=eps, return_v=True)
+        k_cache.index_copy_(0, cache_rows, k)
+        v_cache.index_copy_(0, cache_rows, v)
+        return q, k
+    table, split = (None, (0, 0, 0)) if rope is None else (rope._table(qkv.device), rope.split)
+    return torch.ops.mimo_kernels.qk_norm_rope_cache(
+        qkv, q_weight, k_weight, coords, table, split, eps, k_cache, v_cache, cache_rows.contiguous()
+    )
+
+
+def qk_norm_rope_ref(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    coords: Tensor | None,
+    rope: AxialRoPE | None,
+    *,
+    eps: float = 1e-6,
+    return_v: bool = False,
+) -> tuple[Tensor, ...]:
+    """`qk_norm_rope` in plain PyTorch."""
+    q, k, v = qkv.unbind(1)  # one gradient for the three, where slices would make one each and add them
+    q, k = _norm(q, q_weight, eps), _norm(k, k_weight, eps)
+    if rope is not None:
+        turn = _turns(coords, rope, torch.promote_types(qkv.dtype, torch.float32))
+        q, k = _rotate(q, turn), _rotate(k, turn)
+    return (q, k, v) if return_v else (q, k)
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    precise = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (precise * torch.rsqrt(precise.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight.to(x.dtype)
+
+
+def _turns(coords: Tensor, rope: AxialRoPE, dtype: torch.dtype) -> Tensor:
+    """Cosine and sine of every row's channel pairs: [rows, 1, head_dim / 2, 2]"""
+    position = coords.long()[:, rope.axes(coords.device)]
+    if dtype == torch.float64:
+        angle = position * rope.frequencies(coords.device)
+        return torch.stack([angle.cos(), angle.sin()], dim=-1)[:, None]
+    largest = 1023
+    # On a GPU this would wait for the device, in a compiled graph it cannot be: there torch's own indexing complains.
+    if coords.device.type == "cpu" and coords.numel() and not torch.compiler.is_compiling():
+        low, largest = (int(bound) for bound in torch.aminmax(coords))
+        if low < 0:
+            raise ValueError(f"qk_norm_rope: coords holds {low}, expected positions of 0 or more")
+    pair = torch.arange(rope.head_dim // 2, device=coords.device)
+    return rope._table(coords.device, largest)[position, pair][:, None]
+
+
+def _rotate(x: Tensor, turn: Tensor) -> Tensor:
+    pairs = x.to(turn.dtype).unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # generates no code for complex numbers
+        (even, odd), (cos, sin) = pairs.unbind(-1), turn.unbind(-1)
+        rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    else:
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turn))
+    return rotated.flatten(-2).to(x.dtype)

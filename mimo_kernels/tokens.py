@@ -1,0 +1,246 @@
+"""Masked-token gather and scatter over packed rows, each the other's backward, and tube masks.
+
+gather:   y[i] = x[index[i]]                                  keep the visible tokens
+scatter:  y[index[i]] = x[i],  y[r] = fill for all other r    put them back, with a learned query in the holes
+"""
+
+import torch
+from torch import Tensor
+
+from mimo_kernels import _dispatch
+from mimo_kernels._launch import (
+    DTYPE_NAMES,
+    DTYPES,
+    LIBRARY,
+    aligned,
+    device_refusals,
+    kernels,
+    place,
+    pointer,
+    same_device,
+)
+
+FILL_GRAD_ROWS = 64  # rows per block of the first pass of fill's gradient
+
+
+def _gather_rows(x: Tensor, index: Tensor) -> Tensor:
+    x, index = x.contiguous(), index.contiguous()
+    y = x.new_empty(index.shape[0], x.shape[1])
+    row_bytes = x.shape[1] * x.element_size()
+    kernels().gather_rows(
+        y.data_ptr(),
+        x.data_ptr(),
+        index.data_ptr(),
+        index.dtype == torch.int64,
+        index.shape[0],
+        x.shape[0],
+        row_bytes,
+        *place(x),
+    )
+    return y
+
+
+def _scatter_rows(x: Tensor, index: Tensor, num_rows: int, fill: Tensor | None) -> tuple[Tensor, Tensor]:
+    x, index = x.contiguous(), index.contiguous()
+    fill = None if fill is None else aligned(fill)
+    y = x.new_empty(num_rows, x.shape[1])
+    inverse = torch.empty(
+        num_rows, dtype=torch.int32, device=x.device
+    )  # row of x that fills a row of y, -1 in the holes
+    row_bytes = x.shape[1] * x.element_size()
+    kernels().scatter_rows(
+        y.data_ptr(),
+        inverse.data_ptr(),
+        x.data_ptr(),
+        index.data_ptr(),
+        index.dtype == torch.int64,
+        pointer(fill),
+        index.shape[0],
+        num_rows,
+        row_bytes,
+        *place(x),
+    )
+    return y, inverse
+
+
+def _hole_sum(dy: Tensor, inverse: Tensor) -> Tensor:
+    """sum of dy over the rows that nothing was scattered to, in a fixed order: [D]"""
+    dy = aligned(dy)
+    rows, dim = dy.shape
+    total = dy.new_empty(dim)
+    partial = torch.empty((rows + FILL_GRAD_ROWS - 1) // FILL_GRAD_ROWS, dim, dtype=torch.float32, device=dy.device)
+    kernels().hole_sum(
+        total.data_ptr(),
+        partial.data_ptr(),
+        dy.data_ptr(),
+        inverse.data_ptr(),
+        rows,
+        dim,
+        FILL_GRAD_ROWS,
+        DTYPES[dy.dtype],
+        *place(dy),
+    )
+    return total
+
+
+def _gather_backward(ctx, dy):
+    (index,) = ctx.saved_tensors
+    return torch.ops.mimo_kernels.scatter_rows(dy, index, ctx.num_rows, None)[0], None
+
+
+def _gather_context(ctx, inputs, output):
+    x, index = inputs
+    ctx.save_for_backward(index)
+    ctx.num_rows = x.shape[0]
+
+
+def _scatter_backward(ctx, dy, _):
+    index, inverse = ctx.saved_tensors
+    dx = torch.ops.mimo_kernels.gather_rows(dy, index) if ctx.needs_input_grad[0] else None
+    dfill = torch.ops.mimo_kernels.hole_sum(dy, inverse) if ctx.needs_input_grad[3] else None
+    return dx, None, None, dfill
+
+
+def _scatter_context(ctx, inputs, output):
+    ctx.save_for_backward(inputs[1], output[1])
+
+
+LIBRARY.define("gather_rows(Tensor x, Tensor index) -> Tensor")
+LIBRARY.define("scatter_rows(Tensor x, Tensor index, SymInt num_rows, Tensor? fill) -> (Tensor, Tensor)")
+LIBRARY.define("hole_sum(Tensor dy, Tensor inverse) -> Tensor")
+LIBRARY.impl("gather_rows", _gather_rows, "CompositeExplicitAutograd")
+LIBRARY.impl("scatter_rows", _scatter_rows, "CompositeExplicitAutograd")
+LIBRARY.impl("hole_sum", _hole_sum, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("mimo_kernels::gather_rows", lib=LIBRARY)
+def _(x, index):
+    return x.new_empty(index.shape[0], x.shape[1])
+
+
+@torch.library.register_fake("mimo_kernels::scatter_rows", lib=LIBRARY)
+def _(x, index, num_rows, fill):
+    return x.new_empty(num_rows, x.shape[1]), x.new_empty(num_rows, dtype=torch.int32)
+
+
+@torch.library.register_fake("mimo_kernels::hole_sum", lib=LIBRARY)
+def _(dy, inverse):
+    return dy.new_empty(dy.shape[1])
+
+
+torch.library.register_autograd(
+    "mimo_kernels::gather_rows", _gather_backward, setup_context=_gather_context, lib=LIBRARY
+)
+torch.library.register_autograd(
+    "mimo_kernels::scatter_rows", _scatter_backward, setup_context=_scatter_context, lib=LIBRARY
+)
+
+
+def _refusals(device: torch.device, dtype: torch.dtype) -> dict[str, list[str]]:
+    reasons = device_refusals(device)
+    if dtype not in DTYPES:
+        reasons.append(f"x is {dtype}, expected {DTYPE_NAMES}")
+    return {"cuda": reasons, "reference": []}
+
+
+def describe_backends(device: torch.device | str) -> dict[str, list[str]]:
+    """Backend -> why it cannot serve bfloat16 rows on this device."""
+    return _refusals(torch.device(device), torch.bfloat16)
+
+
+def _check(op: str, x: Tensor, index: Tensor, num_rows: int) -> None:
+    if x.ndim != 2:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected [rows, D]")
+    if index.ndim != 1 or index.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"{op}: index has shape {tuple(index.shape)} and dtype {index.dtype}, expected [kept] of int32 or int64"
+        )
+    same_device(op, x, index=index)
+    # On a GPU the kernel checks (a check here would wait for the device); a compiled graph cannot branch on values.
+    if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
+        low, high = (int(bound) for bound in torch.aminmax(index))
+        if low < 0 or high >= num_rows:
+            raise ValueError(f"{op}: index holds {low if low < 0 else high}, expected values in [0, {num_rows})")
+
+
+def gather_tokens(x: Tensor, index: Tensor, *, backend: str = "auto") -> Tensor:
+    """y[i] = x[index[i]]: keep some rows, in the order of `index`.
+
+    Args:
+        x: [rows, D]. float32, float16 or bfloat16 for the cuda backend, any dtype for the reference.
+        index: [kept], int32 or int64, no value twice (the backward writes each row once).
+        backend: "auto", "cuda" or "reference".
+
+    Returns [kept, D]. Differentiable in x: rows not kept get a zero gradient.
+    Raises ValueError for wrong shapes, dtypes or devices, and for an index out of range where it lies on the CPU; on
+    a GPU an index out of range stops the kernel with a message.
+    """
+    _check("gather_tokens", x, index, x.shape[0])
+    chosen = _dispatch.choose("gather_tokens", backend, _refusals(x.device, x.dtype))
+    if chosen == "reference":
+        return gather_tokens_ref(x, index)
+    return torch.ops.mimo_kernels.gather_rows(x, index)
+
+
+def scatter_tokens(
+    x: Tensor, index: Tensor, num_rows: int, fill: Tensor | None = None, *, backend: str = "auto"
+) -> Tensor:
+    """y[index[i]] = x[i]; every other row of y is `fill`, or zero: put kept tokens back, with a learned query in the holes.
+
+    Args:
+        x: [kept, D]. float32, float16 or bfloat16 for the cuda backend, any dtype for the reference.
+        index: [kept], int32 or int64, no value twice.
+        num_rows: rows of the result.
+        fill: [D] or None; used in x's dtype.
+        backend: "auto", "cuda" or "reference".
+
+    Returns [num_rows, D]. Differentiable in x and fill; fill's gradient sums in a fixed order.
+    Raises ValueError as `gather_tokens`, and when fill is not [D] or len(index) is not the rows of x.
+    """
+    _check("scatter_tokens", x, index, num_rows)
+    if index.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"scatter_tokens: index has {index.shape[0]} entries, expected one per row of x ({x.shape[0]})"
+        )
+    if num_rows < x.shape[0]:
+        raise ValueError(f"scatter_tokens: num_rows is {num_rows}, expected at least the {x.shape[0]} rows of x")
+    if fill is not None:
+        if fill.shape != x.shape[1:]:
+            raise ValueError(f"scatter_tokens: fill has shape {tuple(fill.shape)}, expected [{x.shape[1]}]")
+        same_device("scatter_tokens", x, fill=fill)
+        fill = fill.to(x.dtype)
+    chosen = _dispatch.choose("scatter_tokens", backend, _refusals(x.device, x.dtype))
+    if chosen == "reference":
+        return scatter_tokens_ref(x, index, num_rows, fill)
+    return torch.ops.mimo_kernels.scatter_rows(x, index, num_rows, fill)[0]
+
+
+def sample_tube_mask(
+    batch: int,
+    num_tokens: int,
+    num_kept: int,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Positions that a tube mask keeps: int64 [batch, num_kept], ascending, one pattern per clip for all its frames.
+
+    Every subset of `num_kept` of the `num_tokens` positions is equally likely (VideoMAE, arXiv 2203.12602, Sec. 3.3).
+    Runs on `device` without waiting for it; the generator must belong to that device.
+    Raises ValueError unless 0 <= num_kept <= num_tokens.
+    """
+    if not 0 <= num_kept <= num_tokens:
+        raise ValueError(f"sample_tube_mask: num_kept is {num_kept}, expected 0 to num_tokens = {num_tokens}")
+    noise = torch.rand(batch, num_tokens, generator=generator, device=device)
+    return noise.argsort(dim=1)[:, :num_kept].sort(dim=1).values
+
+
+def gather_tokens_ref(x: Tensor, index: Tensor) -> Tensor:
+    """`gather_tokens` in plain PyTorch."""
+    return x.index_select(0, index)
+
+
+def scatter_tokens_ref(x: Tensor, index: Tensor, num_rows: int, fill: Tensor | None = None) -> Tensor:
+    """`scatter_tokens` in plain PyTorch."""
+    holes = x.new_zeros(num_rows, x.shape[1]) if fill is None else fill.expand(num_rows, -1)
+    return holes.index_copy(0, index.long(), x)

@@ -1,0 +1,103 @@
+"""Every file of CUDA kernels, compiled here for every GPU generation: registers that leave room for enough loads in flight, and no spills.
+
+Reads what mimo_kernels._C holds where it holds all three architectures, and otherwise compiles the sources with the nvcc that setup.py finds.
+"""
+
+import re
+import runpy
+import subprocess
+from pathlib import Path
+
+import pytest
+import setuptools
+import triton
+
+from mimo_kernels import _dispatch
+
+ROOT = Path(__file__).parents[2]
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+ARCHS = ["sm_80", "sm_90a", "sm_100"]
+
+# Kernel -> registers per thread at most. A multiprocessor has 65536: 128 leave 16 warps, 96 leave 21, 64 leave 32. The forward of modulate keeps
+# a row of up to 8 x 256 columns per warp; its wide backward sums 3 x 32 columns per thread.
+LIMITS = {
+    r"copy_rows_kernel": 64,
+    r"invert_kernel": 64,
+    r"hole_sum_kernel": 64,
+    r"column_sum_kernel": 64,
+    r"modulate_fwd_kernel<\w+, [1-5],": 128,
+    r"modulate_fwd_kernel<\w+, [68],": 176,
+    r"modulate_bwd_kernel<(half_t|bfloat_t), 1,": 128,
+    r"modulate_bwd_kernel<float, 1,": 176,
+    r"modulate_bwd_kernel<\w+, 4,": 255,
+    r"bias_gelu_kernel<(half_t|bfloat_t),": 72,
+    r"bias_gelu_kernel<float,": 128,
+    r"squared_error_(bwd_)?kernel": 64,
+    r"qk_norm_rope_fwd_kernel": 128,
+    r"qk_norm_rope_bwd_kernel": 128,
+}
+
+
+def compiled_objects(folder: Path) -> list[Path]:
+    """Files with machine code for all of ARCHS."""
+    if set(ARCHS) <= set(_dispatch.cuda_archs()):
+        return [Path(_dispatch.extension().__file__)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setuptools, "setup", lambda **_: None)
+        build = runpy.run_path(str(ROOT / "setup.py"))
+    notes: list[str] = []
+    toolkit = build["find_toolkit"](build["host_compiler"](), folder, notes)
+    if toolkit is None:
+        pytest.skip(f"no nvcc: {'; '.join(notes) or 'none found'}")
+    objects = []
+    for source in sorted((ROOT / "csrc").glob("*.cu")):
+        objects.append(folder / f"{source.stem}.o")
+        targets = [f"-gencode=arch={arch.replace('sm_', 'compute_')},code={arch}" for arch in ARCHS]
+        command = [toolkit.nvcc, *build["NVCC_FLAGS"], "-DMIMO_WITH_CUDA", *targets, "-c", source, "-o", objects[-1]]
+        subprocess.run([str(part) for part in command], check=True)
+    return objects
+
+
+@pytest.fixture(scope="module")
+def resources(tmp_path_factory) -> list[tuple[str, str, dict[str, int]]]:
+    """(architecture, kernel with its template arguments, resource -> amount)"""
+    found = []
+    for path in compiled_objects(tmp_path_factory.mktemp("objects")):
+        report = subprocess.run(
+            [str(CUOBJDUMP), "--dump-resource-usage", str(path)], capture_output=True, text=True, check=True
+        )
+        for section in report.stdout.split("Fatbin elf code:")[1:]:
+            arch = re.search(r"arch = (\w+)", section)[1]
+            for name, facts in re.findall(r"Function (\w+):\s*(.+)", section):
+                amounts = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", facts)}
+                found.append((arch, name, amounts))
+    names = subprocess.run(
+        ["c++filt"], input="\n".join(name for _, name, _ in found), capture_output=True, text=True, check=True
+    )
+    readable = [re.sub(r"\(anonymous namespace\)::|mimo::", "", name) for name in names.stdout.splitlines()]
+    return [(arch, name, amounts) for (arch, _, amounts), name in zip(found, readable)]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_kernel_of_the_sources_is_compiled(resources, arch):
+    sources = "".join(path.read_text() for path in [*(ROOT / "csrc").glob("*.cu"), *(ROOT / "csrc").glob("*.cuh")])
+    declared = set(re.findall(r"__global__[^;{]*?\b(\w+_kernel)\(", sources))
+    compiled = {match[0] for a, name, _ in resources if a == arch and (match := re.search(r"\w+_kernel", name))}
+    assert declared and compiled >= declared
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_registers_and_spills(resources, arch):
+    wrong = []
+    for name, amounts in ((name, amounts) for a, name, amounts in resources if a == arch):
+        limit = next((limit for pattern, limit in LIMITS.items() if re.search(pattern, name)), 255)
+        if amounts["REG"] > limit or amounts["STACK"] or amounts["LOCAL"]:
+            wrong.append(
+                f"{name.split('(')[0]}: {amounts['REG']} registers (limit {limit}), {amounts['STACK']} bytes of stack"
+            )
+    assert not wrong, "\n".join(wrong)
+
+
+def test_limits_name_real_kernels(resources):
+    for pattern in LIMITS:
+        assert any(re.search(pattern, name) for _, name, _ in resources), pattern

@@ -1,0 +1,268 @@
+"""qk_norm_rope: the CUDA kernels, executed by the block emulator, against plain PyTorch; and AxialRoPE."""
+
+import math
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from mimo_kernels import AxialRoPE, qk_norm_rope
+from mimo_kernels.qk_norm_rope import qk_norm_rope_cache
+from mimo_kernels.testing import assert_within_budget, between_nans, poisoned_memory
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+OPS = torch.ops.mimo_kernels
+
+
+def sample(rows: int, heads: int, dim: int, dtype=torch.float32, weights=None, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    qkv = torch.randn(rows, 3, heads, dim, generator=generator).to(dtype)
+    q_weight, k_weight = (torch.randn(dim, generator=generator).to(weights or dtype) for _ in range(2))
+    coords = torch.randint(0, 300, (rows, 3), generator=generator, dtype=torch.int32)
+    return qkv, q_weight, k_weight, coords
+
+
+def run(qkv, q_weight, k_weight, coords, rope, backend, kind=None, return_v=False):
+    """Outputs and gradients, by name."""
+    inputs = [t.to(kind or t.dtype).detach().requires_grad_() for t in (qkv, q_weight, k_weight)]
+    generator = torch.Generator().manual_seed(1)
+    with poisoned_memory():
+        outputs = qk_norm_rope(*inputs, coords, rope, return_v=return_v, backend=backend)
+        grads = [torch.randn(out.shape, generator=generator).to(qkv.dtype).to(out.dtype) for out in outputs]
+        gradients = torch.autograd.grad(outputs, inputs, grads)
+    return dict(zip(["q", "k", "v"][: len(outputs)] + ["dqkv", "dq_weight", "dk_weight"], (*outputs, *gradients)))
+
+
+def check(qkv, q_weight, k_weight, coords, rope, return_v=False) -> None:
+    poisoned = [between_nans(t) for t in (qkv, q_weight, k_weight)]
+    actual = run(*poisoned, coords, rope, "cuda", return_v=return_v)
+    plain = run(qkv, q_weight, k_weight, coords, rope, "reference", return_v=return_v)
+    exact = run(qkv, q_weight, k_weight, coords, rope, "reference", torch.float64, return_v=return_v)
+    for name in exact:
+        assert actual[name].dtype == plain[name].dtype
+        assert_within_budget(actual[name], plain[name], exact[name], name=name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "heads", "dim"),
+    [(1, 1, 8), (7, 5, 24), (3, 12, 64), (33, 2, 40), (5, 16, 72), (2, 3, 96), (9, 4, 128), (3, 2, 136), (4, 3, 256)],
+)
+def test_outputs_and_gradients(emulated, rows, heads, dim, dtype):
+    check(*sample(rows, heads, dim, dtype), AxialRoPE(dim), return_v=rows % 2 == 0)
+
+
+@pytest.mark.parametrize("split", [(72, 0, 0), (0, 0, 72), (2, 30, 40), (0, 36, 36), (22, 0, 50)])
+def test_channel_splits(emulated, split):
+    check(*sample(5, 3, 72), AxialRoPE(72, theta=1000.0, split=split))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_float_weights_beside_narrow_tokens(emulated, dtype):
+    check(*sample(6, 3, 72, dtype, torch.float32), AxialRoPE(72))
+
+
+@pytest.mark.parametrize("return_v", [False, True])
+def test_without_rotation(emulated, return_v):
+    qkv, q_weight, k_weight, _ = sample(11, 3, 64)
+    check(qkv, q_weight, k_weight, None, None, return_v=return_v)
+
+
+@pytest.mark.parametrize("return_v", [False, True])
+def test_no_rows(emulated, return_v):
+    results = run(*sample(0, 3, 16), AxialRoPE(16), "cuda", return_v=return_v)
+    assert results["q"].shape == results["k"].shape == (0, 3, 16)
+    assert not results["dq_weight"].any() and not results["dk_weight"].any()
+
+
+def test_more_rows_than_the_device_holds(emulated):
+    """Every warp takes several rows, in the forward a whole row each."""
+    check(*sample(700, 2, 8), AxialRoPE(8), return_v=True)
+
+
+def test_strided_and_misaligned_inputs(emulated):
+    qkv, q_weight, k_weight, coords = sample(6, 2, 24)
+    expected = run(qkv, q_weight, k_weight, coords, AxialRoPE(24), "reference")
+    wide = torch.cat([qkv.flatten(1), torch.zeros(6, 5)], dim=1)[:, : qkv[0].numel()].unflatten(1, (3, 2, 24))
+    weight = torch.cat([torch.zeros(1), q_weight])[1:]
+    actual = run(wide, weight, k_weight, coords.t().contiguous().t(), AxialRoPE(24), "cuda")
+    for name, value in actual.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_are_the_same_bits_whoever_runs_first(emulated):
+    inputs, first = sample(40, 3, 72, torch.bfloat16), None
+    for seed in range(20):
+        emulated.set_order(seed)
+        results = run(*inputs, AxialRoPE(72), "cuda")
+        first = first or results
+        assert all(torch.equal(results[name], first[name]) for name in results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", ["cuda", "reference"])
+def test_writes_keys_and_values_into_pages(emulated, backend, dtype):
+    qkv, q_weight, k_weight, coords = sample(10, 3, 72, dtype)
+    rope = AxialRoPE(72)
+    pool = torch.full((2, 6, 4, 3, 72), float("nan"), dtype=dtype)  # k and v, 6 pages of 4 slots
+    slots = torch.tensor([20, 21, 22, 23, 4, 5, 6, 7, 12, 13])
+    q, k = qk_norm_rope_cache(
+        qkv, q_weight, k_weight, coords, rope, *(half.flatten(0, 1) for half in pool), slots, backend=backend
+    )
+    expected = qk_norm_rope(qkv, q_weight, k_weight, coords, rope, backend=backend)
+    assert torch.equal(q, expected[0]) and torch.equal(k, expected[1])
+    keys, values = pool.flatten(1, 2)
+    assert torch.equal(keys[slots], k) and torch.equal(values[slots], qkv[:, 2])
+    keys[slots] = values[slots] = float("nan")
+    assert pool.isnan().all()  # nothing else was touched
+
+
+def test_positions_and_slots_out_of_range_stop_the_kernel(emulated):
+    qkv, q_weight, k_weight, coords = sample(3, 1, 8)
+    for bad in (-1, 1024):
+        coords[1, 2] = bad
+        with pytest.raises(RuntimeError, match="a position is negative or beyond the table"):
+            qk_norm_rope(qkv, q_weight, k_weight, coords, AxialRoPE(8), backend="cuda")
+    rope = AxialRoPE(8)
+    rope.tables_on("cpu", 1024)  # makes room
+    check(qkv, q_weight, k_weight, coords, rope)
+    cache = torch.zeros(2, 4, 1, 8)
+    with pytest.raises(RuntimeError, match="cache row out of range"):
+        qk_norm_rope_cache(qkv, q_weight, k_weight, coords, rope, *cache, torch.tensor([0, 4, 1]), backend="cuda")
+
+
+def test_operators_are_well_formed(emulated):
+    qkv, q_weight, k_weight, coords = sample(5, 2, 16)
+    rope = AxialRoPE(16)
+    table = rope._table(torch.device("cpu"))
+    for t in (qkv, q_weight, k_weight):
+        t.requires_grad_()
+    for rotation in ((coords, table, rope.split), (None, None, (0, 0, 0))):
+        for return_v in (False, True):
+            torch.library.opcheck(OPS.qk_norm_rope.default, (qkv, q_weight, k_weight, *rotation, 1e-6, return_v))
+    plain = [t.detach() for t in (qkv, q_weight, k_weight)]
+    dq, dk, dv = torch.randn(3, 5, 2, 16)
+    rest = (*plain, coords, table, rope.split, 1e-6)
+    torch.library.opcheck(OPS.qk_norm_rope_backward.default, (dq, dk, dv, *rest))
+    torch.library.opcheck(OPS.qk_norm_rope_backward.default, (dq, dk, None, *rest))
+    cache, slots = torch.zeros(2, 8, 2, 16), torch.arange(5)
+    torch.library.opcheck(OPS.qk_norm_rope_cache.default, (*rest, cache[0].clone(), cache[1].clone(), slots))
+
+
+@pytest.mark.parametrize("backend", ["cuda", "reference"])
+def test_compiles_whole_and_under_checkpointing(emulated, backend):
+    rope = AxialRoPE(16)
+
+    def project(x, q_weight, k_weight, coords):
+        qkv = x.unflatten(1, (3, 2, 16))
+        outputs = qk_norm_rope(qkv, q_weight, k_weight, coords, rope, return_v=True, backend=backend)
+        return torch.cat([*outputs, qkv[:, 2]])
+
+    compiled = torch.compile(project, fullgraph=True, backend="aot_eager")
+    for rows in (5, 8):
+        qkv, *weights, coords = sample(rows, 2, 16)
+        inputs = [t.requires_grad_() for t in (qkv.flatten(1), *weights)]
+        expected = torch.autograd.grad(project(*inputs, coords).sin().sum(), inputs)
+        for variant in (compiled, lambda *a: checkpoint(project, *a, use_reentrant=False)):
+            actual = torch.autograd.grad(variant(*inputs, coords).sin().sum(), inputs)
+            for a, b in zip(actual, expected):
+                torch.testing.assert_close(a, b)
+
+
+def test_norm_by_hand():
+    qkv = torch.zeros(1, 3, 1, 8)
+    qkv[0, 0, 0] = torch.tensor([3.0, 4.0, 0, 0, 0, 0, 0, 0])
+    q, k = qk_norm_rope(qkv, torch.full((8,), 2.0), torch.ones(8), None, None, eps=0.125)
+    scale = 2 / math.sqrt(25 / 8 + 0.125)
+    torch.testing.assert_close(q[0, 0, :2], torch.tensor([3 * scale, 4 * scale]))
+    assert not k.any()
+
+
+def test_rotation_by_hand():
+    """Head of 12: two pairs per axis. A pair (1, 0) turns into (cos, sin) of its angle."""
+    qkv = torch.zeros(1, 3, 1, 12)
+    qkv[..., 0::2] = 1
+    coords = torch.tensor([[3, 5, 7]], dtype=torch.int32)
+    q, _ = qk_norm_rope(qkv, torch.ones(12), torch.ones(12), coords, AxialRoPE(12, theta=100.0), eps=0.0)
+    angles = torch.tensor([3, 3 / 10, 5, 5 / 10, 7, 7 / 10])
+    expected = math.sqrt(2) * torch.stack([angles.cos(), angles.sin()], dim=1).flatten()
+    torch.testing.assert_close(q.flatten(), expected)
+
+
+def test_scores_depend_on_relative_positions():
+    qkv, q_weight, k_weight, coords = sample(6, 2, 72, torch.float64)
+    scores = []
+    for offset in (0, 11):
+        q, k = qk_norm_rope(qkv, q_weight, k_weight, coords + offset, AxialRoPE(72))
+        scores.append(torch.einsum("rhd,shd->hrs", q, k))
+    torch.testing.assert_close(scores[0], scores[1])
+
+
+def test_axial_rope():
+    assert AxialRoPE(72).split == (24, 24, 24)
+    assert AxialRoPE(64).split == (20, 22, 22)
+    assert AxialRoPE(128).split == (42, 44, 42)
+    rope = AxialRoPE(8, split=(2, 2, 4))
+    assert rope.axes().tolist() == [0, 1, 2, 2]
+    torch.testing.assert_close(rope.frequencies(), torch.tensor([1, 1, 1, 0.1], dtype=torch.float64))
+    cos, sin = rope.tables_on("cpu", 5000)
+    assert cos.shape == sin.shape and cos.shape[0] > 5000 and cos.shape[1] == 4
+    torch.testing.assert_close(
+        sin[4321], torch.tensor([4321.0, 4321.0, 4321.0, 432.1], dtype=torch.float64).sin().float()
+    )
+    assert rope.tables_on("cpu")[0].data_ptr() == cos.data_ptr()  # made once
+    for arguments, message in (
+        ({"head_dim": 7}, "head_dim is 7"),
+        ({"head_dim": 8, "split": (4, 4)}, r"split is \(4, 4\)"),
+        ({"head_dim": 8, "split": (3, 3, 2)}, r"split is \(3, 3, 2\)"),
+        ({"head_dim": 8, "split": (4, 4, 4)}, "with the sum 8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            AxialRoPE(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"qkv": torch.zeros(4, 2, 3, 16)}, r"qkv has shape \(4, 2, 3, 16\), expected \[rows, 3, heads, head_dim\]"),
+        ({"q_weight": torch.zeros(8)}, r"q_weight has shape \(8,\), expected \[16\]"),
+        ({"k_weight": torch.zeros(16).half()}, "k_weight is torch.float16"),
+        ({"coords": torch.zeros(4, 3)}, r"coords is torch.float32 of shape \(4, 3\), expected torch.int32"),
+        ({"coords": torch.zeros(3, 3, dtype=torch.int32)}, r"expected torch.int32 of shape \(4, 3\)"),
+        ({"coords": None}, "rope is given but coords is None"),
+        ({"rope": None}, "coords is given but rope is None"),
+        ({"rope": AxialRoPE(8)}, "rope is for heads of 8 channels, expected 16"),
+        ({"coords": torch.full((4, 3), -2, dtype=torch.int32)}, "coords holds -2, expected positions of 0 or more"),
+        ({"k_weight": torch.zeros(16, device="meta")}, "k_weight is on meta, expected cpu"),
+        ({"backend": "cuda"}, "backend 'cuda' cannot serve: .*cpu"),
+    ],
+)
+def test_bad_input(change, message):
+    qkv, q_weight, k_weight, coords = sample(4, 2, 16)
+    arguments = {"qkv": qkv, "q_weight": q_weight, "k_weight": k_weight, "coords": coords, "rope": AxialRoPE(16)}
+    with pytest.raises(ValueError, match=message):
+        qk_norm_rope(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(
+    ("cache", "slots", "message"),
+    [
+        (torch.zeros(8, 2, 8), torch.arange(4), "k_cache is torch.float32 of shape"),
+        (torch.zeros(8, 16, 2).transpose(1, 2), torch.arange(4), "expected contiguous torch.float32"),
+        (torch.zeros(8, 2, 16).half(), torch.arange(4), "k_cache is torch.float16"),
+        (torch.zeros(8, 2, 16), torch.arange(3), r"cache_rows is torch.int64 of shape \(3,\)"),
+        (torch.zeros(8, 2, 16), torch.arange(4).int(), "cache_rows is torch.int32"),
+    ],
+)
+def test_bad_cache(cache, slots, message):
+    qkv, q_weight, k_weight, coords = sample(4, 2, 16)
+    with pytest.raises(ValueError, match=message):
+        qk_norm_rope_cache(qkv, q_weight, k_weight, coords, AxialRoPE(16), cache, cache, slots)
+
+
+def test_widths_that_only_the_reference_serves(emulated):
+    inputs = sample(4, 2, 12)
+    with pytest.raises(ValueError, match="head_dim is 12, expected a multiple of 8"):
+        qk_norm_rope(*inputs, AxialRoPE(12), backend="cuda")
+    for auto, plain in zip(*(qk_norm_rope(*inputs, AxialRoPE(12), backend=b) for b in ("auto", "reference"))):
+        assert torch.equal(auto, plain)
