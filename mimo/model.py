@@ -28,6 +28,7 @@ from mimo.config import MiMoConfig
 from mimo_kernels import (
     AxialRoPE,
     FrameRows,
+    bias_gelu,
     gated_residual_modulate,
     gather_tokens,
     modulate,
@@ -155,10 +156,18 @@ class Attention(nn.Module):
         return attend(q, k, v).flatten(-2)
 
 
-class MLP(nn.Sequential):
-    def __init__(self, config: MiMoConfig) -> None:
+class MLP(nn.Module):
+    """down(gelu(up(y))); the first bias is added inside the activation, which keeps nothing but the product."""
+
+    def __init__(self, config: MiMoConfig, backend: str) -> None:
+        super().__init__()
         hidden = int(config.dim * config.mlp_ratio)
-        super().__init__(nn.Linear(config.dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, config.dim))
+        self.backend = backend
+        self.up = nn.Linear(config.dim, hidden)
+        self.down = nn.Linear(hidden, config.dim)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.down(bias_gelu(F.linear(y, self.up.weight), self.up.bias, backend=self.backend))
 
 
 class Modulation(NamedTuple):
@@ -214,7 +223,7 @@ class Block(nn.Module):
         self.norm1 = Norm(config.dim, backend, modulated=modulated, affine=affine1)
         self.attention = Attention(config, backend)
         self.norm2 = Norm(config.dim, backend, modulated=modulated, affine=affine2)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, backend)
 
 
 class Positions(nn.Module):
@@ -481,7 +490,7 @@ class MiMo(nn.Module):
         if c is None:
             c = x.new_empty(0, config.dim)
         if not config.separate_ln and layout.history_len > 0:
-            c = torch.cat([c, self.time(sinusoid(torch.zeros(1, device=x.device)))])
+            c = torch.cat([c, self._time(torch.zeros(1, device=x.device))])
         c = F.silu(c)
         norms = [*(norm for block in self.blocks for norm in (block.norm1, block.norm2)), self.norm]
         m = [norm.condition(c) for norm in norms]
@@ -530,9 +539,12 @@ class MiMo(nn.Module):
             layout.history(x).unflatten(1, (layout.frames, -1)).add_(action[:, :, None])
         return x
 
+    def _time(self, timestep: Tensor) -> Tensor:
+        return self.time(sinusoid(timestep).to(self.time[0].weight.dtype))
+
     def _condition(self, timestep: Tensor, labels: Tensor | None, actions: Tensor | None) -> Tensor:
         """c of every future frame: [G] each -> [G, D]."""
-        c = self.time(sinusoid(timestep))
+        c = self._time(timestep)
         if labels is not None and self.classes is None:
             raise ValueError("labels are given: expected None, as the network has no classes (num_classes=0)")
         if self.classes is not None:

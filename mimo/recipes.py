@@ -11,13 +11,12 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mimo.config import MiMoConfig
 from mimo.diffusion import build_schedule, compute_loss_weight
-from mimo_kernels import sample_tube_mask
+from mimo_kernels import sample_tube_mask, weighted_squared_error
 
 
 class LossParts(NamedTuple):
@@ -64,10 +63,11 @@ class Recipe:
     Args:
         config: MiMoConfig.
         unmasked_from: from this step on nothing is masked and L = L_diff (fine-tuning at the end, for high mask ratios).
+        backend: of the losses; "reference" is plain PyTorch.
     """
 
-    def __init__(self, config: MiMoConfig, *, unmasked_from: int | None = None) -> None:
-        self.config, self.unmasked_from = config, unmasked_from
+    def __init__(self, config: MiMoConfig, *, unmasked_from: int | None = None, backend: str = "auto") -> None:
+        self.config, self.unmasked_from, self.backend = config, unmasked_from, backend
         self.schedule = build_schedule(config.parameterization)
 
     def loss(
@@ -126,11 +126,12 @@ class Recipe:
             drop_history=drop_history,
             reconstruct=with_mask,
         )
-        error = (output.velocity.float() - self.schedule.target(x, eps, t)).square().mean((2, 3))  # [B, T]
+        weight = x.new_full((clips, frames), 1 / x.numel(), dtype=torch.float32)
         if config.min_snr_gamma is not None:
             snr = self.schedule.snr(t)
-            error = error * compute_loss_weight(snr, config.min_snr_gamma, "v_prediction", config.min_snr_decay)
-        diffusion = error.mean()
+            weight = weight * compute_loss_weight(snr, config.min_snr_gamma, "v_prediction", config.min_snr_decay)
+        target = self.schedule.target(x, eps, t).float()
+        diffusion = weighted_squared_error(output.velocity.float(), target, weight, backend=self.backend)
         if not output.reconstruction:
             return LossParts(diffusion, diffusion.detach(), zero)
         mask_loss = self._mask_loss(output.reconstruction, x, keep)
@@ -157,19 +158,20 @@ class Recipe:
 
     def _mask_loss(self, reconstruction: dict[int, Tensor], x: Tensor, keep: Tensor) -> Tensor:
         """Eq. 5: squared error over masked positions, mean over the offsets that exist at frame t, then over frames."""
-        clips, frames, tokens, _ = x.shape
+        clips, frames, tokens, channels = x.shape
         counted = torch.ones(clips, tokens, device=x.device)
         if self.config.mask_region == "dropped":
             counted = counted.scatter(1, keep, 0.0)
         share = (counted / counted.sum(1, keepdim=True))[:, None]  # [B, 1, N]
         t = torch.arange(frames, device=x.device)
-        errors = torch.zeros(clips, frames, device=x.device)
-        offsets = torch.zeros(frames, device=x.device)  # that exist at frame t
-        for offset, predicted in reconstruction.items():
-            error = (predicted.float() - x[:, offset:]).square().mean(-1)  # [B, T - offset, N]
-            errors = errors + F.pad((error * share).sum(-1), (0, offset))
-            offsets = offsets + (t + offset < frames)
-        return (errors / offsets.clamp(min=1)).sum() / (clips * (offsets > 0).sum())
+        offsets = sum((t + offset < frames).int() for offset in reconstruction)  # [T], how many exist at frame t
+        weight = share / (offsets.clamp(min=1) * (offsets > 0).sum() * clips * channels)[:, None]  # [B, T, N]
+        return sum(
+            weighted_squared_error(
+                predicted.float(), x[:, offset:].float(), weight[:, : frames - offset], backend=self.backend
+            )
+            for offset, predicted in reconstruction.items()
+        )
 
 
 def _host_generator(generator: torch.Generator) -> torch.Generator:
