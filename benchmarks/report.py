@@ -17,7 +17,7 @@ from pathlib import Path
 
 import common
 
-LIMIT_SECONDS = {"build": 120, "tests": 150, "attn_bench": 240}
+LIMIT_SECONDS = {"build": 120, "tests": 150, "attn_bench": 240, "train_bench": 180}
 DEFAULT_LIMIT = 120
 MARKERS = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 OFF_THE_PAGE = {"runs", "tokens", "head_dim", "note"}  # in the CSV

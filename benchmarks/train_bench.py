@@ -1,0 +1,215 @@
+"""One training step of MiMo: time, model FLOP utilisation and peak memory, against ACDiT and against a compiler's version of the same model.
+
+    python benchmarks/train_bench.py [--out bench_results] [--batch CLIPS] [--networks NAME ...]
+
+    MiMo                            this package: history tube-masked, both losses
+    ACDiT                           this package: history whole, no decoder, the diffusion loss alone
+    torch.compile + FlexAttention   MiMo in plain PyTorch, compiled whole, with block masks made beforehand
+
+A step is forward, backward, clipping and AdamW in bf16 autocast over fp32 weights. The mask ratio is fixed at the middle of its range and no frame
+loses its history, so that every step has one shape and one mask. G is the time that the step's matrix products (attention left out) take at the
+ceiling measured in the same run. Without a GPU a small network runs in fp32, and the compiled version uses the reference attention.
+"""
+
+import argparse
+import gc
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import common
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils.flop_counter import FlopCounterMode
+
+from mimo import MiMo, MiMoConfig
+from mimo.model import Plan
+from mimo.recipes import Recipe, acdit, step_generator
+from mimo_kernels.attention import FrameMask
+
+MIMO, ACDIT, BASELINE = "MiMo", "ACDiT", "torch.compile + FlexAttention"
+
+
+def networks(device: torch.device) -> dict[str, tuple[MiMoConfig, int]]:
+    """name -> config with one shape for every step, and clips per step."""
+    if device.type != "cuda":
+        small = MiMoConfig(depth=2, dim=128, heads=4, height=8, width=8, channels=8, decoder_layer=1, decoder_depth=1)
+        found = {"small": (small, 4)}
+    else:
+        found = {name: (MiMoConfig.from_preset(name), 16) for name in ("mimo-xl-k600", "mimo-xl-ucf101-uncond")}
+    for name, (config, clips) in found.items():
+        ratio = sum(config.mask_ratio) / 2
+        found[name] = replace(config, mask_ratio=(ratio, ratio), history_dropout=0.0), clips
+    return found
+
+
+class Step:
+    """A training step of one network on fixed data; calling it makes one."""
+
+    def __init__(self, config: MiMoConfig, clips: int, device: torch.device, backend: str):
+        self.device = device
+        self.model = MiMo(config, backend=backend).to(device)
+        self.recipe = Recipe(config, backend=backend)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=device.type == "cuda")
+        self.latents = torch.randn(clips, *config.latent_shape, device=device)
+        self.generator = step_generator(0, 0, device)
+
+    def loss(self) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            return self.recipe.loss(self.model, self.latents, generator=self.generator).total
+
+    def __call__(self) -> None:
+        self.loss().backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def plan_of(step: Step) -> Plan:
+    """The plan that every step of this network uses (plans without dropped history are kept)."""
+    plans, plan = [], step.model.plan
+
+    def remember(*arguments):
+        plans.append(plan(*arguments))
+        return plans[-1]
+
+    with mock.patch.object(step.model, "plan", remember), torch.no_grad():
+        step.loss()
+    return plans[-1]
+
+
+def masks_of(plan: Plan) -> list[FrameMask]:
+    return [plan.mask, plan.last_mask, *(mask for mask, _ in plan.decoder.values())]
+
+
+def compiled_baseline(step: Step) -> Callable[[], None]:
+    """The step with the network compiled whole; on a GPU with FlexAttention in place of frame_attention."""
+    if step.device.type != "cuda":
+        step.model.run = torch.compile(step.model.run, fullgraph=True)
+        return step
+    for mask in masks_of(plan_of(step)):
+        one = FrameMask.from_table(mask.pattern)  # all clips are alike
+        rows = one.num_tokens
+        mask.block_mask = create_block_mask(one.to_mask_mod(step.device), None, None, rows, rows, step.device)
+    step.model.run = torch.compile(step.model.run, fullgraph=True)
+
+    def run() -> None:
+        with mock.patch("mimo.model.frame_attention", flex_frame_attention):
+            step()
+
+    return run
+
+
+def flex_frame_attention(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask, *, backend: str) -> Tensor:
+    q, k, v = (x.unflatten(0, mask.uniform).transpose(1, 2) for x in (q, k, v))
+    return flex_attention(q, k, v, block_mask=mask.block_mask).transpose(1, 2).flatten(0, 1)
+
+
+def work(step: Step) -> dict[str, float]:
+    """GFLOP of a step: matrix products outside attention, counted as they run; and attention, 3.5 times its forward's useful work."""
+    config, plan = step.model.config, plan_of(step)
+    with FlopCounterMode(display=False) as counter:
+        step.loss().backward()
+    step.optimizer.zero_grad()
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(flops for op, flops in counts.items() if "mm" in str(op))
+    pairs = (config.depth - 1) * plan.mask.num_pairs + plan.last_mask.num_pairs
+    pairs += sum(config.decoder_depth * mask.num_pairs for mask, _ in plan.decoder.values())
+    return {"matmul_gflop": products / 1e9, "attention_gflop": 3.5 * 4 * pairs * config.dim / 1e9}
+
+
+def measure(name: str, config: MiMoConfig, clips: int, device: torch.device, limits: dict) -> list[dict]:
+    """One row per version. One version lives at a time, so that each has the memory for itself."""
+    baseline = BASELINE if device.type == "cuda" else "torch.compile, reference attention"
+    versions = {MIMO: (config, "auto"), ACDIT: (acdit(config), "auto"), baseline: (config, "reference")}
+    rows, losses = [], {}
+    for version, (wanted, backend) in versions.items():
+        row = {"network": name, "clips": clips, "version": version}
+        try:
+            torch.manual_seed(0)
+            step = Step(wanted, clips, device, backend)
+            row |= work(step)
+            losses[version] = float(step.loss().detach())
+            run = compiled_baseline(step) if version == baseline else step
+            run()  # compiles, and makes the optimizer's state
+            row["peak_gib"] = total_memory(run, device)
+            timing = common.interleaved(
+                {"step": run}, device, seconds=8.0 if device.type == "cuda" else 1.0, max_runs=20
+            )
+            row |= {"ms": timing["step"].median, "p20": timing["step"].p20, "p80": timing["step"].p80}
+        except torch.OutOfMemoryError as error:
+            row["note"] = common.one_line(error)
+        step = run = None
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch._dynamo.reset()
+        rows.append(row)
+    if abs(losses[MIMO] - losses[baseline]) > 0.02 * abs(losses[baseline]):
+        raise SystemExit(
+            f"{name}: {MIMO} starts at loss {losses[MIMO]}, the same network in plain PyTorch at {losses[baseline]}"
+        )
+    finish(rows, limits)
+    return rows
+
+
+def finish(rows: list[dict], limits: dict) -> None:
+    """What follows from the times: utilisation, the ratio to G, and the ratios between versions."""
+    ours = rows[0].get("ms")
+    for row in rows:
+        if "ms" not in row:
+            continue
+        seconds = row["ms"] / 1000
+        floor = row["matmul_gflop"] / limits["matmul_tflops"] / 1000
+        total = row["matmul_gflop"] + row["attention_gflop"]
+        row |= {"g_ms": 1000 * floor, "step_over_g": seconds / floor}
+        row["mfu_percent"] = 100 * total / 1000 / seconds / limits["matmul_tflops"]
+        if ours is not None:
+            row["mimo_over_this"] = ours / row["ms"]
+
+
+def total_memory(function: Callable, device: torch.device) -> float | None:
+    """GiB at the peak, weights and optimizer state included."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    function()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) / 2**30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("bench_results"))
+    parser.add_argument("--batch", type=int, help="clips per step")
+    parser.add_argument("--networks", nargs="+", metavar="NAME")
+    arguments = parser.parse_args()
+
+    device = common.default_device()
+    known = networks(device)
+    chosen = arguments.networks or list(known)[:1]  # compiling the other one takes another minute
+    if unknown := [name for name in chosen if name not in known]:
+        parser.error(f"unknown network {unknown[0]!r}; on {device.type} there are {', '.join(known)}")
+    header, limits = common.machine(device), common.ceilings(device)
+    common.print_header("Training step", header, limits)
+    rows = []
+    for name in chosen:
+        config, clips = known[name]
+        rows += measure(name, config, arguments.batch or clips, device, limits)
+    plot = {"group": "network", "bar": "version", "value": "ms", "panel": "what", "unit": "ms per step"}
+    rows = [{"what": "training step", **row} for row in rows]
+    path = common.write_results(arguments.out, "train", header, limits, rows, plot)
+    columns = {
+        "network": "network", "clips": "clips", "version": "version", "ms": "ms", "p20": "20%", "p80": "80%", "step_over_g": "step / G",
+        "mfu_percent": "MFU %", "peak_gib": "peak GiB", "mimo_over_this": "MiMo / this", "note": "note",
+    }  # fmt: skip
+    if device.type != "cuda":
+        print("  No GPU: a small network on the CPU. These figures say nothing about the GPU kernels.")
+    print(common.format_table(rows, columns))
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
