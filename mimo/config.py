@@ -303,7 +303,7 @@ MiMoConfig._PRESETS = {
 }
 
 _UCF_TRAINING = {"batch_size": 128, "steps": 180_000, "lr": 4e-4, "ema_decay": 0.9999, "interval": 3, "flip": True}
-_TINY_TRAINING = {"batch_size": 4, "steps": 700, "lr": 3e-3, "warmup": 30, "ema_decay": 0.99, "precision": "fp32"} | {
+_TINY_TRAINING = {"batch_size": 4, "steps": 800, "lr": 5e-3, "warmup": 30, "ema_decay": 0.99, "precision": "fp32"} | {
     "workers": 0,
     "log_every": 20,
     "save_every": 100,
@@ -328,7 +328,7 @@ SampleConfig._PRESETS = {
     "mimo-xl-ucf101": _UCF_SAMPLING | {"class_guidance": 2.0},
     "mimo-xl-ucf101-uncond": _UCF_SAMPLING,
     "mimo-b-minecraft": _UCF_SAMPLING | {"class_guidance": 1.5, "context_frames": 144, "num_frames": 300},
-    "mimo-tiny": {"sampler": "euler", "steps": 10, "context_frames": 3, "num_frames": 8},
+    "mimo-tiny": {"sampler": "euler", "steps": 6, "context_frames": 3, "num_frames": 8},
 }
 
 PRESETS = tuple(MiMoConfig._PRESETS)

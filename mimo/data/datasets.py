@@ -22,7 +22,7 @@ import numpy as np
 
 from mimo.data.errors import DataError
 from mimo.data.latents import LatentShards, is_latents
-from mimo.data.shapes import moving_shapes
+from mimo.data.shapes import TEXTURES, moving_shapes
 from mimo.data.video import (
     VIDEO_SUFFIXES,
     UnreadableVideo,
@@ -219,7 +219,7 @@ class ShapesDataset:
     Args:
         num_frames, height, width: shape of a sample.
         length: clips per epoch.
-        shapes, speed: as for `moving_shapes`.
+        shapes, speed, textures: as for `moving_shapes`.
     """
 
     num_classes = None
@@ -234,11 +234,12 @@ class ShapesDataset:
         length: int = 10_000,
         shapes: tuple[int, int] = (1, 3),
         speed: tuple[float, float] = (0.02, 0.07),
+        textures: tuple[str, ...] = TEXTURES,
     ):
         if min(num_frames, height, width, length) < 1:
             raise ValueError(f"{length} clips of {num_frames} x {height} x {width}: expected all >= 1")
         self.num_frames, self.height, self.width, self.length = num_frames, height, width, length
-        self.options = {"shapes": shapes, "speed": speed}
+        self.options = {"shapes": shapes, "speed": speed, "textures": textures}
 
     def __len__(self) -> int:
         return self.length

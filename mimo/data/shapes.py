@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-_TEXTURES = ("plain", "stripes", "checker", "dots", "rings")
+TEXTURES = ("plain", "stripes", "checker", "dots", "rings")
 
 
 def moving_shapes(
@@ -19,12 +19,14 @@ def moving_shapes(
     *,
     shapes: tuple[int, int] = (1, 3),
     speed: tuple[float, float] = (0.02, 0.07),
+    textures: tuple[str, ...] = TEXTURES,
 ) -> np.ndarray:
     """Draws one clip, uint8 [num_frames, height, width, 3], from `rng` alone.
 
     Args:
         shapes: least and greatest number of shapes.
         speed: range of speeds, in shorter sides per frame.
+        textures: those to draw from: "plain", "stripes", "checker", "dots", "rings".
     """
     frames = np.repeat(_background(height, width, rng)[None], num_frames, axis=0)  # [F, H, W, 3] fp32
     side = min(height, width)
@@ -32,7 +34,7 @@ def moving_shapes(
         radius = side * rng.uniform(0.11, 0.22)
         centers = _path(num_frames, height, width, radius, side * rng.uniform(*speed), rng)
         angles = rng.uniform(0, 2 * np.pi) + rng.uniform(-0.2, 0.2) * np.arange(num_frames, dtype=np.float32)
-        _draw(frames, centers, angles.astype(np.float32), np.float32(radius), rng)
+        _draw(frames, centers, angles.astype(np.float32), np.float32(radius), textures, rng)
     return (frames + 0.5).astype(np.uint8)
 
 
@@ -62,7 +64,9 @@ def _path(num_frames: int, height: int, width: int, radius: float, speed: float,
     return radius + np.where(phase > room, 2 * room - phase, phase)
 
 
-def _draw(frames: np.ndarray, centers: np.ndarray, angles: np.ndarray, radius: np.float32, rng) -> None:
+def _draw(
+    frames: np.ndarray, centers: np.ndarray, angles: np.ndarray, radius: np.float32, textures: tuple[str, ...], rng
+) -> None:
     """Paints one shape into frames [F, H, W, 3], working on a window of S x S pixels around its centre."""
     num_frames, height, width = frames.shape[:3]
     size = int(np.ceil(2 * radius)) + 3
@@ -75,7 +79,7 @@ def _draw(frames: np.ndarray, centers: np.ndarray, angles: np.ndarray, radius: n
     u, v = cos * x + sin * y, cos * y - sin * x  # turning coordinates, [F, S, S]
 
     alpha = np.clip(0.5 - _distance(u, v, radius, rng), 0, 1)[..., None]
-    mix = _texture(u, v, radius, rng)[..., None]
+    mix = _texture(u, v, radius, textures, rng)[..., None]
     light = rng.uniform(140, 255, 3).astype(np.float32)
     dark = light * rng.uniform(0.0, 0.7, 3).astype(np.float32)
     color = dark + (light - dark) * mix  # [F, S, S, 3]
@@ -108,9 +112,11 @@ def _distance(u: np.ndarray, v: np.ndarray, radius: np.float32, rng) -> np.ndarr
     return distance - radius if sides == 1 else np.abs(distance - np.float32(0.7) * radius) - np.float32(0.28) * radius
 
 
-def _texture(u: np.ndarray, v: np.ndarray, radius: np.float32, rng) -> np.ndarray | np.float32:
+def _texture(
+    u: np.ndarray, v: np.ndarray, radius: np.float32, textures: tuple[str, ...], rng
+) -> np.ndarray | np.float32:
     """Share of the lighter colour, 0..1, with soft edges."""
-    kind = _TEXTURES[rng.integers(len(_TEXTURES))]
+    kind = textures[rng.integers(len(textures))]
     k = np.float32(2 * np.pi / (radius * rng.uniform(0.5, 1.0)))
     if kind == "plain":
         return np.ones_like(u)

@@ -1,0 +1,267 @@
+"""Checkpoints that are either whole or not there.
+
+    RUN/checkpoints/step_00001234/
+        model.safetensors  ema.safetensors  optimizer.safetensors    tensors, never pickles
+        state.json         format, step, configurations, random seed, and the size and SHA-256 of every other file
+
+A checkpoint is written into a hidden folder beside its place, flushed to disk, and renamed: the rename is the moment it exists.
+A process killed at any other moment leaves a hidden folder, which nobody reads and the next training run deletes.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mimo.errors import InputError
+
+FORMAT = 1
+_STEP = re.compile(r"step_(\d{8,})")
+_UNFINISHED = ".unfinished-"
+
+
+def step_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def save(
+    run: Path,
+    step: int,
+    tensors: dict[str, dict[str, Tensor]],
+    state: dict[str, Any],
+    *,
+    keep_last: int = 3,
+    keep_every: int | None = None,
+) -> Path:
+    """Write one checkpoint atomically, then delete old ones.
+
+    tensors: file stem ("model", "ema", ...) -> named tensors.  state: JSON-serialisable; format, step and files are added here.
+    keep_last: how many of the newest checkpoints stay; keep_every: those whose step is a multiple of it stay for good.
+    """
+    final = step_folder(run, step)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.parent / f"{_UNFINISHED}{final.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    files = {}
+    for stem, named in tensors.items():
+        file = temporary / f"{stem}.safetensors"
+        save_file({name: tensor.detach().contiguous() for name, tensor in named.items()}, file)
+        _flush(file)
+        files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+    record = {"format": FORMAT, "step": step, **state, "files": files}
+    (temporary / "state.json").write_text(json.dumps(record, indent=1))
+    _flush(temporary / "state.json")
+    _flush(temporary)
+    if final.exists():  # a damaged checkpoint of the same step: whole ones are never written twice
+        shutil.rmtree(final)
+    temporary.rename(final)
+    _flush(final.parent)
+    _delete_old(run, keep_last, keep_every)
+    return final
+
+
+def step_folders(run: Path) -> list[Path]:
+    """Every step folder of a run, whole or not, oldest first."""
+    found = [path for path in (run / "checkpoints").glob("step_*") if _STEP.fullmatch(path.name)]
+    return sorted(found, key=_step_of)
+
+
+def latest(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of a run (None if there is none), and why each newer one was passed over."""
+    passed_over = []
+    for folder in reversed(step_folders(run)):
+        try:
+            read_state(folder)
+        except InputError as error:
+            passed_over.append(str(error))
+        else:
+            return folder, passed_over
+    return None, passed_over
+
+
+def delete_unfinished(run: Path) -> list[Path]:
+    """Delete what an interrupted save left behind. Only the process that owns the run may call this."""
+    leftovers = sorted((run / "checkpoints").glob(f"{_UNFINISHED}*"))
+    for folder in leftovers:
+        shutil.rmtree(folder)
+    return leftovers
+
+
+def find(path: Path) -> tuple[Path, list[str]]:
+    """The step folder meant by a path: itself, or the newest whole one of a run; and notes on those passed over."""
+    if not path.exists():
+        raise InputError(f"checkpoint {path} does not exist")
+    if path.is_file():
+        _check_tensor_file(path)
+        raise InputError(f"checkpoint {path} is a file; expected a run folder or one of its checkpoints/step_* folders")
+    if (path / "state.json").exists() or _STEP.fullmatch(path.name):
+        read_state(path)
+        return path, []
+    folder, passed_over = latest(path)
+    if folder is None:
+        raise InputError(
+            passed_over[0] if passed_over else f"{path} holds no checkpoint (no checkpoints/step_* folder)"
+        )
+    return folder, passed_over
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json of a checkpoint, once every file it lists is there, is safetensors and has its recorded size."""
+    file = folder / "state.json"
+    try:
+        state = json.loads(file.read_text())
+        files, version = state["files"], state["format"]
+    except FileNotFoundError:
+        raise InputError(f"checkpoint {folder} is incomplete: state.json is missing") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"checkpoint {folder} is damaged: state.json cannot be read ({error!r})") from None
+    if version != FORMAT:
+        raise InputError(f"checkpoint {folder} has format {version}; this version reads format {FORMAT}")
+    for name, recorded in files.items():
+        _check_tensor_file(folder / name)
+        size = (folder / name).stat().st_size
+        if size != recorded["bytes"]:
+            raise InputError(f"checkpoint {folder}: {name} has {size} bytes, {recorded['bytes']} were written")
+    return state
+
+
+def read_tensors(
+    folder: Path, stem: str, state: dict[str, Any], device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """The named tensors of one file, after comparing its checksum with the one in `state`."""
+    name = f"{stem}.safetensors"
+    if name not in state["files"]:
+        raise InputError(f"checkpoint {folder} has no {name}; it holds {', '.join(sorted(state['files']))}")
+    if _sha256(folder / name) != state["files"][name]["sha256"]:
+        raise InputError(f"checkpoint {folder} is damaged: the checksum of {name} is not the recorded one")
+    return load_file(folder / name, device=str(device))
+
+
+def load_module(module: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
+    """Copy named tensors into a module; every name and shape must agree."""
+    _require_match({name: tuple(t.shape) for name, t in module.state_dict().items()}, tensors, source)
+    module.load_state_dict(tensors)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
+    """Optimizer state by parameter name: "blocks.0.mlp.0.weight:exp_avg" -> tensor. Hyper-parameters are not in it."""
+    return {
+        f"{name}:{key}": value
+        for name, parameter in module.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dict[str, Tensor], source: Path
+) -> None:
+    """The inverse of `optimizer_tensors`, for an optimizer just made over the parameters of `module`, in their order."""
+    parameters = dict(module.named_parameters())
+    numbers = {name: number for number, name in enumerate(parameters)}
+    state: dict[int, dict[str, Tensor]] = {}
+    for full_name, tensor in tensors.items():
+        name, _, key = full_name.rpartition(":")
+        if name not in parameters:
+            raise InputError(f"checkpoint {source}: optimizer state for {name}, which the model does not have")
+        if tensor.ndim and tensor.shape != parameters[name].shape:
+            expected = list(parameters[name].shape)
+            raise InputError(f"checkpoint {source}: {full_name} has shape {list(tensor.shape)}, expected {expected}")
+        state.setdefault(numbers[name], {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def require_same_config(
+    saved: dict[str, Any], wanted: dict[str, Any], source: Path, *, may_differ: frozenset[str] = frozenset()
+) -> None:
+    """Raise naming every field in which two nested configurations differ, with both values. may_differ: dotted names."""
+    there, here = (_flatten(json.loads(json.dumps(config))) for config in (saved, wanted))  # JSON has no tuples
+    differing = [
+        f"{name} is {there.get(name, 'absent')} there and {here.get(name, 'absent')} here"
+        for name in sorted(there.keys() | here.keys())
+        if name not in may_differ and there.get(name) != here.get(name)
+    ]
+    if differing:
+        raise InputError(f"checkpoint {source} was made with another configuration: {'; '.join(differing)}")
+
+
+def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    flat = {}
+    for key, value in config.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": repr(value)}
+    return flat
+
+
+def _require_match(expected: dict[str, tuple[int, ...]], tensors: dict[str, Tensor], source: Path) -> None:
+    problems = [f"{name} is missing" for name in sorted(expected.keys() - tensors.keys())]
+    problems += [f"{name} is unknown to the model" for name in sorted(tensors.keys() - expected.keys())]
+    problems += [
+        f"{name} has shape {list(tensors[name].shape)}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise InputError(f"checkpoint {source} does not fit the model: {'; '.join(problems[:3])}{more}")
+
+
+def _check_tensor_file(file: Path) -> None:
+    """Look at the first bytes only: a pickle is named as one and never loaded, a file shorter than its header says is truncated."""
+    if not file.is_file():
+        raise InputError(f"checkpoint file {file} is missing")
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")):
+            raise InputError(
+                f"{file} is a pickle (torch.save) file; only safetensors files are read, a pickle can run code"
+            )
+        header_bytes = int.from_bytes(start, "little")
+        if size >= 8 and header_bytes > 100_000_000:  # the format's own limit
+            raise InputError(f"{file} is not a safetensors file: it starts with {start!r}")
+        header = stream.read(header_bytes)
+    if len(start) < 8 or len(header) < header_bytes:
+        raise InputError(f"{file} is truncated: {size} bytes, its header alone takes {8 + header_bytes}")
+    try:
+        entries = json.loads(header)
+        end = max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{file} is not a safetensors file: its header is not the expected JSON") from None
+    if size < 8 + header_bytes + end:
+        raise InputError(f"{file} is truncated: {size} bytes, its header promises {8 + header_bytes + end}")
+
+
+def _delete_old(run: Path, keep_last: int, keep_every: int | None) -> None:
+    for folder in step_folders(run)[:-keep_last]:
+        if not (keep_every and _step_of(folder) % keep_every == 0):
+            # Renamed first, so that a kill in the middle of the deletion does not leave a damaged checkpoint.
+            doomed = folder.rename(folder.parent / f"{_UNFINISHED}{folder.name}")
+            shutil.rmtree(doomed)
+
+
+def _step_of(folder: Path) -> int:
+    return int(_STEP.fullmatch(folder.name)[1])
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """fsync a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,214 @@
+"""`mimo demo`: train the smallest model for a few minutes on a CPU and predict clips it has not seen."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mimo.config import MiMoConfig, SampleConfig, TrainConfig
+from mimo.data import ShapesDataset, UnreadableVideo, contact_sheet, write_gif, write_video
+from mimo.data.datasets import find_files
+from mimo.data.video import VIDEO_SUFFIXES, NpzReader, atomic_path, open_clip, upscale
+from mimo.errors import InputError
+from mimo.runlog import duration
+from mimo.sample import generate
+from mimo.sampler import Sampler
+from mimo.train import Trainer, train
+
+TEST_CLIPS = 8  # predicted and scored
+SHOWN_CLIPS = 4  # of these, in the pictures
+HELD_OUT = 0.25  # of every real clip, its end
+# Few, plain and quick: what minutes on a CPU can learn, and what copying a frame gets wrong.
+SHAPES = {"shapes": (1, 2), "speed": (0.05, 0.1), "textures": ("plain",)}
+MAX_FRAMES = 1000  # read of every real clip
+ORANGE, GREY = (235, 120, 20), (200, 200, 200)
+
+
+class Windows:
+    """Windows of clips held in memory: `sample` as in mimo.data, and `test_windows` from the held-out ends.
+
+    Args:
+        clips: (name, video uint8 [F, H, W, 3], actions int64 [F] or None), each at least 2 num_frames long.
+    """
+
+    num_classes = None
+
+    def __init__(self, clips: list[tuple[str, np.ndarray, np.ndarray | None]], num_frames: int):
+        self.clips, self.num_frames = clips, num_frames
+        self.splits = [
+            min(len(v) - num_frames, round(len(v) * (1 - HELD_OUT))) for _, v, _ in clips
+        ]  # first test frame
+        with_actions = [actions is not None for _, _, actions in clips]
+        if any(with_actions) and not all(with_actions):
+            raise InputError(f"{clips[with_actions.index(False)][0]} has no actions, though other clips have")
+        self.num_actions = 1 + max(int(a.max()) for _, _, a in clips) if all(with_actions) else 0
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __repr__(self) -> str:
+        frames = sum(len(video) for _, video, _ in self.clips)
+        return f"{len(self)} clip{'s' if len(self) > 1 else ''}, {frames} frames" + (
+            f", {self.num_actions} actions" if self.num_actions else ""
+        )
+
+    def name(self, index: int) -> str:
+        return self.clips[index][0]
+
+    def sample(self, index: int, seed: int) -> dict[str, np.ndarray]:
+        latest = self.splits[index] - self.num_frames
+        return self._window(index, int(np.random.default_rng((seed, index)).integers(0, latest + 1)))
+
+    def test_windows(self, count: int) -> list[dict[str, np.ndarray]]:
+        """`count` held-out windows: one of each clip in turn, spread over its end."""
+        windows = []
+        for number in range(count):
+            index, turn = number % len(self), number // len(self)
+            turns = -(-(count - index) // len(self))
+            first, latest = self.splits[index], len(self.clips[index][1]) - self.num_frames
+            windows.append(self._window(index, first + (latest - first) * turn // max(1, turns - 1)))
+        return windows
+
+    def _window(self, index: int, start: int) -> dict[str, np.ndarray]:
+        _, video, actions = self.clips[index]
+        cut = slice(start, start + self.num_frames)
+        return {"video": video[cut]} | ({} if actions is None else {"actions": actions[cut]})
+
+
+def demo(
+    data: Path | None, out: Path, *, steps: int | None = None, interval: int = 1, seed: int = 0
+) -> dict[str, float]:
+    """Train mimo-tiny with the full objective, predict unseen clips, write pictures; returns the measured numbers.
+
+    Args:
+        data: a folder of videos or npz trajectories, or one such file; None makes clips of moving shapes.
+        steps: training steps; None takes the preset's.
+        interval: take every n-th frame of real clips.
+    """
+    started = time.monotonic()
+    model_config, sample_config = MiMoConfig.from_preset("mimo-tiny"), SampleConfig.from_preset("mimo-tiny")
+    train_config = replace(TrainConfig.from_preset("mimo-tiny"), seed=seed, preview_every=0)
+    if steps is not None:
+        train_config = replace(train_config, steps=steps, warmup=min(train_config.warmup, steps // 4))
+    frames, height, width = model_config.video_shape
+    if data is None:
+        dataset: Any = ShapesDataset(num_frames=frames, height=height, width=width, **SHAPES)
+        # Training draws its clips from 64-bit seeds: these few are not among them.
+        tests = [dataset.sample(index, seed=0) for index in range(TEST_CLIPS)]
+    else:
+        dataset = read_windows(data, frames, height, width, interval)
+        tests = dataset.test_windows(TEST_CLIPS)
+        model_config = replace(model_config, num_actions=dataset.num_actions)
+    trainer = Trainer(model_config, train_config, sample_config, dataset)
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    print(
+        f"mimo-tiny, {parameters / 1e6:.2f} M parameters, on {trainer.device}: {train_config.steps} steps on {dataset}"
+    )
+    records = train(trainer)
+    first, last = records[0], records[-1]
+    for name in ("diffusion", "mask"):
+        print(f"{name} loss: {first[name]:.4f} until step {first['step']}, {last[name]:.4f} at the end")
+
+    truth = torch.from_numpy(np.stack([test["video"] for test in tests]))
+    actions = torch.from_numpy(np.stack([test["actions"] for test in tests])) if model_config.num_actions else None
+    predicted = generate(
+        Sampler(trainer.ema.module, sample_config), context=truth, actions=actions, seed=seed, progress=True
+    )
+    context = sample_config.context_frames
+    copied = truth[:, context - 1 : context].expand(-1, frames - context, -1, -1, -1)
+    psnr_model, psnr_copy = psnr(predicted[:, context:], truth[:, context:]), psnr(copied, truth[:, context:])
+    better = int((psnr_model > psnr_copy).sum())
+    print(
+        f"PSNR of {frames - context} predicted frames, mean of {TEST_CLIPS} unseen clips: {psnr_model.mean():.2f} dB, "
+        f"{psnr_copy.mean():.2f} dB for copying the last context frame (better on {better} clips)"
+    )
+    paths = write_results(out, records, truth[:SHOWN_CLIPS].numpy(), predicted[:SHOWN_CLIPS].numpy(), context)
+    trainer.save(out / "run")
+    for path in paths:
+        print(path)
+    print(
+        f"took {duration(time.monotonic() - started)}; for more: mimo sample --checkpoint {out / 'run'} --out samples"
+    )
+    return {
+        "psnr": float(psnr_model.mean()),
+        "psnr_copy": float(psnr_copy.mean()),
+        "first": first,
+        "last": last,
+    }
+
+
+def read_windows(data: Path, num_frames: int, height: int, width: int, interval: int) -> Windows:
+    """Read every clip under `data`, small; the unreadable and the short ones are named and left out."""
+    files = find_files(data, (*VIDEO_SUFFIXES, ".npz"))
+    clips = []
+    for file in files:
+        try:
+            with open_clip(file) as reader:
+                count = min(MAX_FRAMES, 1 + (reader.num_frames - 1) // interval)
+                if count < 2 * num_frames:
+                    print(f"skipped {file}: {count} frames, expected at least {2 * num_frames}")
+                    continue
+                video = reader.read(count, interval=interval, size=(height, width))
+                actions = reader.actions[: count * interval : interval] if isinstance(reader, NpzReader) else None
+        except UnreadableVideo as error:
+            print(f"skipped {error}")
+            continue
+        clips.append((file.name, video, actions))
+    if not clips:
+        raise InputError(f"{data}: holds no clip that can be used ({len(files)} files with a known suffix)")
+    return Windows(clips, num_frames)
+
+
+def psnr(video: Tensor, truth: Tensor) -> Tensor:
+    """10 log10(255^2 / MSE) of every clip, uint8 [B, F, H, W, 3] -> fp64 [B]."""
+    squared = (video.double() - truth.double()).square().flatten(1).mean(1)
+    return 10 * torch.log10(255**2 / squared.clamp(min=1e-10))
+
+
+def write_results(
+    out: Path, records: list[dict[str, float]], truth: np.ndarray, predicted: np.ndarray, context: int
+) -> list[Path]:
+    """The video, the GIF, the contact sheet and the loss plot of some clips uint8 [B, F, H, W, 3]."""
+    grid = np.concatenate([_row(truth, context), _row(predicted, context)], axis=1)
+    rows = {}
+    for number in range(len(truth)):
+        rows[f"clip {number + 1}: truth"] = truth[number]
+        rows[f"clip {number + 1}: prediction"] = predicted[number]
+    return [
+        write_video(out / "prediction.mp4", grid, fps=5),
+        write_gif(out / "prediction.gif", grid, fps=5),
+        contact_sheet(out / "contact_sheet.png", rows, context),
+        plot_losses(out / "loss.png", records),
+    ]
+
+
+def _row(clips: np.ndarray, context: int) -> np.ndarray:
+    """Clips side by side with a border that is orange while context is shown: [B, F, H, W, 3] -> [F, H', W', 3]."""
+    framed = []
+    for clip in clips:
+        big = upscale(clip, 128)
+        border = np.empty((len(big), big.shape[1] + 8, big.shape[2] + 8, 3), np.uint8)
+        border[:context], border[context:] = ORANGE, GREY
+        border[:, 4:-4, 4:-4] = big
+        framed.append(border)
+    return np.concatenate(framed, axis=2)
+
+
+def plot_losses(path: Path, records: list[dict[str, float]]) -> Path:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    steps = [record["step"] for record in records]
+    for name, label in (("diffusion", "diffusion loss"), ("mask", "masked history loss")):
+        axes.plot(steps, [record[name] for record in records], label=label)
+    axes.set(xlabel="step", ylabel="mean squared error", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+    return path

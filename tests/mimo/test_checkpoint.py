@@ -1,0 +1,220 @@
+"""Checkpoints: round trip, atomic, selective, and every kind of damage named."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from mimo import checkpoint
+from mimo.errors import InputError
+
+
+def save(run, step, *, value=0.0, **options):
+    tensors = {"model": {"weight": torch.full((4, 3), value), "bias": torch.arange(4.0)}}
+    return checkpoint.save(run, step, tensors, {"config": {"model": {"depth": 2}}}, **options)
+
+
+def test_tensors_and_state_come_back_unchanged(tmp_path):
+    folder = save(tmp_path, 7, value=0.1)
+    assert folder == tmp_path / "checkpoints" / "step_00000007"
+    state = checkpoint.read_state(folder)
+    assert state["step"] == 7 and state["config"] == {"model": {"depth": 2}}
+    tensors = checkpoint.read_tensors(folder, "model", state)
+    assert torch.equal(tensors["weight"], torch.full((4, 3), 0.1)) and torch.equal(tensors["bias"], torch.arange(4.0))
+    assert [path.name for path in folder.parent.iterdir()] == ["step_00000007"]
+
+
+def test_optimizer_state_round_trip_continues_identically(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        module = nn.Linear(3, 2)
+        return module, torch.optim.AdamW(module.parameters(), lr=0.1)
+
+    def step(module, optimizer, seed):
+        x = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed))
+        optimizer.zero_grad()
+        module(x).square().mean().backward()
+        optimizer.step()
+
+    straight, straight_optimizer = make()
+    for seed in range(4):
+        step(straight, straight_optimizer, seed)
+
+    first, first_optimizer = make()
+    for seed in range(2):
+        step(first, first_optimizer, seed)
+    tensors = {"model": first.state_dict(), "optimizer": checkpoint.optimizer_tensors(first_optimizer, first)}
+    folder = checkpoint.save(tmp_path, 2, tensors, {})
+    state = checkpoint.read_state(folder)
+    second, second_optimizer = make()
+    checkpoint.load_module(second, checkpoint.read_tensors(folder, "model", state), folder)
+    loaded = checkpoint.read_tensors(folder, "optimizer", state)
+    checkpoint.load_optimizer(second_optimizer, second, loaded, folder)
+    for seed in range(2, 4):
+        step(second, second_optimizer, seed)
+    assert torch.equal(straight.weight, second.weight) and torch.equal(straight.bias, second.bias)
+
+
+def test_keeps_the_newest_and_every_mth(tmp_path):
+    for step in range(1, 9):
+        save(tmp_path, step, keep_last=2, keep_every=3)
+    assert [folder.name[-1] for folder in checkpoint.step_folders(tmp_path)] == ["3", "6", "7", "8"]
+    assert checkpoint.delete_unfinished(tmp_path) == []
+
+
+def test_unfinished_folder_is_ignored_and_deleted(tmp_path):
+    whole = save(tmp_path, 1)
+    leftover = whole.parent / ".unfinished-step_00000002"
+    leftover.mkdir()
+    (leftover / "model.safetensors").write_bytes(b"half")
+    assert checkpoint.latest(tmp_path) == (whole, [])
+    assert checkpoint.find(tmp_path) == (whole, [])
+    assert checkpoint.delete_unfinished(tmp_path) == [leftover]
+    assert not leftover.exists() and whole.exists()
+
+
+def test_damaged_newest_is_passed_over_with_its_reason(tmp_path):
+    whole, newest = save(tmp_path, 1), save(tmp_path, 2)
+    file = newest / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+    folder, reasons = checkpoint.latest(tmp_path)
+    assert folder == whole
+    assert len(reasons) == 1 and "truncated" in reasons[0] and "step_00000002" in reasons[0]
+
+
+def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path):
+    folder = save(tmp_path, 1, value=1.0)
+    (folder / "state.json").unlink()
+    assert checkpoint.latest(tmp_path)[0] is None
+    assert save(tmp_path, 1, value=2.0) == folder
+    tensors = checkpoint.read_tensors(folder, "model", checkpoint.read_state(folder))
+    assert tensors["weight"][0, 0] == 2.0
+
+
+def damage_missing_state(folder):
+    (folder / "state.json").unlink()
+
+
+def damage_broken_state(folder):
+    (folder / "state.json").write_text('{"format": 1, "st')
+
+
+def damage_missing_file(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def damage_short_data(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def damage_short_header(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:20])
+
+
+def damage_empty(folder):
+    (folder / "model.safetensors").write_bytes(b"")
+
+
+def damage_text(folder):
+    (folder / "model.safetensors").write_bytes(b"not tensors at all, just a text file")
+
+
+def damage_format(folder):
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | {"format": 99}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (damage_missing_state, "state.json is missing"),
+        (damage_broken_state, "state.json cannot be read"),
+        (damage_missing_file, "is missing"),
+        (damage_short_data, "is truncated"),
+        (damage_short_header, "is truncated"),
+        (damage_empty, "is truncated"),
+        (damage_text, "not a safetensors file"),
+        (damage_format, "format 99"),
+    ],
+)
+def test_each_damage_has_its_own_message(tmp_path, damage, words):
+    folder = save(tmp_path, 1)
+    damage(folder)
+    for path in (folder, tmp_path):
+        with pytest.raises(InputError, match=words) as caught:
+            checkpoint.find(path)
+        assert "\n" not in str(caught.value) and "step_00000001" in str(caught.value)
+
+
+class Bomb:
+    """Unpickling this creates a file: the proof that a pickle was loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+@pytest.mark.parametrize("how", ["torch", "torch-legacy", "pickle"])
+def test_a_pickle_is_named_and_never_loaded(tmp_path, how):
+    folder = save(tmp_path, 1)
+    file, trap = folder / "model.safetensors", tmp_path / "trap"
+    if how == "pickle":
+        file.write_bytes(pickle.dumps(Bomb(str(trap))))
+    else:
+        torch.save({"weight": Bomb(str(trap))}, file, _use_new_zipfile_serialization=how == "torch")
+    for path in (folder, tmp_path, file):
+        with pytest.raises(InputError, match="is a pickle"):
+            checkpoint.find(path)
+    assert not trap.exists()
+
+
+def test_flipped_bits_are_found_by_the_checksum(tmp_path):
+    folder = save(tmp_path, 1)
+    file = folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(InputError, match="checksum of model.safetensors"):
+        checkpoint.read_tensors(folder, "model", checkpoint.read_state(folder))
+
+
+def test_paths_that_are_no_checkpoint(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        checkpoint.find(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="holds no checkpoint"):
+        checkpoint.find(tmp_path)
+    folder = save(tmp_path, 1)
+    with pytest.raises(InputError, match="is a file"):
+        checkpoint.find(folder / "model.safetensors")
+
+
+def test_tensors_that_do_not_fit_the_model_are_named(tmp_path):
+    module = nn.Linear(3, 4)
+    good = {"weight": torch.zeros(4, 3), "bias": torch.zeros(4)}
+    with pytest.raises(InputError, match="bias is missing"):
+        checkpoint.load_module(module, {"weight": good["weight"]}, tmp_path)
+    with pytest.raises(InputError, match="gain is unknown"):
+        checkpoint.load_module(module, good | {"gain": torch.zeros(1)}, tmp_path)
+    with pytest.raises(InputError, match=r"weight has shape \[3, 4\], expected \[4, 3\]"):
+        checkpoint.load_module(module, good | {"weight": torch.zeros(3, 4)}, tmp_path)
+    optimizer = torch.optim.AdamW(module.parameters())
+    with pytest.raises(InputError, match=r"weight:exp_avg has shape \[2\], expected \[4, 3\]"):
+        checkpoint.load_optimizer(optimizer, module, {"weight:exp_avg": torch.zeros(2)}, tmp_path)
+
+
+def test_differing_config_fields_are_named_with_both_values(tmp_path):
+    saved = {"model": {"depth": 2, "ratio": [0.25, 0.5]}, "train": {"lr": 0.1, "steps": 10}}
+    same = {"model": {"depth": 2, "ratio": (0.25, 0.5)}, "train": {"lr": 0.1, "steps": 20}}
+    checkpoint.require_same_config(saved, same, tmp_path, may_differ=frozenset({"train.steps"}))
+    other = {"model": {"depth": 3, "ratio": (0.25, 0.5), "new": True}, "train": {"lr": 0.1, "steps": 10}}
+    with pytest.raises(InputError) as caught:
+        checkpoint.require_same_config(saved, other, tmp_path)
+    message = str(caught.value)
+    assert "model.depth is 2 there and 3 here" in message and "model.new is absent there and True here" in message
+    assert "train." not in message and "model.ratio" not in message

@@ -1,0 +1,349 @@
+"""The command line: every bad input is one line and status 2; overrides arrive; the same seed gives the same video."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mimo.cli import main
+from mimo.data import VideoReader, write_video
+
+TINY = (
+    "--model.depth 1 --model.dim 16 --model.heads 2 --model.decoder-depth 1 --model.decoder-layer 1 --model.frames 3 "
+    "--model.height 2 --model.width 2 --model.channels 12 --model.compression 1 2 2 --model.video-frames 3 "
+    "--train.batch-size 2 --train.warmup 0 --train.precision fp32 --train.workers 0 --train.preview-every 0 "
+    "--sample.steps 2 --sample.context-frames 1 --sample.num-frames 3"
+).split()
+
+
+def train(out, *more, data="shapes"):
+    return main(
+        ["train", "--preset", "mimo-tiny", "--data", str(data), "--out", str(out), *TINY, "--steps", "2", *more]
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors this small only wait for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of two steps; tests that damage it work on a copy."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    assert train(folder) == 0
+    return folder
+
+
+@pytest.fixture
+def own_run(run, tmp_path):
+    return shutil.copytree(run, tmp_path / "own")
+
+
+@pytest.fixture
+def clip(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 255, (5, 16, 16, 3), dtype=np.uint8)
+    return write_video(tmp_path / "clip.mp4", frames)
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs a command that must end with status 2 and one line on stderr, and returns that line."""
+
+    def refused(*arguments):
+        capsys.readouterr()
+        assert main([str(argument) for argument in arguments]) == 2
+        errors = capsys.readouterr().err
+        assert errors.startswith("error: ") and errors.count("\n") == 1 and errors.endswith("\n"), errors
+        return errors
+
+    return refused
+
+
+def train_arguments(out, data="shapes"):
+    return ["train", "--preset", "mimo-tiny", "--data", data, "--out", out, *TINY, "--steps", 2]
+
+
+# Help ----------------------------------------------------------------------------------------------------------------
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys; from mimo.cli import main\n"
+        "assert main(['--help']) == 0\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "mimo demo" in result.stdout and "mimo-b-k600" in result.stdout
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "sample"])
+def test_each_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert "--out" in capsys.readouterr().out
+
+
+def test_version_and_empty_command_line(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out[0].isdigit()
+    assert main([]) == 2
+    assert "usage: mimo COMMAND" in capsys.readouterr().err
+
+
+# Bad input: words of the command line ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("paint", "unknown command 'paint': expected one of demo, train, sample"),
+        ("train --data x --out y", "--preset is missing: expected one of mimo-b-k600"),
+        ("train --preset mimo-huge --data x --out y", "unknown preset 'mimo-huge': expected one of mimo-b-k600"),
+        ("train --preset mimo-tiny --out y", "--data"),
+        ("train --preset mimo-tiny --data shapes --out y --model.deep 3", "--model.deep"),
+        ("train --preset mimo-tiny --data shapes --out y --model.depth four", "'four'"),
+        ("train --preset mimo-tiny --data shapes --out y --model.heads 5", "heads=5"),
+        ("train --preset mimo-tiny --data shapes --out y --model.mask-ratio 0.5 1.5", "mask_ratio=(0.5, 1.5)"),
+        ("train --preset mimo-tiny --data shapes --out y --steps 0", "steps=0"),
+        ("train --preset mimo-tiny --data shapes --out y --train.accumulate 3 --train.batch-size 4", "accumulate=3"),
+        ("train --preset mimo-tiny --data shapes --out y --model.tokenizer vq", "unknown tokenizer 'vq'"),
+        ("train --preset mimo-tiny --data shapes --out y --model.video-frames 5", "the network expects"),
+        ("sample --out y", "--checkpoint"),
+        ("demo --steps 0", "--steps 0: expected at least 1"),
+    ],
+)
+def test_bad_words(refused, words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(*words.split())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(refused, tmp_path):
+    assert "--device cuda" in refused(*train_arguments(tmp_path / "run"), "--device", "cuda")
+
+
+# Bad input: data ------------------------------------------------------------------------------------------------------
+
+
+def test_bad_data(refused, tmp_path):
+    out = tmp_path / "run"
+    assert f"{tmp_path / 'none'}" in refused(*train_arguments(out, tmp_path / "none"))
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    assert str(folder) in refused(*train_arguments(out, folder))
+    (folder / "broken.mp4").write_bytes(b"this is no video")
+    assert "broken.mp4" in refused(*train_arguments(out, folder))
+    assert not out.exists()
+
+
+def test_missing_data_of_the_demo(refused, tmp_path):
+    assert str(tmp_path / "none") in refused("demo", "--data", tmp_path / "none", "--out", tmp_path / "demo")
+
+
+def test_classes_without_labels(refused, tmp_path):
+    message = refused(*train_arguments(tmp_path / "run"), "--model.num-classes", 5)
+    assert "num_classes=5, but the clips have no label" in message
+
+
+def test_a_run_folder_that_cannot_be_made(refused, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot make the run folder" in refused(*train_arguments(tmp_path / "file" / "run"))
+
+
+# Bad input: checkpoints -----------------------------------------------------------------------------------------------
+
+
+def step(run):
+    return run / "checkpoints" / "step_00000002"
+
+
+def refused_by_both(refused, run, *more):
+    """The message of `mimo sample` and of `mimo train --resume` on a run."""
+    one = refused("sample", "--checkpoint", run, "--out", run.parent / "samples")
+    other = refused(*train_arguments(run), "--resume")
+    assert not (run.parent / "samples").exists()
+    return one, other
+
+
+def test_missing_checkpoint(refused, tmp_path):
+    out = tmp_path / "samples"
+    assert f"{tmp_path / 'none'} does not exist" in refused("sample", "--checkpoint", tmp_path / "none", "--out", out)
+    assert "holds no checkpoint" in refused("sample", "--checkpoint", tmp_path, "--out", out)
+
+
+def test_truncated_checkpoint(refused, own_run):
+    for name in ("ema.safetensors", "model.safetensors"):
+        file = step(own_run) / name
+        file.write_bytes(file.read_bytes()[:-100])
+        for message in refused_by_both(refused, own_run):
+            assert "is truncated" in message and ".safetensors" in message
+
+
+def test_pickle_where_safetensors_is_expected(refused, own_run):
+    torch.save({"weight": torch.zeros(3)}, step(own_run) / "ema.safetensors")
+    for message in refused_by_both(refused, own_run):
+        assert "ema.safetensors is a pickle" in message
+    assert "is a pickle" in refused("sample", "--checkpoint", step(own_run) / "ema.safetensors", "--out", own_run)
+
+
+def test_resume_with_another_config(refused, own_run):
+    message = refused(*train_arguments(own_run), "--resume", "--model.depth", 2, "--train.lr", 0.5)
+    assert "model.depth is 1 there and 2 here" in message and "train.lr is" in message
+
+
+def test_train_over_a_finished_run(refused, own_run):
+    assert "already holds checkpoints" in refused(*train_arguments(own_run))
+
+
+def test_tensors_that_do_not_fit_the_recorded_config(refused, own_run):
+    file, state_file = step(own_run) / "ema.safetensors", step(own_run) / "state.json"
+    state = json.loads(state_file.read_text())
+    state["configs"]["model"]["depth"] = 2
+    state_file.write_text(json.dumps(state))
+    assert "blocks.1" in refused("sample", "--checkpoint", own_run, "--out", own_run / "samples")
+    state["configs"]["model"]["colour"] = "red"
+    state_file.write_text(json.dumps(state))
+    assert "colour" in refused("sample", "--checkpoint", own_run, "--out", own_run / "samples")
+    save_file(load_file(file), file, metadata={"more": "bytes"})
+    assert "bytes" in refused("sample", "--checkpoint", own_run, "--out", own_run / "samples")
+
+
+# Bad input: sampling --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--context CLIP --context-frames 6 --frames 9", "6 context frames are asked for, it holds 5"),
+        (
+            "--context CLIP --context-frames 3 --start 4 --frames 9",
+            "3 context frames are asked for, it holds 1 from frame 4",
+        ),
+        ("--context CLIP --context-frames 3 --frames 3", "expected more than its 3"),
+        ("--context none.mp4", "none.mp4: no such file"),
+        ("--context-frames 3", "expected a --context"),
+        ("--class 1", "this model has no classes"),
+        ("--frames 0", "--frames 0"),
+        ("--count 0", "--count 0"),
+        ("--steps 0", "steps=0"),
+        ("--sampler ddim", "sampler='ddim'"),
+    ],
+)
+def test_bad_sampling(refused, run, clip, tmp_path, words, message):
+    words = [clip if word == "CLIP" else word for word in words.split()]
+    assert message in refused("sample", "--checkpoint", run, "--out", tmp_path / "samples", *words)
+    assert not (tmp_path / "samples").exists()
+
+
+def test_corrupted_context(refused, run, clip, tmp_path):
+    clip.write_bytes(clip.read_bytes()[:200])
+    assert "clip.mp4" in refused("sample", "--checkpoint", run, "--out", tmp_path / "samples", "--context", clip)
+
+
+# What works -----------------------------------------------------------------------------------------------------------
+
+
+def test_overrides_and_presets_reach_the_run(tmp_path, capsys):
+    more = [
+        "--train.lr",
+        "0.25",
+        "--train.betas",
+        "0.8",
+        "0.9",
+        "--model.mask-offsets",
+        "0",
+        "--model.positions",
+        "learned",
+    ]
+    assert (
+        train(tmp_path / "run", *more, "--model.no-separate-ln", "--keep-every", "1", "--train.preview-every", "2") == 0
+    )
+    configs = json.loads((step(tmp_path / "run") / "state.json").read_text())["configs"]
+    assert configs["train"]["lr"] == 0.25 and configs["train"]["betas"] == [0.8, 0.9] and configs["train"]["steps"] == 2
+    assert configs["model"]["mask_offsets"] == [0] and configs["model"]["positions"] == "learned"
+    assert configs["model"]["separate_ln"] is False
+    assert configs["model"]["parameterization"] == "flow"  # the preset's, not overridden
+    output = capsys.readouterr().out
+    assert "step 2/2" in output and "decoder" in output
+    preview = tmp_path / "run" / "previews" / "step_00000002.mp4"
+    assert str(preview) in output
+    with VideoReader(preview) as reader:
+        assert reader.num_frames == 3
+
+
+def test_a_fault_of_ours_keeps_its_traceback(tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ValueError("an error inside a training step")
+
+    monkeypatch.setattr("mimo.train.Trainer.train_step", broken)
+    with pytest.raises(ValueError, match="inside a training step"):
+        train(tmp_path / "run")
+
+
+def sample(run, out, *more):
+    assert main(["sample", "--checkpoint", str(run), "--out", str(out), *map(str, more)]) == 0
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_same_seed_same_video(run, tmp_path, capsys):
+    one = sample(run, tmp_path / "a", "--seed", 3)
+    assert sorted(one) == ["contact_sheet.png", "sample.gif", "sample.mp4"]
+    assert [str(tmp_path / "a" / name) for name in ("sample.mp4", "sample.gif", "contact_sheet.png")] == [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith(str(tmp_path))
+    ]
+    assert sample(run, tmp_path / "b", "--seed", 3) == one
+    assert sample(run, tmp_path / "c", "--seed", 4)["sample.gif"] != one["sample.gif"]
+
+
+def test_prediction_keeps_its_context_and_has_the_asked_length(run, clip, tmp_path):
+    more = ["--context", clip, "--context-frames", 2, "--start", 1, "--frames", 6, "--count", 2]
+    files = sample(run, tmp_path / "out", *more)
+    assert sorted(files) == ["contact_sheet.png", *(f"sample_{i}.{kind}" for i in range(2) for kind in ("gif", "mp4"))]
+    frames = []
+    for number in range(2):
+        with VideoReader(tmp_path / "out" / f"sample_{number}.mp4") as reader:
+            assert reader.num_frames == 6
+            frames.append(reader.read(6).astype(int))
+    assert np.abs(frames[0][:2] - frames[1][:2]).max() <= 2  # the same context, each encoded once more
+    assert np.abs(frames[0][2:] - frames[1][2:]).max() > 10  # two samples
+
+
+def test_averaged_and_last_weights_differ(tmp_path):
+    run = tmp_path / "run"
+    assert train(run, "--train.lr", "0.1", "--train.lr-end", "0.1", "--train.ema-decay", "0.9", "--steps", "8") == 0
+    assert sample(run, tmp_path / "a") != sample(run, tmp_path / "b", "--weights", "model")
+
+
+def test_classes_and_actions(tmp_path):
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        video = rng.integers(0, 255, (8, 8, 8, 3), dtype=np.uint8)
+        np.savez(tmp_path / f"{number}.npz", video=video, actions=rng.integers(0, 4, 8))
+    run = tmp_path / "run"
+    assert train(run, "--model.num-actions", "4", data=tmp_path) == 0
+    files = sample(run, tmp_path / "out", "--context", tmp_path / "0.npz", "--frames", 5)
+    assert "sample.mp4" in files
+
+    videos = tmp_path / "videos"
+    for label in ("jump", "run"):
+        (videos / label).mkdir(parents=True)
+        write_video(videos / label / "0.mp4", rng.integers(0, 255, (8, 16, 16, 3), dtype=np.uint8))
+    run = tmp_path / "classes"
+    fast = ["--train.lr", "0.1", "--train.ema-decay", "0", "--steps", "8"]  # which have to tell the classes apart
+    assert train(run, "--model.num-classes", "2", "--folder-labels", *fast, data=videos) == 0
+    one = sample(run, tmp_path / "c0", "--class", 0, "--class-guidance", 2)
+    assert one != sample(run, tmp_path / "c1", "--class", 1, "--class-guidance", 2)
+    assert main(["sample", "--checkpoint", str(run), "--out", str(tmp_path / "c2"), "--class", "2"]) == 2

@@ -1,0 +1,138 @@
+"""The demo, in a configuration that takes seconds: its files, its numbers, real clips with actions."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mimo.cli import main
+from mimo.config import MiMoConfig, SampleConfig, TrainConfig
+from mimo.data import VideoReader, write_video
+from mimo.demo import Windows, demo, psnr, read_windows
+from mimo.errors import InputError
+from mimo.sample import load
+
+FRAMES, CONTEXT = 5, 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors this small only wait for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def tiny_presets(monkeypatch):
+    model = MiMoConfig.from_preset("mimo-tiny").to_dict() | {
+        **{"depth": 1, "dim": 16, "heads": 2, "decoder_depth": 1, "decoder_layer": 1, "frames": FRAMES},
+        **{"height": 2, "width": 2, "channels": 8, "compression": (1, 4, 4), "video_frames": FRAMES},
+    }
+    training = TrainConfig.from_preset("mimo-tiny").to_dict() | {"batch_size": 2, "steps": 4, "log_every": 2}
+    sampling = {"sampler": "euler", "steps": 2, "context_frames": CONTEXT, "num_frames": FRAMES}
+    for kind, values in ((MiMoConfig, model), (TrainConfig, training), (SampleConfig, sampling)):
+        monkeypatch.setitem(kind._PRESETS, "mimo-tiny", values)
+
+
+def test_demo_writes_its_files_and_prints_its_numbers(tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out)]) == 0
+    output = capsys.readouterr().out
+    for name in ("prediction.mp4", "prediction.gif", "contact_sheet.png", "loss.png"):
+        assert str(out / name) in output
+    number = r"\d+\.\d+"
+    for name in ("diffusion", "mask"):
+        assert re.search(rf"{name} loss: {number} until step 2, {number} at the end", output)
+    assert re.search(
+        rf"PSNR of 3 predicted frames, mean of 8 unseen clips: {number} dB, {number} dB for copying", output
+    )
+    with VideoReader(out / "prediction.mp4") as reader:
+        assert reader.num_frames == FRAMES
+        # Truth above prediction: while context is shown both halves are the same, frame and border included.
+        first = reader.read(1)[0].astype(int)
+        top, bottom = np.split(first, 2)
+        assert np.abs(top - bottom).mean() < 2
+        assert np.abs(first[1, 1] - (235, 120, 20)).max() < 20
+    with Image.open(out / "prediction.gif") as gif:
+        assert gif.n_frames == FRAMES
+    for name in ("contact_sheet.png", "loss.png"):
+        with Image.open(out / name) as picture:
+            assert min(picture.size) > 100
+    assert load(out / "run").model.config == MiMoConfig.from_preset("mimo-tiny")
+
+
+def test_demo_is_repeatable_and_can_be_repeated_in_place(tmp_path):
+    one, again, other = (demo(None, tmp_path, steps=2, seed=seed) for seed in (0, 0, 1))
+    for name in ("psnr", "psnr_copy"):
+        assert one[name] == again[name]
+    for name in ("diffusion", "mask"):
+        assert one["last"][name] == again["last"][name]
+    assert one["psnr"] != other["psnr"] and one["psnr_copy"] == other["psnr_copy"]
+
+
+def clips(folder, lengths, *, actions):
+    rng = np.random.default_rng(0)
+    for number, length in enumerate(lengths):
+        video = rng.integers(0, 255, (length, 16, 16, 3), dtype=np.uint8)
+        more = {"actions": rng.integers(0, 3, length)} if actions else {}
+        np.savez(folder / f"{number}.npz", video=video, **more)
+
+
+def test_demo_on_trajectories_with_actions(tmp_path, capsys):
+    (tmp_path / "clips").mkdir()
+    clips(tmp_path / "clips", [20, 30], actions=True)
+    assert main(["demo", "--data", str(tmp_path / "clips"), "--out", str(tmp_path / "demo"), "--steps", "2"]) == 0
+    assert "2 clips, 50 frames, 3 actions" in capsys.readouterr().out
+    assert load(tmp_path / "demo" / "run").model.config.num_actions == 3
+
+
+def test_demo_on_videos_skips_what_it_cannot_use(tmp_path, capsys):
+    data = tmp_path / "clips"
+    data.mkdir()
+    rng = np.random.default_rng(0)
+    for name, length in (("long", 24), ("short", 6)):
+        write_video(data / f"{name}.mp4", rng.integers(0, 255, (length, 16, 16, 3), dtype=np.uint8))
+    (data / "broken.avi").write_bytes(b"no video")
+    demo(data, tmp_path / "demo", steps=1, interval=2)
+    output = capsys.readouterr().out
+    assert "short.mp4: 3 frames, expected at least 10" in output and "broken.avi" in output
+    assert "1 clip, 12 frames" in output
+    for name in ("long", "short"):
+        (data / f"{name}.mp4").unlink()
+    with pytest.raises(InputError, match="holds no clip that can be used"):
+        read_windows(data, FRAMES, 8, 8, 1)
+
+
+def test_test_windows_share_no_frame_with_training_windows():
+    lengths = (10, 16, 40)
+    videos = [np.broadcast_to(np.arange(n, dtype=np.uint8)[:, None, None, None], (n, 8, 8, 3)) for n in lengths]
+    windows = Windows([(f"{n}", video, None) for n, video in zip(lengths, videos, strict=True)], num_frames=5)
+    assert windows.num_actions == 0
+    tests = windows.test_windows(9)
+    for index in range(3):
+        seen = {int(f) for seed in range(200) for f in windows.sample(index, seed)["video"][:, 0, 0, 0]}
+        held_out = [test["video"][:, 0, 0, 0].tolist() for test in tests[index::3]]
+        assert len(held_out) == 3
+        assert all(frames == list(range(frames[0], frames[0] + 5)) for frames in held_out)
+        assert not seen & {f for frames in held_out for f in frames}
+        assert min(seen) == 0 and held_out[-1][-1] == lengths[index] - 1
+
+
+def test_psnr_by_hand():
+    truth = torch.zeros(2, 1, 2, 2, 3, dtype=torch.uint8)
+    video = truth.clone()
+    video[0, 0, 0, 0, 0] = 255  # MSE 255^2 / 12
+    video[1] = 51  # MSE 51^2
+    assert psnr(video, truth).tolist() == pytest.approx([10.79181, 13.97940], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["clips", "dmlab_5.npz"])
+def test_demo_reads_the_real_clips(shared_data, name):
+    windows = read_windows(shared_data / name, FRAMES, 16, 16, 1)
+    assert len(windows) == (4 if name == "clips" else 1)
+    assert windows.num_actions == (0 if name == "clips" else 3)
+    assert len(windows.test_windows(8)) == 8

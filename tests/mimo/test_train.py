@@ -1,0 +1,284 @@
+"""Training: exact resume, whatever interrupts it; the schedule; accumulation; the guard against divergence."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from mimo import checkpoint
+from mimo.cli import main
+from mimo.config import MiMoConfig, SampleConfig, TrainConfig
+from mimo.data import ShapesDataset
+from mimo.errors import InputError
+from mimo.recipes import LossParts
+from mimo.runlog import read_log
+from mimo.train import Trainer, learning_rate, train
+
+NETWORK = {
+    **{"depth": 2, "dim": 16, "heads": 2, "decoder_depth": 1, "decoder_layer": 1},
+    **{"frames": 3, "height": 2, "width": 2, "channels": 12, "compression": (1, 2, 2), "video_frames": 3},
+    **{"parameterization": "flow", "history_dropout": 0.2},
+}
+OPTIMISATION = {
+    **{"batch_size": 4, "steps": 6, "lr": 1e-2, "warmup": 2, "precision": "fp32", "ema_decay": 0.9},
+    **{"workers": 0, "log_every": 2, "save_every": 100, "preview_every": 0},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors this small only wait for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_trainer(model=None, **options):
+    model_config = MiMoConfig(**NETWORK | (model or {}))
+    frames, height, width = model_config.video_shape
+    dataset = ShapesDataset(num_frames=frames, height=height, width=width, length=20)
+    sample_config = SampleConfig(sampler="euler", steps=2, context_frames=1, num_frames=3)
+    return Trainer(model_config, TrainConfig(**OPTIMISATION | options), sample_config, dataset)
+
+
+def state_of(trainer):
+    return {
+        **{f"model.{name}": t.clone() for name, t in trainer.model.state_dict().items()},
+        **{f"ema.{name}": t.clone() for name, t in trainer.ema.state_dict().items()},
+        **checkpoint.optimizer_tensors(trainer.optimizer, trainer.model),
+    }
+
+
+def assert_identical(one, other):
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ({}, {}),
+        ({"interleaved": True}, {"accumulate": 2}),
+        ({"parameterization": "v", "min_snr_gamma": 5.0, "min_snr_decay": 0.96}, {"unmasked_steps": 2}),
+    ],
+)
+def test_resumed_training_is_bitwise_undisturbed_training(tmp_path, model, options):
+    straight = make_trainer(model, **options)
+    train(straight)
+    first = make_trainer(model, **options)
+    first.start_data()
+    for _ in range(3):
+        first.train_step()
+    folder = first.save(tmp_path)
+    torch.randn(7)  # what others draw from the global generator must not matter
+    second = make_trainer(model, **options)
+    second.load(folder)
+    assert second.step == 3
+    train(second)
+    assert_identical(state_of(straight), state_of(second))
+
+
+def test_another_seed_trains_another_model():
+    one, other = make_trainer(seed=0, steps=1), make_trainer(seed=1, steps=1)
+    train(one), train(other)
+    assert not torch.equal(one.model.embed.weight, other.model.embed.weight)
+
+
+def test_resume_refuses_another_configuration_and_names_it(tmp_path):
+    folder = make_trainer().save(tmp_path)
+    with pytest.raises(InputError, match=r"model\.depth is 2 there and 3 here; train\.lr is 0\.01 there and 0\.1 here"):
+        make_trainer({"depth": 3}, lr=0.1).load(folder)
+    make_trainer(steps=50, log_every=7, keep=9).load(folder)
+
+
+def test_a_run_is_neither_overwritten_nor_lost(tmp_path):
+    train(make_trainer(steps=2), tmp_path)
+    with pytest.raises(InputError, match="already holds checkpoints"):
+        train(make_trainer(steps=4), tmp_path)
+    train(make_trainer(steps=4), tmp_path, resume=True)
+    assert [folder.name for folder in checkpoint.step_folders(tmp_path)] == ["step_00000002", "step_00000004"]
+    assert [row["step"] for row in read_log(tmp_path)] == [2, 4]
+    for folder in checkpoint.step_folders(tmp_path):
+        (folder / "state.json").unlink()
+    with pytest.raises(InputError, match="no whole checkpoint to resume from: .*state.json is missing"):
+        train(make_trainer(steps=6), tmp_path, resume=True)
+
+
+def test_log_repeats_no_step_after_a_resume(tmp_path):
+    train(make_trainer(steps=6, log_every=1, save_every=4), tmp_path)
+    (tmp_path / "checkpoints" / "step_00000006" / "state.json").unlink()
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 7, "diff')  # a line cut short by a kill
+    train(make_trainer(steps=6, log_every=1, save_every=4), tmp_path, resume=True)
+    assert [row["step"] for row in read_log(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_status_line_says_everything(tmp_path, capsys):
+    train(make_trainer(), tmp_path)
+    number = r"[\d.e+-]+"
+    line = (
+        rf"step 4/6  diffusion {number}  mask {number}  grad norm {number}  lr {number}  "
+        rf"[\d,]+ tokens/s  [\d.]+ GiB  ETA \d+:\d\d"
+    )
+    assert re.search(line, capsys.readouterr().out)
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_learning_rate_warms_up_then_follows_a_cosine():
+    config = TrainConfig(lr=1.0, lr_end=0.1, warmup=4, steps=15)
+    rates = [learning_rate(step, config) for step in range(15)]
+    assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    assert rates[9] == pytest.approx(0.55)  # half way from step 4 to step 14
+    assert rates[14] == pytest.approx(0.1)
+    assert learning_rate(20, config) == pytest.approx(0.1)
+
+
+class MeanOfLatents:
+    """A stand-in objective whose gradient is the mean of the latents: the same however a batch is split."""
+
+    def loss(self, model, latents, *, labels, actions, generator, **_):
+        total = model.embed.bias.sum() * latents.mean()
+        return LossParts(total, total, torch.zeros(()))
+
+
+def test_accumulated_gradient_is_that_of_the_whole_batch():
+    gradients = []
+    for accumulate in (1, 2, 4):
+        trainer = make_trainer(accumulate=accumulate, grad_clip=1e9)
+        trainer.recipe = MeanOfLatents()
+        trainer.optimizer.step = lambda trainer=trainer: gradients.append(trainer.model.embed.bias.grad.clone())
+        trainer.start_data()
+        trainer.train_step()
+    torch.testing.assert_close(gradients[1], gradients[0])
+    torch.testing.assert_close(gradients[2], gradients[0])
+    assert gradients[0].abs().max() > 0
+
+
+class NanAt:
+    def __init__(self, recipe, call):
+        self.recipe, self.left = recipe, call
+
+    def loss(self, *args, **kwargs):
+        parts = self.recipe.loss(*args, **kwargs)
+        self.left -= 1
+        return parts if self.left else LossParts(parts.total * float("nan"), parts.diffusion * float("nan"), parts.mask)
+
+
+def test_divergence_names_its_step_and_saves_nothing(tmp_path):
+    trainer = make_trainer(save_every=1)
+    trainer.recipe = NanAt(trainer.recipe, 3)
+    with pytest.raises(
+        InputError, match="diverged at step 3: diffusion loss nan, mask loss [0-9.]+, gradient norm nan"
+    ):
+        train(trainer, tmp_path)
+    assert [folder.name for folder in checkpoint.step_folders(tmp_path)] == ["step_00000001", "step_00000002"]
+
+
+def test_bf16_trains_in_autocast_with_fp32_weights():
+    trainer = make_trainer(precision="bf16")
+    records = train(trainer)
+    assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+    assert all(0 < record["diffusion"] < 100 for record in records)
+
+
+def test_learns_one_clip():
+    trainer = make_trainer({"dim": 32, "history_dropout": 0.0}, steps=150, batch_size=8, log_every=15, lr_end=1e-3)
+    trainer.dataset = OneClip(trainer.dataset)
+    records = train(trainer)
+    assert records[-1]["diffusion"] < 0.7 * records[0]["diffusion"]
+    assert records[-1]["mask"] < 0.2 * records[0]["mask"]
+
+
+class OneClip:
+    def __init__(self, dataset):
+        self.clip = dataset.sample(0, 0)
+
+    def __len__(self):
+        return 1
+
+    def sample(self, index, seed):
+        return self.clip
+
+
+# The command as its own process, interrupted by signals. --------------------------------------------------------------
+
+
+def arguments(out):
+    options = {
+        **{f"model.{name}": value for name, value in NETWORK.items()},
+        **{f"train.{name}": value for name, value in OPTIMISATION.items()},
+        **{"train.steps": 40, "train.save_every": 1, "train.log_every": 1},
+    }
+    words = ["train", "--preset", "mimo-tiny", "--data", "shapes", "--out", str(out)]
+    for name, value in options.items():
+        words += [f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return words
+
+
+def start(out, *more):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "mimo", *arguments(out), *more]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, process):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+
+
+def kill_inside_a_checkpoint_write(process, run):
+    """Stop the process whenever an unfinished checkpoint shows, and kill it if that is still unfinished then."""
+
+    def caught_writing():
+        if not list(run.glob("checkpoints/.unfinished-*")):
+            return False
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+        if any((run / "checkpoints").glob(".unfinished-*")):
+            return True
+        process.send_signal(signal.SIGCONT)
+        return False
+
+    wait_for(caught_writing, process)
+    process.kill()
+    process.communicate()
+
+
+def final_tensors(run):
+    folder = run / "checkpoints" / "step_00000040"
+    return {file.name: file.read_bytes() for file in sorted(folder.glob("*.safetensors"))}
+
+
+def test_killed_while_writing_and_stopped_by_a_signal_the_end_is_the_same(tmp_path):
+    assert main(arguments(tmp_path / "undisturbed")) == 0
+
+    run = tmp_path / "disturbed"
+    process = start(run)
+    wait_for(lambda: len(checkpoint.step_folders(run)) >= 2, process)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    stopped = int(re.search(r"stopped by SIGTERM after step (\d+)", output)[1])
+    assert checkpoint.latest(run)[0] == checkpoint.step_folder(run, stopped)
+    assert stopped < 40
+
+    process = start(run, "--resume")
+    wait_for(lambda: checkpoint.step_folders(run)[-1] > checkpoint.step_folder(run, stopped), process)
+    kill_inside_a_checkpoint_write(process, run)
+    leftovers = list(run.glob("checkpoints/.unfinished-*"))
+    assert leftovers
+    newest, passed_over = checkpoint.latest(run)
+    assert passed_over == [] and newest < checkpoint.step_folder(run, 40)
+
+    assert main([*arguments(run), "--resume"]) == 0
+    assert not list(run.glob("checkpoints/.unfinished-*"))
+    expected = final_tensors(tmp_path / "undisturbed")
+    assert len(expected) == 3 and final_tensors(run) == expected
