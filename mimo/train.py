@@ -93,8 +93,8 @@ class Trainer:
             weight_decay=train_config.weight_decay,
             fused=self.device.type == "cuda",
         )
-        if compile:
-            self.model.compile()
+        if compile:  # the device's half of the network; the host's half plans each batch
+            self.model.run = torch.compile(self.model.run, fullgraph=True)
         self.tokenizer = config_tokenizer(model_config).to(self.device)
         unmasked_from = train_config.steps - train_config.unmasked_steps if train_config.unmasked_steps else None
         self.recipe = Recipe(model_config, unmasked_from=unmasked_from)

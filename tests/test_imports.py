@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-OP_FILES = ["cache", "gelu", "guided_step", "losses", "modulate", "qk_norm_rope", "tokens"]  # and attention/: op families, strangers to each other
+OP_FILES = [
+    "cache",
+    "gelu",
+    "guided_step",
+    "losses",
+    "modulate",
+    "qk_norm_rope",
+    "tokens",
+]  # and attention/: op families, strangers to each other
 NEVER = {"mimo_kernels": {"mimo", "benchmarks", "tests"}, "mimo": {"benchmarks", "tests"}, "benchmarks": {"tests"}}
 
 
