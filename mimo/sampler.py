@@ -24,9 +24,8 @@ from torch import Tensor
 from mimo.config import SampleConfig
 from mimo.diffusion import FlowSchedule, VPredictionSchedule
 from mimo.model import MiMo
-from mimo_kernels import FrameCache, FrameMask, frame_attention, paged_frame_attention
+from mimo_kernels import FrameCache, FrameMask, frame_attention, guided_step, paged_frame_attention
 from mimo_kernels.cache import CacheView, FrameSlot
-from mimo_kernels.guided_step import guided_step
 
 SCHEDULES = {"ddim": VPredictionSchedule, "euler": FlowSchedule}
 

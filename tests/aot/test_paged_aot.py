@@ -48,11 +48,11 @@ def compile_case(arch: int, dtype: str, head_dim: int, page_size: int, tokens: i
 
 
 def compile_guided_step(arch: int) -> list[dict]:
-    from mimo_kernels import guided_step
+    from mimo_kernels.guided_step import BLOCK, guided_step_kernel
 
     types = dict.fromkeys(("p_x", "p_weights", "p_coefficients"), "*fp32") | {"p_index": "*i64"}
-    constants = {"G": 3, "BM": guided_step.BLOCK}
-    return [measure(guided_step.guided_step_kernel, constants, types, arch, "bf16", {"num_warps": 4})]
+    constants = {"G": 3, "BM": BLOCK}
+    return [measure(guided_step_kernel, constants, types, arch, "bf16", {"num_warps": 4})]
 
 
 def measure(kernel, constants: dict, types: dict, arch: int, dtype: str, options: dict) -> dict:
