@@ -216,7 +216,7 @@ def bar_plot(
         axis.set_title(f"{title}: {panel_name}", fontsize=10)
         axis.set_ylabel(unit)
         axis.grid(axis="y", alpha=0.3)
-    axes[0, 0].legend(fontsize=8)
+    axes[0, 0].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # beside the bars, not over them
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

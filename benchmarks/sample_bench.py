@@ -156,7 +156,7 @@ def step_limit(shape: Shape, model: MiMo, limits: dict) -> float:
     weights = [p for block in model.blocks for p in block.parameters()]
     # Modulation works on one row per frame, everything else on every token.
     dense = sum(m.weight.numel() for block in model.blocks for m in (block.attention.qkv, block.attention.proj))
-    dense += sum(layer.weight.numel() for block in model.blocks for layer in (block.mlp[0], block.mlp[2]))
+    dense += sum(layer.weight.numel() for block in model.blocks for layer in (block.mlp.up, block.mlp.down))
     flops = 2 * dense * shape.batch * model.config.tokens
     return 1000 * max(
         flops / (1e12 * limits["matmul_tflops"]), sum(p.nbytes for p in weights) / (1e9 * limits["copy_gb_per_s"])

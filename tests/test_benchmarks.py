@@ -1,4 +1,4 @@
-"""The attention benchmark on a tiny shape, and the page and the README table made of its results."""
+"""The benchmarks on tiny shapes, and the page and the README table made of the attention benchmark's results."""
 
 import importlib
 import json
@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from mimo import MiMoConfig
 from mimo_kernels.attention import FrameMask
 
+NAMES = ("common", "attn_peers", "attn_bench", "sample_bench", "train_bench", "report")
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
@@ -19,7 +21,7 @@ def modules():
     path = list(sys.path)
     sys.path.insert(0, str(FOLDER))
     try:
-        yield {name: importlib.import_module(name) for name in ("common", "attn_peers", "attn_bench", "report")}
+        yield {name: importlib.import_module(name) for name in NAMES}
     finally:
         sys.path[:] = path
 
@@ -85,3 +87,36 @@ def test_touched_pairs_counts_whole_tiles(modules):
             bool(dense[i : i + rows, j : j + keys].any()) for i in range(0, 21, rows) for j in range(0, 21, keys)
         )
         assert modules["attn_peers"].touched_pairs(mask, rows, keys) == 2 * tiles * rows * keys
+
+
+TINY = {
+    "depth": 2,
+    "dim": 16,
+    "heads": 2,
+    "height": 2,
+    "width": 2,
+    "channels": 4,
+    "decoder_layer": 1,
+    "decoder_depth": 1,
+}
+LIMITS = {"matmul_tflops": 1.0, "copy_gb_per_s": 1.0}
+
+
+def test_sampling_is_measured_for_every_cache(modules):
+    sample_bench = modules["sample_bench"]
+    network = MiMoConfig(**TINY, parameterization="flow")
+    shape = sample_bench.Shape("tiny", network, batch=1, frames=sample_bench.WINDOW + 2, steps=2)
+    rows, curves = sample_bench.bench(shape, torch.device("cpu"), LIMITS)
+    assert {"paged", "no cache", "torch.cat", "shifted buffer"} <= {row["implementation"] for row in rows}
+    assert all(row["ms"] > 0 for row in rows) and all(len(curve) == shape.frames for curve in curves.values())
+
+
+def test_training_step_is_measured_for_every_version(modules, monkeypatch):
+    train_bench = modules["train_bench"]
+    monkeypatch.setattr(train_bench, "compiled_baseline", lambda step: step)  # compiling takes a minute
+    rows = train_bench.measure("tiny", MiMoConfig(**TINY), 2, torch.device("cpu"), LIMITS)
+    assert [row["version"] for row in rows][:2] == ["MiMo", "ACDiT"] and len(rows) == 3
+    mimo, acdit, baseline = rows
+    assert mimo["matmul_gflop"] == baseline["matmul_gflop"] and mimo["attention_gflop"] == baseline["attention_gflop"]
+    assert acdit["attention_gflop"] != mimo["attention_gflop"]
+    assert all(row["ms"] > 0 and row["step_over_g"] > 0 for row in rows)
