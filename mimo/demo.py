@@ -22,8 +22,8 @@ from mimo.train import Trainer, train
 TEST_CLIPS = 8  # predicted and scored
 SHOWN_CLIPS = 4  # of these, in the pictures
 HELD_OUT = 0.25  # of every real clip, its end
-# Few, plain and quick: what minutes on a CPU can learn, and what copying a frame gets wrong.
-SHAPES = {"shapes": (1, 2), "speed": (0.05, 0.1), "textures": ("plain",)}
+# One or two quick discs of one colour: what minutes on a CPU can learn, and what copying a frame gets wrong.
+SHAPES = {"shapes": (1, 2), "speed": (0.05, 0.1), "textures": ("plain",), "sides": (1,), "color": (255, 232, 198)}
 MAX_FRAMES = 1000  # read of every real clip
 ORANGE, GREY = (235, 120, 20), (200, 200, 200)
 

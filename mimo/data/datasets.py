@@ -22,7 +22,7 @@ import numpy as np
 
 from mimo.data.errors import DataError
 from mimo.data.latents import LatentShards, is_latents
-from mimo.data.shapes import TEXTURES, moving_shapes
+from mimo.data.shapes import SIDES, TEXTURES, moving_shapes
 from mimo.data.video import (
     VIDEO_SUFFIXES,
     UnreadableVideo,
@@ -219,7 +219,7 @@ class ShapesDataset:
     Args:
         num_frames, height, width: shape of a sample.
         length: clips per epoch.
-        shapes, speed, textures: as for `moving_shapes`.
+        shapes, speed, textures, sides, color: as for `moving_shapes`.
     """
 
     num_classes = None
@@ -235,11 +235,13 @@ class ShapesDataset:
         shapes: tuple[int, int] = (1, 3),
         speed: tuple[float, float] = (0.02, 0.07),
         textures: tuple[str, ...] = TEXTURES,
+        sides: tuple[int, ...] = SIDES,
+        color: tuple[float, float, float] | None = None,
     ):
         if min(num_frames, height, width, length) < 1:
             raise ValueError(f"{length} clips of {num_frames} x {height} x {width}: expected all >= 1")
         self.num_frames, self.height, self.width, self.length = num_frames, height, width, length
-        self.options = {"shapes": shapes, "speed": speed, "textures": textures}
+        self.options = {"shapes": shapes, "speed": speed, "textures": textures, "sides": sides, "color": color}
 
     def __len__(self) -> int:
         return self.length
@@ -255,7 +257,7 @@ class ShapesDataset:
         return []
 
     def settings(self) -> dict:
-        return {name: list(value) for name, value in self.options.items()}
+        return json.loads(json.dumps(self.options))  # as it comes back from the shards' record
 
     def check_readable(self) -> None:
         """Nothing is read."""

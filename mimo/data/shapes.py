@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 TEXTURES = ("plain", "stripes", "checker", "dots", "rings")
+SIDES = (1, 2, 3, 4, 5, 6)
 
 
 def moving_shapes(
@@ -20,6 +21,8 @@ def moving_shapes(
     shapes: tuple[int, int] = (1, 3),
     speed: tuple[float, float] = (0.02, 0.07),
     textures: tuple[str, ...] = TEXTURES,
+    sides: tuple[int, ...] = SIDES,
+    color: tuple[float, float, float] | None = None,
 ) -> np.ndarray:
     """Draws one clip, uint8 [num_frames, height, width, 3], from `rng` alone.
 
@@ -27,6 +30,8 @@ def moving_shapes(
         shapes: least and greatest number of shapes.
         speed: range of speeds, in shorter sides per frame.
         textures: those to draw from: "plain", "stripes", "checker", "dots", "rings".
+        sides: outlines to draw from: 1 is a disc, 2 a ring, 3 and more a regular polygon.
+        color: red, green and blue in 0..255 of every shape; None draws a light one per shape.
     """
     frames = np.repeat(_background(height, width, rng)[None], num_frames, axis=0)  # [F, H, W, 3] fp32
     side = min(height, width)
@@ -34,7 +39,8 @@ def moving_shapes(
         radius = side * rng.uniform(0.11, 0.22)
         centers = _path(num_frames, height, width, radius, side * rng.uniform(*speed), rng)
         angles = rng.uniform(0, 2 * np.pi) + rng.uniform(-0.2, 0.2) * np.arange(num_frames, dtype=np.float32)
-        _draw(frames, centers, angles.astype(np.float32), np.float32(radius), textures, rng)
+        kind = sides[rng.integers(len(sides))]
+        _draw(frames, centers, angles.astype(np.float32), np.float32(radius), kind, textures, color, rng)
     return (frames + 0.5).astype(np.uint8)
 
 
@@ -65,7 +71,14 @@ def _path(num_frames: int, height: int, width: int, radius: float, speed: float,
 
 
 def _draw(
-    frames: np.ndarray, centers: np.ndarray, angles: np.ndarray, radius: np.float32, textures: tuple[str, ...], rng
+    frames: np.ndarray,
+    centers: np.ndarray,
+    angles: np.ndarray,
+    radius: np.float32,
+    sides: int,
+    textures: tuple[str, ...],
+    color: tuple[float, float, float] | None,
+    rng: np.random.Generator,
 ) -> None:
     """Paints one shape into frames [F, H, W, 3], working on a window of S x S pixels around its centre."""
     num_frames, height, width = frames.shape[:3]
@@ -78,11 +91,11 @@ def _draw(
     cos, sin = np.cos(angles)[:, None, None], np.sin(angles)[:, None, None]
     u, v = cos * x + sin * y, cos * y - sin * x  # turning coordinates, [F, S, S]
 
-    alpha = np.clip(0.5 - _distance(u, v, radius, rng), 0, 1)[..., None]
+    alpha = np.clip(0.5 - _distance(u, v, radius, sides), 0, 1)[..., None]
     mix = _texture(u, v, radius, textures, rng)[..., None]
-    light = rng.uniform(140, 255, 3).astype(np.float32)
+    light = np.asarray(rng.uniform(140, 255, 3) if color is None else color, dtype=np.float32)
     dark = light * rng.uniform(0.0, 0.7, 3).astype(np.float32)
-    color = dark + (light - dark) * mix  # [F, S, S, 3]
+    paint = dark + (light - dark) * mix  # [F, S, S, 3]
 
     for f in range(num_frames):
         top, left = origins[f]
@@ -95,12 +108,11 @@ def _draw(
         if y0 < y1 and x0 < x1:
             window = np.s_[y0 - top : y1 - top, x0 - left : x1 - left]
             view = frames[f, y0:y1, x0:x1]
-            view += alpha[f][window] * (color[f][window] - view)
+            view += alpha[f][window] * (paint[f][window] - view)
 
 
-def _distance(u: np.ndarray, v: np.ndarray, radius: np.float32, rng) -> np.ndarray:
-    """Signed distance in pixels to a disc, a ring or a regular polygon with 3 to 6 sides; negative inside."""
-    sides = rng.integers(1, 7)
+def _distance(u: np.ndarray, v: np.ndarray, radius: np.float32, sides: int) -> np.ndarray:
+    """Signed distance in pixels to a disc (1), a ring (2) or a regular polygon; negative inside."""
     if sides > 2:
         turns = 2 * np.pi / sides * np.arange(sides, dtype=np.float32)
         walls = (np.float32(np.cos(t)) * u + np.float32(np.sin(t)) * v for t in turns)
