@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import _dispatch
 from . import triton_bwd, triton_fwd
+from .operator import register
 from .triton_plan import PASSES, Plan, plan_for
 
 
@@ -24,7 +25,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask, scale: float) -> tuple[Tens
     """q, k, v [B, L, h, d] -> out [B, L, h, d], lse fp32 [B, h, L]; both differentiable. B is 1 unless the mask has one clip."""
     if scale <= 0:  # the kernels take the maximum before they scale
         q, scale = q * scale, 1.0
-    return torch.ops.mimo_kernels.frame_attention_triton(q, k, v, mask.pattern, mask.repeats, scale)
+    return _operator(q, k, v, mask.pattern, mask.repeats, scale)
 
 
 def plans(q: Tensor, mask) -> dict[str, Plan]:
@@ -79,49 +80,4 @@ def _on_device(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-_LIBRARY = torch.library.Library("mimo_kernels", "FRAGMENT")
-_NAME = "mimo_kernels::frame_attention_triton"
-_BACKWARD_NAME = f"{_NAME}_backward"
-
-_LIBRARY.define(
-    "frame_attention_triton(Tensor q, Tensor k, Tensor v, Tensor frames, SymInt repeats, float scale) -> (Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_LIBRARY.define(
-    "frame_attention_triton_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor frames,"
-    " SymInt repeats, float scale) -> (Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-for _device in ("CPU", "CUDA"):
-    _LIBRARY.impl("frame_attention_triton", _forward, _device)
-    _LIBRARY.impl("frame_attention_triton_backward", _backward, _device)
-
-
-@torch.library.register_fake(_NAME, lib=_LIBRARY)
-def _(q, k, v, frames, repeats, scale):
-    batch, tokens, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((batch, heads, tokens), dtype=torch.float32)
-
-
-@torch.library.register_fake(_BACKWARD_NAME, lib=_LIBRARY)
-def _(dout, dlse, q, k, v, out, lse, frames, repeats, scale):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _setup_context(ctx, inputs, output):
-    q, k, v, frames, ctx.repeats, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, *output, frames)
-    ctx.set_materialize_grads(False)
-
-
-def _autograd(ctx, dout, dlse):
-    q, k, v, out, lse, frames = ctx.saved_tensors
-    if dout is None:
-        dout = torch.zeros_like(out)
-    dq, dk, dv = torch.ops.mimo_kernels.frame_attention_triton_backward(
-        dout, dlse, q, k, v, out, lse, frames, ctx.repeats, ctx.scale
-    )
-    return dq, dk, dv, None, None, None
-
-
-torch.library.register_autograd(_NAME, _autograd, setup_context=_setup_context, lib=_LIBRARY)
+_operator = register("frame_attention_triton", _forward, _backward)
