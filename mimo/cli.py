@@ -7,18 +7,61 @@ Everything heavy is imported by the command that needs it, so that --help answer
 import contextlib
 import io
 import logging
+import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from mimo.config import PRESETS, MiMoConfig, SampleConfig, TrainConfig
+from mimo.config import PRESETS, Encoding, MiMoConfig, SampleConfig, TokenizerTraining, TrainConfig
 from mimo.errors import InputError, user_input
 
 Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(kw_only=True)
+class Clips:
+    """Which clips a command reads.
+
+    Args:
+        data: a folder of videos or npz trajectories, one such file, an annotation (.json), "shapes" for procedural clips,
+            or (for `mimo train`) a folder that `mimo encode` wrote.
+        layout: read the folder as a paper did: kinetics600, ucf101, minecraft, dmlab or bair; what is given besides holds
+            against the layout.
+        annotation: JSON list of {"video_path": ..., "label": ..., "action_path": ...}; paths are relative to --data.
+        split: a subfolder of --data to use alone.
+        folder_labels: classes are the names of the folders the videos lie in.
+        random_crop: draw the place of the crop; otherwise it is the centre, if the layout does not say more.
+    """
+
+    data: str
+    layout: str | None = None
+    annotation: Path | None = None
+    split: str | None = None
+    folder_labels: bool = False
+    random_crop: bool = False
+
+    def open(self, *, encoded: bool = False, **options):
+        """The dataset. `encoded`: latents may take the place of videos. `options`: of `open_dataset`; None says nothing."""
+        from mimo.data import open_dataset
+        from mimo.data.latents import is_latents
+
+        names = ("layout", "annotation", "split", "folder_labels", "random_crop")
+        chosen = {name: getattr(self, name) for name in names if getattr(self, name)}
+        latents = is_latents(Path(self.data))
+        if latents and not encoded:
+            raise InputError(f"--data {self.data}: holds latents, expected videos")
+        if latents or self.data == "shapes":
+            if chosen:
+                option = next(iter(chosen)).replace("_", "-")
+                why = "says how files are read, and these clips are " + ("encoded already" if latents else "made")
+                raise InputError(f"--data {self.data}: --{option} {why}")
+            options = {name: options[name] for name in ("num_frames", "height", "width")}
+        options = {name: value for name, value in options.items() if value is not None}
+        return user_input(open_dataset, self.data, **options, **chosen)
 
 
 @dataclass
@@ -51,8 +94,8 @@ class Demo:
         demo(self.data, self.out, steps=self.steps, interval=self.interval, seed=self.seed)
 
 
-@dataclass
-class Train:
+@dataclass(kw_only=True)
+class Train(Clips):
     """Train a model; RUN holds checkpoints, log.jsonl, TensorBoard files and previews.
 
     Every field of the preset can be overridden: --model.* is the network and its objective, --train.* the optimisation,
@@ -60,15 +103,11 @@ class Train:
 
     Args:
         preset: which values to start from.
-        data: a folder of videos or npz trajectories, one such file, an annotation (.json), or
-            "shapes" for procedural clips.
         out: the run folder.
         steps: the same as --train.steps.
         resume: continue from the newest checkpoint in the run folder.
-        annotation: JSON list of {"video_path": ..., "label": ...}; paths are relative to --data.
-        split: a subfolder of --data to use alone.
-        folder_labels: classes are the names of the folders the videos lie in.
-        random_crop: draw the place of the crop; otherwise it is the centre.
+        tokenizer_weights: what the tokenizer reads: a folder or file, for dcae also a hub id; "dct" has none.
+        trust_pickle: read tokenizer weights that hold pickled objects, which can run any code.
         keep_every: checkpoints whose step is a multiple of this are never deleted.
         compile: run the network through torch.compile.
         device: where to train; "auto" takes a GPU if there is one.
@@ -78,44 +117,35 @@ class Train:
     """
 
     preset: str
-    data: str
     out: Path
     model: MiMoConfig
     train: TrainConfig
     sample: SampleConfig
     steps: int | None = None
     resume: bool = False
-    annotation: Path | None = None
-    split: str | None = None
-    folder_labels: bool = False
-    random_crop: bool = False
+    tokenizer_weights: Path | None = None
+    trust_pickle: bool = False
     keep_every: int | None = None
     compile: bool = False
     device: Device = "auto"
 
     def run(self) -> None:
-        from mimo.data import open_dataset
         from mimo.sample import Preview
         from mimo.train import Trainer, train
 
         config = self.model
         train_config = self.train if self.steps is None else user_input(replace, self.train, steps=self.steps)
-        frames, height, width = config.video_shape
-        options = {}
-        if self.data != "shapes":
-            options = {
-                "interval": train_config.interval,
-                "flip": train_config.flip,
-                "annotation": self.annotation,
-                "split": self.split,
-                "folder_labels": self.folder_labels,
-                "random_crop": self.random_crop,
-                "num_classes": config.num_classes or None,
-                "num_actions": config.num_actions or None,
-            }
-        dataset = user_input(open_dataset, self.data, num_frames=frames, height=height, width=width, **options)
+        options = clip_options(config) | {"interval": train_config.interval, "flip": train_config.flip}
         trainer = user_input(
-            Trainer, config, train_config, self.sample, dataset, device=find_device(self.device), compile=self.compile
+            Trainer,
+            config,
+            train_config,
+            self.sample,
+            self.open(encoded=True, **options),
+            tokenizer_weights=self.tokenizer_weights,
+            trust_pickle=self.trust_pickle,
+            device=find_device(self.device),
+            compile=self.compile,
         )
         preview = user_input(Preview, trainer, self.out / "previews") if train_config.preview_every else None
         print(f"{self.preset} on {trainer.device}, parameters:\n{trainer.model.parameter_report()}")
@@ -149,6 +179,8 @@ class Sample:
         history_guidance: 1 is none.
         class_guidance: 1 is none.
         weights: the averaged weights, or those of the last step.
+        tokenizer_weights: where the tokenizer's weights lie, if not where they lay when the model was trained.
+        trust_pickle: read tokenizer weights that hold pickled objects, which can run any code.
         fps: frame rate of the results.
         device: where to sample; "auto" takes a GPU if there is one.
     """
@@ -167,13 +199,21 @@ class Sample:
     history_guidance: float | None = None
     class_guidance: float | None = None
     weights: Literal["ema", "model"] = "ema"
+    tokenizer_weights: Path | None = None
+    trust_pickle: bool = False
     fps: float = 10.0
     device: Device = "auto"
 
     def run(self) -> None:
         from mimo.sample import load, sample
 
-        loaded = load(self.checkpoint, weights=self.weights, device=find_device(self.device))
+        loaded = load(
+            self.checkpoint,
+            weights=self.weights,
+            tokenizer_weights=self.tokenizer_weights,
+            trust_pickle=self.trust_pickle,
+            device=find_device(self.device),
+        )
         chosen = {
             name: getattr(self, name)
             for name in ("sampler", "steps", "history_guidance", "class_guidance")
@@ -194,7 +234,141 @@ class Sample:
         )
 
 
-COMMANDS = {"demo": Demo, "train": Train, "sample": Sample}
+@dataclass(kw_only=True)
+class Encode(Clips):
+    """Put a dataset through a tokenizer once, into latent shards that `mimo train --data OUT` reads.
+
+    Several processes (torchrun, or RANK and WORLD_SIZE) share the work. Run it again to continue one that was stopped, or
+    to check one that is finished.
+
+    Args:
+        preset: which values --model.* and --interval start from.
+        out: folder for the shards.
+        model: the network that will be trained: what it says of the tokenizer and the clips is used.
+        encoding: how the dataset is encoded.
+        interval: take every n-th frame of a video.
+        flip: mirror half of the clips.
+        tokenizer_weights: what the tokenizer reads: a folder or file, for dcae also a hub id; "dct" has none.
+        trust_pickle: read tokenizer weights that hold pickled objects, which can run any code.
+        device: where to encode; "auto" takes a GPU if there is one.
+    """
+
+    preset: str
+    out: Path
+    model: MiMoConfig
+    interval: int
+    flip: bool
+    encoding: Annotated[Encoding, tyro.conf.arg(name="")] = field(default_factory=Encoding)
+    tokenizer_weights: Path | None = None
+    trust_pickle: bool = False
+    device: Device = "auto"
+
+    def run(self) -> None:
+        from mimo.data import LatentShards
+        from mimo.encode import encode
+        from mimo.train import config_tokenizer
+
+        require_folder(self.out)
+        rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        tokenizer = user_input(config_tokenizer, self.model, self.tokenizer_weights, trust_pickle=self.trust_pickle)
+        dataset = self.open(interval=self.interval, flip=self.flip, **clip_options(self.model))
+        encode(
+            dataset,
+            tokenizer,
+            self.out,
+            self.encoding,
+            tokenizer_name=self.model.tokenizer,
+            rank=rank,
+            world_size=size,
+            device=work_device(self.device),
+        )
+        if (self.out / "index.json").exists():
+            print(f"wrote {LatentShards(self.out)!r}")
+        else:
+            print(f"process {rank} of {size} has written its part of {self.out}, the others have not finished")
+
+
+@dataclass
+class DataCheck:
+    """Count what a folder holds and name what cannot be read.
+
+    Args:
+        path: a folder of videos, npz trajectories or latent shards, one file, or an annotation (.json).
+        annotation: JSON list of {"video_path": ..., "label": ..., "action_path": ...}; paths are relative to PATH.
+        split: a subfolder to look at alone.
+        num_frames: count the clips with fewer frames.
+        decode_all: decode every frame, not only the first and the last.
+        workers: processes that read; 0 reads in this one.
+    """
+
+    path: Annotated[Path, tyro.conf.Positional]
+    annotation: Path | None = None
+    split: str | None = None
+    num_frames: int = 0
+    decode_all: bool = False
+    workers: int = 0
+
+    def run(self) -> None:
+        from mimo.data.check import run
+
+        for name in ("num_frames", "workers"):
+            if (value := getattr(self, name)) < 0:
+                raise InputError(f"--{name.replace('_', '-')} {value}: expected 0 or more")
+        options = {name: getattr(self, name) for name in ("annotation", "split", "num_frames", "decode_all", "workers")}
+        run(self.path, **options)
+
+
+@dataclass(kw_only=True)
+class TrainTokenizer(Clips):
+    """Train a DC-AE on a dataset; OUT/tokenizer is what --tokenizer-weights reads.
+
+    Args:
+        out: the run folder.
+        size: height and width of a frame in pixels; needed without --layout.
+        training: how it is trained.
+        interval: take every n-th frame of a video.
+        flip: mirror half of the clips.
+        resume: continue from the newest checkpoint in the run folder.
+        device: where to train; "auto" takes a GPU if there is one.
+    """
+
+    out: Path
+    size: tuple[int, int] | None = None
+    training: Annotated[TokenizerTraining, tyro.conf.arg(name="")] = field(default_factory=TokenizerTraining)
+    interval: int = 2
+    flip: bool = False
+    resume: bool = False
+    device: Device = "auto"
+
+    def run(self) -> None:
+        from mimo.tokenizers.train import train_tokenizer
+
+        if self.layout is None and self.size is None:
+            raise InputError("mimo train-tokenizer: --size is missing: expected it, or a --layout that says it")
+        require_folder(self.out)
+        height, width = self.size or (None, None)
+        shape = {"num_frames": self.training.frames, "height": height, "width": width}
+        # An autoencoder sees neither classes nor actions.
+        dataset = self.open(interval=self.interval, flip=self.flip or None, use_actions=False, **shape)
+        device = work_device(self.device)
+        train_tokenizer(dataset, self.out, self.training, resume=self.resume, device=device)
+
+
+COMMANDS = {
+    "demo": Demo,
+    "train": Train,
+    "sample": Sample,
+    "encode": Encode,
+    "data check": DataCheck,
+    "train-tokenizer": TrainTokenizer,
+}
+
+
+def clip_options(config: MiMoConfig) -> dict:
+    """What a network asks of its clips, as options of `open_dataset`."""
+    frames, height, width = config.video_shape
+    counts = {"num_classes": config.num_classes or None, "num_actions": config.num_actions or None}
+    return {"num_frames": frames, "height": height, "width": width} | counts
 
 
 def find_device(name: Device):
@@ -205,6 +379,21 @@ def find_device(name: Device):
     return None if name == "auto" else torch.device(name)
 
 
+def require_folder(out: Path) -> None:
+    """Refuse an --out that cannot be made, before hours of work."""
+    there = next(path for path in (out, *out.parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise InputError(f"--out {out}: {there} is no folder that can be written to")
+
+
+def work_device(name: Device):
+    """The device of this process; with several on a machine, each takes its own GPU."""
+    from mimo.train import best_device
+
+    device = find_device(name) or best_device()
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device.type == "cuda" else device
+
+
 def overview() -> str:
     lines = [
         "usage: mimo COMMAND [options]",
@@ -212,11 +401,14 @@ def overview() -> str:
         "Masked history modelling: video diffusion, frame after frame.",
         "",
         "commands:",
-        *(f"  {name:8} {command.__doc__.splitlines()[0]}" for name, command in COMMANDS.items()),
+        *(f"  {name:16} {command.__doc__.splitlines()[0]}" for name, command in COMMANDS.items()),
         "",
         "examples:",
         "  mimo demo",
         "  mimo train --preset mimo-tiny --data shapes --out runs/shapes",
+        "  mimo encode --preset mimo-tiny --data videos --out latents",
+        "  mimo train --preset mimo-tiny --data latents --out runs/latents",
+        "  mimo data check videos",
         "  mimo sample --checkpoint runs/shapes --context clip.mp4 --frames 16 --out samples",
         "",
         f"presets: {', '.join(PRESETS)}",
@@ -226,13 +418,16 @@ def overview() -> str:
     return "\n".join(lines)
 
 
-def parse(argv: Sequence[str]) -> Demo | Train | Sample:
-    name, rest = argv[0], list(argv[1:])
+def parse(argv: Sequence[str]):
+    """The command, one of COMMANDS, with its options."""
+    words = 2 if argv[0] == "data" else 1
+    name, rest = " ".join(argv[:words]), list(argv[words:])
     if name not in COMMANDS:
         raise InputError(f"unknown command {name!r}: expected one of {', '.join(COMMANDS)} (see mimo --help)")
     default = None
+    if name in ("train", "encode"):
+        preset = find_preset(name, rest)
     if name == "train":
-        preset = find_preset(rest)
         default = Train(
             preset=preset,
             data=tyro.MISSING,
@@ -241,6 +436,11 @@ def parse(argv: Sequence[str]) -> Demo | Train | Sample:
             train=TrainConfig.from_preset(preset),
             sample=SampleConfig.from_preset(preset),
         )
+    if name == "encode":
+        train = TrainConfig.from_preset(preset)
+        model = MiMoConfig.from_preset(preset)
+        options = {"interval": train.interval, "flip": train.flip}
+        default = Encode(preset=preset, data=tyro.MISSING, out=tyro.MISSING, model=model, **options)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -251,7 +451,7 @@ def parse(argv: Sequence[str]) -> Demo | Train | Sample:
         raise
 
 
-def find_preset(arguments: list[str]) -> str:
+def find_preset(command: str, arguments: list[str]) -> str:
     """The preset is needed before the other options are read, because it gives their defaults."""
     for number, argument in enumerate(arguments):
         key, equals, value = argument.partition("=")
@@ -262,7 +462,7 @@ def find_preset(arguments: list[str]) -> str:
             return name
     if {"-h", "--help"} & set(arguments):
         return "mimo-tiny"
-    raise InputError(f"mimo train: --preset is missing: expected one of {', '.join(PRESETS)}")
+    raise InputError(f"mimo {command}: --preset is missing: expected one of {', '.join(PRESETS)}")
 
 
 def one_line(box: str) -> str:

@@ -7,7 +7,10 @@ A preset is three records with one name: what the network is and what it optimis
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
+
+from mimo.errors import InputError
 
 
 def _require(condition: bool, name: str, value: object, expected: str) -> None:
@@ -269,6 +272,88 @@ class SampleConfig(_Record):
     def _check(self) -> None:
         fewer = self.context_frames < self.num_frames
         _require(fewer, "context_frames", self.context_frames, f"fewer than num_frames={self.num_frames}")
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How a dataset is encoded.
+
+    Args:
+        passes: how often every clip is taken; each pass draws its own start, crop and flip.
+        shard_clips: clips per shard.
+        batch_size: clips that go through the tokenizer at once.
+        dtype: of the stored latents: "fp16", "bf16" or "fp32".
+        seed: of the random starts, crops and flips.
+        workers: processes that decode videos.
+    """
+
+    passes: int = 1
+    shard_clips: int = 256
+    batch_size: int = 8
+    dtype: str = "fp16"
+    seed: int = 0
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        if min(self.passes, self.shard_clips, self.batch_size) < 1 or self.seed < 0:
+            raise InputError(f"passes, shard_clips and batch_size must be >= 1 and seed >= 0: {self}")
+        if self.dtype not in ("fp16", "bf16", "fp32"):
+            raise InputError(f"dtype {self.dtype!r}, expected one of fp16, bf16, fp32")
+
+
+@dataclass(frozen=True)
+class TokenizerTraining:
+    """How a DC-AE is trained; the defaults are FAR's.
+
+    Args:
+        compression: pixels per latent position and axis: 8, 16 or 32.
+        channels: latent channels.
+        width: channels of the first level; 128 is FAR's.
+        frames: frames that a sample contributes to a batch.
+        batch_size: clips per step.
+        steps: optimiser steps.
+        lr: constant learning rate of AdamW with betas (0.5, 0.9) and no weight decay.
+        grad_clip: largest global gradient norm.
+        ema_decay: decay of the average that is saved.
+        lpips_vgg: torchvision's VGG-16 weights; with lpips_linear it turns the perceptual loss on.
+        lpips_linear: LPIPS's published linear weights.
+        perceptual_weight: weight of LPIPS.
+        disc_weight: weight of the discriminator's part; 0 trains without one.
+        disc_start: step from which the discriminator takes part and the encoder stands still.
+        precision: "bf16" (autocast, fp32 weights) or "fp32".
+        seed: of the weights and of the order of the data.
+        workers: processes that decode videos.
+        log_every: steps between status lines.
+        save_every: steps between checkpoints.
+    """
+
+    compression: int = 32
+    channels: int = 32
+    width: int = 128
+    frames: int = 4
+    batch_size: int = 32
+    steps: int = 200_000
+    lr: float = 1e-4
+    grad_clip: float = 1.0
+    ema_decay: float = 0.9999
+    lpips_vgg: Path | None = None
+    lpips_linear: Path | None = None
+    perceptual_weight: float = 1.0
+    disc_weight: float = 0.0
+    disc_start: int = 100_000
+    precision: str = "bf16"
+    seed: int = 0
+    workers: int = 2
+    log_every: int = 100
+    save_every: int = 5_000
+
+    def __post_init__(self) -> None:
+        if (self.lpips_vgg is None) != (self.lpips_linear is None):
+            raise InputError("lpips_vgg and lpips_linear belong together: give both or none")
+        if min(self.frames, self.batch_size, self.steps, self.log_every, self.save_every, self.width) < 1:
+            raise InputError(f"frames, batch_size, steps, width and the intervals must be >= 1: {self}")
+        if self.precision not in ("bf16", "fp32"):
+            raise InputError(f"precision {self.precision!r}, expected 'bf16' or 'fp32'")
 
 
 _B = {"depth": 12, "dim": 768, "heads": 12, "decoder_layer": 9}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,41 +19,15 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from mimo.config import Encoding
 from mimo.data.errors import DataError, UnreadableVideo
 from mimo.data.latents import FORMAT, read_index, sha256
 from mimo.data.video import atomic_path, to_float
-from mimo.errors import InputError
+from mimo.tokenizers.weights import checksum
 
 log = logging.getLogger("mimo.encode")
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """How a dataset is encoded.
-
-    Args:
-        passes: how often every clip is taken; each pass draws its own start, crop and flip.
-        shard_clips: clips per shard.
-        batch_size: clips that go through the tokenizer at once.
-        dtype: of the stored latents: "fp16", "bf16" or "fp32".
-        seed: of the random starts, crops and flips.
-        workers: processes that decode videos.
-    """
-
-    passes: int = 1
-    shard_clips: int = 256
-    batch_size: int = 8
-    dtype: str = "fp16"
-    seed: int = 0
-    workers: int = 2
-
-    def __post_init__(self) -> None:
-        if min(self.passes, self.shard_clips, self.batch_size) < 1 or self.seed < 0:
-            raise InputError(f"passes, shard_clips and batch_size must be >= 1 and seed >= 0: {self}")
-        if self.dtype not in _DTYPES:
-            raise InputError(f"dtype {self.dtype!r}, expected one of {', '.join(_DTYPES)}")
 
 
 class _Walk(Dataset):
@@ -100,6 +73,7 @@ def encode(
         "settings": dataset.settings(),
         "clips": len(dataset),
         "tokenizer": tokenizer_name,
+        "tokenizer_sha256": checksum(tokenizer),
         "compression": list(tokenizer.compression),
         "clip_shape": [dataset.num_frames, dataset.height, dataset.width],
         "latent_shape": list(tokenizer.latent_shape(dataset.num_frames, dataset.height, dataset.width)),

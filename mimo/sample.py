@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from mimo import checkpoint
@@ -16,7 +16,8 @@ from mimo.data.video import NpzReader, open_clip
 from mimo.errors import InputError, user_input
 from mimo.model import MiMo
 from mimo.sampler import Sampler
-from mimo.train import Trainer, autocast, best_device, config_tokenizer
+from mimo.tokenizers.weights import checksum
+from mimo.train import Trainer, autocast, best_device, config_tokenizer, recorded_tokenizer
 
 MIN_SIDE = 128  # small videos are written magnified until their shorter side has this many pixels
 
@@ -26,13 +27,28 @@ class Loaded:
     """A network for sampling, as a checkpoint describes it."""
 
     model: MiMo
+    tokenizer: nn.Module
     train_config: TrainConfig
     sample_config: SampleConfig
     folder: Path
 
 
-def load(path: Path, *, weights: Literal["ema", "model"] = "ema", device: torch.device | None = None) -> Loaded:
-    """The network in a run folder (its newest whole checkpoint) or in one step folder."""
+def load(
+    path: Path,
+    *,
+    weights: Literal["ema", "model"] = "ema",
+    tokenizer_weights: str | Path | None = None,
+    trust_pickle: bool = False,
+    device: torch.device | None = None,
+) -> Loaded:
+    """The network in a run folder (its newest whole checkpoint) or in one step folder, and its tokenizer.
+
+    Args:
+        weights: the averaged ones, or those of the last step.
+        tokenizer_weights: where the tokenizer's weights lie now; None takes the path that the checkpoint remembers. Weights
+            with another checksum than those of training are refused.
+        trust_pickle: see `build_tokenizer`.
+    """
     folder, passed_over = checkpoint.find(path)
     for reason in passed_over:
         print(f"passed over: {reason}")
@@ -45,13 +61,33 @@ def load(path: Path, *, weights: Literal["ema", "model"] = "ema", device: torch.
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"checkpoint {folder}: its configuration does not fit this version: {error}") from None
     checkpoint.load_module(model, checkpoint.read_tensors(folder, weights, state), folder)
-    return Loaded(model.to(device or best_device()).eval(), train_config, sample_config, folder)
+    device = device or best_device()
+    recorded = recorded_tokenizer(configs)
+    tokenizer = _load_tokenizer(folder, model_config, recorded, tokenizer_weights, trust_pickle)
+    return Loaded(model.to(device).eval(), tokenizer.to(device), train_config, sample_config, folder)
+
+
+def _load_tokenizer(
+    folder: Path, config: MiMoConfig, recorded: dict, given: str | Path | None, trust_pickle: bool
+) -> nn.Module:
+    try:
+        tokenizer = config_tokenizer(config, given or recorded["weights"], trust_pickle=trust_pickle)
+    except InputError as error:
+        where = "--tokenizer-weights" if given else "its tokenizer, which --tokenizer-weights can name anew"
+        raise InputError(f"checkpoint {folder}: {where}: {error}") from None
+    if (found := checksum(tokenizer)) != recorded["sha256"]:
+        raise InputError(
+            f"checkpoint {folder}: {given or recorded['weights']} is not the tokenizer it was trained with: its checksum is "
+            f"{found}, expected {recorded['sha256']}"
+        )
+    return tokenizer
 
 
 @torch.no_grad()
 def generate(
     sampler: Sampler,
     *,
+    tokenizer: nn.Module | None = None,
     context: Tensor | None = None,
     labels: Tensor | None = None,
     actions: Tensor | None = None,
@@ -63,8 +99,9 @@ def generate(
     """Videos of the sampler's config.num_frames latent frames, uint8 [B, F, H, W, 3] on the CPU.
 
     Args:
+        tokenizer: of the network; None makes the one that config_tokenizer gives without weights.
         context: uint8 [B, F, H, W, 3]; its first config.context_frames latent frames are continued, and kept as they
-            are. None generates from nothing.
+            are. Or latents fp32 [B, T, H, W, C], which come back decoded. None generates from nothing.
         labels: int64 [B].
         actions: int64 [B, config.num_frames].
         count: B where there is no context.
@@ -72,12 +109,15 @@ def generate(
     """
     model, config = sampler.model, sampler.config
     device = next(model.parameters()).device
-    tokenizer = config_tokenizer(model.config).to(device)
+    tokenizer = (tokenizer or config_tokenizer(model.config)).to(device)
     latents = None
     if context is not None:
-        context = context[:, : tokenizer.num_frames(config.context_frames)]
-        latents = tokenizer.encode(to_float(context.to(device))).flatten(2, 3)  # [B, T, N, C]
-        count = len(context)
+        if context.is_floating_point():
+            latents = context[:, : config.context_frames].to(device)
+        else:
+            context = context[:, : tokenizer.num_frames(config.context_frames)]
+            latents = tokenizer.encode(to_float(context.to(device)))
+        latents, count = latents.flatten(2, 3), len(context)  # [B, T, N, C]
     generator = torch.Generator(device).manual_seed(seed)
     conditions = {
         name: None if value is None else value.to(device) for name, value in (("labels", labels), ("actions", actions))
@@ -94,7 +134,7 @@ def generate(
     latents = torch.cat([*([] if latents is None else [latents]), torch.stack(made, dim=1)], dim=1)
     c = model.config
     video = to_uint8(tokenizer.decode(latents.float().unflatten(2, (c.height, c.width)))).cpu()
-    if context is not None:
+    if context is not None and not context.is_floating_point():
         video[:, : context.shape[1]] = context  # not what the tokenizer made of it
     return video
 
@@ -123,7 +163,7 @@ def sample(
     _require(label is None or 0 <= label < c.num_classes, f"--class {label}: expected 0..{c.num_classes - 1}")
     _require(context is not None or context_frames is None, f"--context-frames {context_frames}: expected a --context")
     _require(seed >= 0, f"--seed {seed}: expected 0 or more")
-    tokenizer = config_tokenizer(c)
+    tokenizer = loaded.tokenizer
     height, width = c.video_shape[1:]
     total = config.num_frames if frames is None else _latents("--frames", frames, tokenizer)
     clip = actions = None
@@ -147,6 +187,7 @@ def sample(
     precision = loaded.train_config.precision if next(loaded.model.parameters()).device.type == "cuda" else "fp32"
     videos = generate(
         user_input(Sampler, loaded.model, config),
+        tokenizer=tokenizer,
         context=clip,
         labels=labels,
         actions=actions,
@@ -211,16 +252,18 @@ class Preview:
     def __call__(self, trainer: Trainer) -> list[Path]:
         # Another seed, so that the clips are cut differently than in training.
         batch = next(batches(trainer.dataset, self.batch_size, seed=trainer.config.seed + 1))
-        truth = batch["video"]
+        clips = batch["latents"] if "latents" in batch else batch["video"]
         videos = generate(
             Sampler(trainer.ema.module, self.config),
-            context=truth if self.config.context_frames else None,
+            tokenizer=trainer.tokenizer,
+            context=clips if self.config.context_frames else None,
             labels=batch["label"] if trainer.model_config.num_classes else None,
             actions=batch["actions"] if trainer.model_config.num_actions else None,
-            count=len(truth),
+            count=len(clips),
             seed=trainer.config.seed,
             precision=trainer.config.precision,
         )
+        truth = to_uint8(trainer.tokenizer.decode(clips.to(trainer.device))).cpu() if "latents" in batch else clips
         pairs = torch.cat([truth, videos], dim=3)  # side by side: [B, F, H, 2 W, 3]
         stacked = torch.cat(list(pairs), dim=1).numpy()
         return [write_video(self.out / f"step_{trainer.step:08d}.mp4", stacked, min_side=MIN_SIDE)]

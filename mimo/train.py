@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from mimo import checkpoint
 from mimo.config import MiMoConfig, SampleConfig, TrainConfig
-from mimo.data import batches, to_float
+from mimo.data import LatentShards, batches, to_float
 from mimo.errors import InputError
 from mimo.model import MiMo
 from mimo.recipes import LossParts, Recipe, make_ema, step_generator
 from mimo.runlog import RunLog
 from mimo.tokenizers import build_tokenizer
+from mimo.tokenizers.weights import checksum
 
 # Changing these on --resume changes what is reported and kept, or how far the run goes, but no step already made.
 MAY_DIFFER = frozenset(
@@ -53,7 +54,9 @@ class Trainer:
     """Everything that changes while training, and one step of it.
 
     Args:
-        dataset: any of mimo.data; its samples have the shape model_config.video_shape.
+        dataset: any of mimo.data; its samples have the shape model_config.video_shape, or were encoded from such clips.
+        tokenizer_weights, trust_pickle: see `config_tokenizer`. Checkpoints remember where the weights lay, and their
+            checksum.
         device: None picks the first GPU, or the CPU.
         compile: run the network through torch.compile.
     """
@@ -65,6 +68,8 @@ class Trainer:
         sample_config: SampleConfig,
         dataset: Any,
         *,
+        tokenizer_weights: str | Path | None = None,
+        trust_pickle: bool = False,
         device: torch.device | None = None,
         compile: bool = False,
     ):
@@ -77,11 +82,17 @@ class Trainer:
             )
         self.model_config, self.sample_config, self.dataset = model_config, sample_config, dataset
         self.micro_batch = train_config.batch_size // shares
+        self.tokenizer = config_tokenizer(model_config, tokenizer_weights, trust_pickle=trust_pickle)
+        sha256 = checksum(self.tokenizer)
+        if isinstance(dataset, LatentShards):
+            cut = {"interval": train_config.interval, "flip": train_config.flip}
+            dataset.require_made_by(model_config.tokenizer, self.tokenizer, sha256, **cut)
         self.configs = {
             "model": model_config.to_dict(),
             "train": train_config.to_dict(),
             "sample": sample_config.to_dict(),
             "data": repr(dataset),
+            "tokenizer": {"weights": _absolute(tokenizer_weights), "sha256": sha256},
         }
         torch.manual_seed(train_config.seed)
         self.model = MiMo(model_config).to(self.device)
@@ -95,7 +106,7 @@ class Trainer:
         )
         if compile:  # the device's half of the network; the host's half plans each batch
             self.model.run = torch.compile(self.model.run, fullgraph=True)
-        self.tokenizer = config_tokenizer(model_config).to(self.device)
+        self.tokenizer.to(self.device)
         unmasked_from = train_config.steps - train_config.unmasked_steps if train_config.unmasked_steps else None
         self.recipe = Recipe(model_config, unmasked_from=unmasked_from)
         self.step = 0
@@ -151,7 +162,8 @@ class Trainer:
         """Continue from a step folder made with the same configurations (up to MAY_DIFFER)."""
         state = checkpoint.read_state(folder)
         here, there = (
-            {part: configs[part] for part in ("model", "train")} for configs in (self.configs, state["configs"])
+            {part: configs[part] for part in ("model", "train")} | {"tokenizer": recorded_tokenizer(configs)["sha256"]}
+            for configs in (self.configs, state["configs"])
         )
         checkpoint.require_same_config(there, here, folder, may_differ=MAY_DIFFER)
         checkpoint.load_module(self.model, checkpoint.read_tensors(folder, "model", state), folder)
@@ -258,9 +270,19 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def config_tokenizer(config: MiMoConfig) -> nn.Module:
-    """The tokenizer of a network; ValueError when its latents are not what the network expects."""
-    tokenizer = build_tokenizer(config.tokenizer, compression=config.compression, channels=config.channels)
+def config_tokenizer(config: MiMoConfig, weights: str | Path | None = None, *, trust_pickle: bool = False) -> nn.Module:
+    """The tokenizer of a network; ValueError when its latents are not what the network expects.
+
+    Args:
+        weights, trust_pickle: as `build_tokenizer` takes them; "dct" has none.
+    """
+    tokenizer = build_tokenizer(
+        config.tokenizer,
+        compression=config.compression,
+        channels=config.channels,
+        weights=weights,
+        trust_pickle=trust_pickle,
+    )
     shape = tokenizer.latent_shape(*config.video_shape)
     if shape != config.latent_shape:
         raise ValueError(
@@ -272,6 +294,18 @@ def config_tokenizer(config: MiMoConfig) -> nn.Module:
             f"num_actions={config.num_actions}: expected a tokenizer with one latent frame per video frame"
         )
     return tokenizer
+
+
+def recorded_tokenizer(configs: dict[str, Any]) -> dict[str, str | None]:
+    """Path and checksum of the tokenizer's weights in a checkpoint; one of before they were recorded knows "dct" only."""
+    return configs.get("tokenizer", {"weights": None, "sha256": None})
+
+
+def _absolute(weights: str | Path | None) -> str | None:
+    """A path that holds in every folder; a hub id stays as it is."""
+    if weights is None:
+        return None
+    return str(Path(weights).resolve()) if Path(weights).exists() else str(weights)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -288,11 +322,22 @@ def encode(
             raise InputError(
                 f"num_{'classes' if condition == 'label' else condition}={count}, but the clips have no {condition}"
             )
-    with torch.no_grad():
-        latents = tokenizer.encode(to_float(batch["video"].to(device, non_blocking=True)))
+        if count and not 0 <= (worst := _farthest(batch[condition], count)) < count:
+            raise InputError(f"{condition} {worst} in the data, expected 0..{count - 1}")
+    if "latents" in batch:
+        latents = batch["latents"].to(device, non_blocking=True)
+    else:
+        with torch.no_grad():
+            latents = tokenizer.encode(to_float(batch["video"].to(device, non_blocking=True)))
     labels = batch["label"].to(device) if config.num_classes else None
     actions = batch["actions"].to(device) if config.num_actions else None
     return latents, {"labels": labels, "actions": actions}
+
+
+def _farthest(values: Tensor, count: int) -> int:
+    """The value that lies outside 0..count - 1, if one does."""
+    low, high = (int(bound) for bound in values.aminmax())
+    return low if low < 0 else high
 
 
 class _Sums:

@@ -113,6 +113,24 @@ class LatentShards:
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_open": {}}  # open files stay in their process
 
+    def require_made_by(self, name: str, tokenizer, checksum: str | None, *, interval: int, flip: bool) -> None:
+        """Raises DataError unless these are the latents that training would make of its clips itself.
+
+        Args:
+            name, tokenizer, checksum: the tokenizer of the network, and what `tokenizers.weights.checksum` says of it.
+            interval, flip: how training would cut a clip; procedural clips know neither.
+        """
+        here = {"tokenizer": name, "compression": list(tokenizer.compression)}
+        here |= {"latent_shape": list(tokenizer.latent_shape(self.num_frames, self.height, self.width))}
+        here |= {"tokenizer_sha256": checksum}
+        there = {key: self.index.get(key) for key in here}
+        cut = {"interval": [interval, interval], "flip": flip}
+        for key in cut.keys() & self.index["settings"].keys():
+            here[key], there[key] = cut[key], self.index["settings"][key]
+        differing = [f"{key} {there[key]!r}, training has {here[key]!r}" for key in here if here[key] != there[key]]
+        if differing:
+            raise DataError(f"{self.path}: was encoded with {'; '.join(differing)}")
+
     def check_readable(self) -> None:
         """Raises DataError naming the first shard that is missing or cut short."""
         for number in range(len(self._ends)):

@@ -51,7 +51,7 @@ def build_tokenizer(
             raise InputError(f"the tokenizer 'dct' has no weights, but {weights} was given")
         return DCTTokenizer(compression, channels)
     if weights is None:
-        raise InputError(f"the tokenizer {name!r} needs weights: name a folder or a file")
+        raise InputError(f"the tokenizer {name!r} needs weights (--tokenizer-weights): name a folder or a file")
     # These read big libraries or define big networks, so only who asks for them imports them.
     if name == "dcae":
         from mimo.tokenizers.dcae import DCAETokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 from pathlib import Path
@@ -12,6 +13,18 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mimo.errors import InputError
+
+
+def checksum(tokenizer: nn.Module) -> str | None:
+    """SHA-256 of what decides a tokenizer's latents besides its architecture: parameters, buffers and the factor `scale`,
+    however and wherever they are stored. None for a tokenizer that is computed (no parameters)."""
+    if next(tokenizer.parameters(), None) is None:
+        return None
+    digest = hashlib.sha256(repr(getattr(tokenizer, "scale", None)).encode())
+    for name, value in sorted([*tokenizer.named_parameters(), *tokenizer.named_buffers()]):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def read_json(path: Path) -> dict:
