@@ -151,8 +151,7 @@ class Attention(nn.Module):
         """y [R, D] -> what the rows collected, before the output projection, [R, D]."""
         qkv = self.qkv(y).unflatten(-1, (3, self.heads, -1))  # [R, 3, h, d]
         coords = None if rope is None else coords
-        norms = self.q_norm, self.k_norm
-        q, k, v = qk_norm_rope(qkv, *norms, coords, rope, return_v=True, backend=self.backend)
+        q, k, v = qk_norm_rope(qkv, self.q_norm, self.k_norm, coords, rope, return_v=True, backend=self.backend)
         return attend(q, k, v).flatten(-2)
 
 
