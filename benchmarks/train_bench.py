@@ -25,7 +25,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from mimo import MiMo, MiMoConfig
-from mimo.model import Plan
+from mimo.layout import Plan
 from mimo.recipes import Recipe, acdit, step_generator
 from mimo_kernels.attention import FrameMask
 
