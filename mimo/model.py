@@ -1,9 +1,9 @@
 """The MiMo network: a diffusion transformer over packed tokens, and the decoder of masked history modelling.
 
 Training feeds every clip twice, packed as mimo.layout says: clean *history*, a part of its tokens dropped, and noisy
-*future*. Both copies share all weights. Future frame t attends to history frames < t and to itself, so one forward pass trains every frame, and sampling sees
-exactly what training saw. Blocks are told how to attend (`attend(layer, q, k, v) -> out`): over the whole packed
-sequence when training, over a cache when sampling.
+*future*. Both copies share all weights. Future frame t attends to history frames < t and to itself, so one forward pass
+trains every frame, and sampling sees exactly what training saw. Blocks are told how to attend (`attend(layer, q, k, v)
+-> out`): over the whole packed sequence when training, over a cache when sampling.
 
 Letters: B clips, T frames, N tokens per frame, k kept history tokens per frame, C latent channels, D width, h heads,
 d head dimension, R packed rows, G rows of modulation (one per future frame), S sequences being sampled.
