@@ -3,17 +3,22 @@
 pytest benchmarks/test_host_costs.py --benchmark-save=NAME, later --benchmark-compare shows what became slower.
 """
 
+import random
+
 import pytest
 import torch
 
-from mimo_kernels.attention import FrameMask, frame_attention
-from mimo_kernels.attention.triton_plan import plan_for
+from mimo_kernels.attention import FrameMask, frame_attention, triton_bwd, triton_fwd, triton_plan
+from mimo_kernels.attention.triton_plan import PASSES, plan_for
+
+RANDOM = random.Random(0)
 
 LENS = {
     "k600": ([[160] * 5] * 32, [[256] * 5] * 32),
     "ucf101": ([[40] * 16] * 32, [[64] * 16] * 32),
     "minecraft": ([[40] * 300], [[64] * 300]),
     "ragged": ([[128 + clip] * (2 + clip % 4) for clip in range(32)], [[256] * (2 + clip % 4) for clip in range(32)]),
+    "ragged_16_frames": ([[RANDOM.randint(20, 44) for _ in range(16)] for _ in range(32)], [[64] * 16] * 32),
 }
 by_lens = pytest.mark.parametrize("lens", LENS.values(), ids=LENS)
 
@@ -24,16 +29,89 @@ def test_build_mask(benchmark, lens):
     assert mask.num_tokens == sum(map(sum, lens[0])) + sum(map(sum, lens[1]))
 
 
+def test_build_mask_from_tensors(benchmark):
+    lens = [torch.tensor(copy) for copy in LENS["ucf101"]]
+    assert benchmark(FrameMask.teacher_forcing, *lens).uniform == (32, 16 * 104)
+
+
+def test_build_mask_with_everything(benchmark):
+    lens = LENS["ucf101"]
+    drop = [[RANDOM.random() < 0.1 for _ in clip] for clip in lens[0]]
+    mask = benchmark(FrameMask.teacher_forcing, *lens, drop_history=drop, window=4, sink=1)
+    assert mask.uniform is None and mask.num_tokens == 32 * 16 * 104
+
+
+@pytest.fixture
+def sm90(monkeypatch):
+    """The tile sizes of an H100."""
+    monkeypatch.setattr(triton_plan, "architecture", lambda device: 90)
+
+
 @by_lens
-@pytest.mark.parametrize("name", ["forward", "dq", "dkv"])
-def test_plan(benchmark, lens, name):
-    table = FrameMask.teacher_forcing(*lens)
+@pytest.mark.parametrize("names", [*((name,) for name in PASSES), PASSES], ids=[*PASSES, "all"])
+def test_plan(benchmark, lens, names, sm90):
+    mask = FrameMask.teacher_forcing(*lens)
 
     def plan():
         # A table that has no plans yet: they are kept on it.
-        return plan_for(name, table.pattern.view(-1, 8), table.repeats, torch.device("cpu"), torch.float32, 64)
+        table = mask.pattern.view(-1, 8)
+        return [plan_for(name, table, mask.repeats, torch.device("cpu"), torch.bfloat16, 64) for name in names]
 
-    assert benchmark(plan).executed_pairs >= table.num_pairs
+    assert all(plan.executed_pairs >= mask.num_pairs for plan in benchmark(plan))
+
+
+class NoLaunch:
+    """Stands where a Triton kernel does and takes its arguments: what is left is our share of a call."""
+
+    calls = 0
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, *args, **kwargs):
+        NoLaunch.calls += 1
+
+
+@pytest.fixture
+def triton_call(monkeypatch, sm90):
+    """attention(mask) as frame_attention makes it on a GPU, without the launches; and its inputs."""
+    for module in (triton_fwd, triton_bwd):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, NoLaunch())
+    monkeypatch.setattr("mimo_kernels.attention._serving_backend", lambda *args: "triton")
+    monkeypatch.setattr(NoLaunch, "calls", 0)
+    inputs = [torch.zeros(64, 2, 64, dtype=torch.bfloat16) for _ in range(3)]
+    return lambda mask: frame_attention(*inputs, mask), inputs
+
+
+def test_triton_call(benchmark, triton_call):
+    attention, _ = triton_call
+    mask = FrameMask.teacher_forcing([[8] * 4], [[8] * 4])
+    benchmark(attention, mask)
+    assert NoLaunch.calls > 0
+
+
+def test_triton_call_with_a_fresh_mask(benchmark, triton_call):
+    attention, _ = triton_call
+    benchmark(lambda: attention(FrameMask.teacher_forcing([[8] * 4], [[8] * 4])))
+    assert NoLaunch.calls > 0
+
+
+def test_triton_call_for_training(benchmark, triton_call):
+    attention, inputs = triton_call
+    mask = FrameMask.teacher_forcing([[8] * 4], [[8] * 4])
+    for x in inputs:
+        x.requires_grad_()
+    assert benchmark(attention, mask).requires_grad and NoLaunch.calls > 0
+
+
+def test_triton_backward(benchmark, triton_call):
+    attention, inputs = triton_call
+    for x in inputs:
+        x.requires_grad_()
+    out = attention(FrameMask.teacher_forcing([[8] * 4], [[8] * 4]))
+    benchmark(torch.autograd.grad, out, inputs, torch.zeros_like(out), retain_graph=True)
+    assert NoLaunch.calls > 3
 
 
 def test_call_of_a_tiny_attention(benchmark):

@@ -16,138 +16,194 @@ namespace py = pybind11;
 
 namespace {
 
-using Lens = std::vector<std::vector<int64_t>>;  // token counts [clips][frames]
-
 constexpr int kIntervals = 3;
 constexpr int kColumns = 2 + 2 * kIntervals;  // row_start, row_end, then (key_start, key_end) three times
+constexpr int64_t kMaxTokens = std::numeric_limits<int32_t>::max();
 
 struct Interval {
     int64_t start = 0, end = 0;
     int64_t size() const { return end - start; }
 };
 
+// One value per frame, clip after clip.
+template <typename T>
+struct Frames {
+    std::vector<T> values;
+    std::vector<size_t> first{0};  // frame of every clip, and the end
+
+    size_t clips() const { return first.size() - 1; }
+    size_t count(size_t clip) const { return first[clip + 1] - first[clip]; }
+    const T* clip(size_t clip) const { return values.data() + first[clip]; }
+    T* add_clip(size_t frames) {
+        values.resize(values.size() + frames);
+        first.push_back(values.size());
+        return values.data() + first.end()[-2];
+    }
+};
+using Lens = Frames<int32_t>;
+using Drops = Frames<uint8_t>;
+
 [[noreturn]] void fail(const std::string& message) { throw py::value_error(message); }
 
 std::string text(py::handle value) { return py::cast<std::string>(py::repr(value)); }
 
+std::string text(int64_t value) { return std::to_string(value); }
+
 std::string at(const char* name, size_t clip) { return std::string(name) + "[" + std::to_string(clip) + "]"; }
 
-// Calls visit(clip, item) for every item of a list of lists (lists or tuples; a clip may be empty).
-template <typename Visit>
-void for_each_item(py::handle value, const char* name, const char* inner, Visit visit) {
-    auto is_list = [](py::handle h) { return PyList_Check(h.ptr()) || PyTuple_Check(h.ptr()); };
-    if (!is_list(value)) fail(std::string(name) + " is " + text(value) + "; expected a list of clips, each a list of " + inner);
-    const Py_ssize_t clips = PySequence_Fast_GET_SIZE(value.ptr());
-    for (Py_ssize_t c = 0; c < clips; ++c) {
-        py::handle clip = PySequence_Fast_GET_ITEM(value.ptr(), c);
-        if (!is_list(clip)) fail(at(name, c) + " is " + text(clip) + "; expected a list of " + inner + ", one per frame of the clip");
-        const Py_ssize_t frames = PySequence_Fast_GET_SIZE(clip.ptr());
-        visit.begin(c, frames);
-        for (Py_ssize_t t = 0; t < frames; ++t) visit.item(c, t, py::handle(PySequence_Fast_GET_ITEM(clip.ptr(), t)));
-    }
+bool is_list(py::handle value) { return PyList_Check(value.ptr()) || PyTuple_Check(value.ptr()); }
+
+// An array as the lists it stands for, anything else as it is.
+py::object listed(py::handle value) {
+    return !is_list(value) && py::hasattr(value, "tolist") ? py::object(value.attr("tolist")()) : py::reinterpret_borrow<py::object>(value);
 }
 
-struct LensReader {
-    const char* name;
-    Lens& lens;
-    int64_t& total;
-
-    void begin(size_t, size_t frames) {
-        lens.emplace_back();
-        lens.back().reserve(frames);
-    }
-    void item(size_t clip, size_t frame, py::handle value) {
-        int64_t count = -1;
-        if (PyIndex_Check(value.ptr()) && !PyBool_Check(value.ptr())) {
-            int overflow = 0;
-            const auto number = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
-            if (!number) throw py::error_already_set();
-            count = PyLong_AsLongLongAndOverflow(number.ptr(), &overflow);
-            if (overflow > 0) count = std::numeric_limits<int64_t>::max();
+// Reads a list of lists (or tuples, or arrays; a clip may be empty), or a contiguous tensor [clips, frames] of `Element` on the host.
+// `read(item, clip, frame)` makes a value of a Python object or of an element, or refuses it.
+template <typename Element, typename T, typename Read>
+Frames<T> read_frames(py::handle value, const char* name, const char* inner, Read read) {
+    Frames<T> frames;
+    if (!is_list(value) && py::hasattr(value, "data_ptr")) {
+        const auto shape = py::cast<std::array<size_t, 2>>(value.attr("shape"));
+        const auto* element = reinterpret_cast<const Element*>(py::cast<uintptr_t>(value.attr("data_ptr")()));
+        for (size_t c = 0; c < shape[0]; ++c) {
+            T* values = frames.add_clip(shape[1]);
+            for (size_t t = 0; t < shape[1]; ++t) values[t] = read(*element++, c, t);
         }
-        if (count < 0) fail(at(name, clip) + "[" + std::to_string(frame) + "] is " + text(value) + "; expected a token count, an int >= 0");
-        if (count > std::numeric_limits<int32_t>::max() - total) {
+        return frames;
+    }
+    const py::object list = listed(value);
+    if (!is_list(list)) fail(std::string(name) + " is " + text(list) + "; expected a list of clips, each a list of " + inner);
+    const size_t clips = PySequence_Fast_GET_SIZE(list.ptr());
+    for (size_t c = 0; c < clips; ++c) {
+        const py::object clip = listed(PySequence_Fast_GET_ITEM(list.ptr(), c));
+        if (!is_list(clip)) fail(at(name, c) + " is " + text(clip) + "; expected a list of " + inner + ", one per frame of the clip");
+        const size_t count = PySequence_Fast_GET_SIZE(clip.ptr());
+        T* values = frames.add_clip(count);
+        for (size_t t = 0; t < count; ++t) values[t] = read(py::handle(PySequence_Fast_GET_ITEM(clip.ptr(), t)), c, t);
+    }
+    return frames;
+}
+
+int64_t to_count(int64_t count) { return count; }
+
+// -1 for what is not a count.
+int64_t to_count(py::handle value) {
+    if (PyLong_CheckExact(value.ptr())) {
+        int overflow = 0;
+        const int64_t count = PyLong_AsLongLongAndOverflow(value.ptr(), &overflow);
+        return overflow > 0 ? std::numeric_limits<int64_t>::max() : count;
+    }
+    if (!PyIndex_Check(value.ptr()) || PyBool_Check(value.ptr())) return -1;
+    const auto number = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
+    if (!number) throw py::error_already_set();
+    return to_count(number);
+}
+
+// `total` grows by the tokens read.
+Lens read_lens(py::handle value, const char* name, int64_t& total) {
+    return read_frames<int64_t, int32_t>(value, name, "token counts", [&](auto item, size_t clip, size_t frame) {
+        const int64_t count = to_count(item);
+        if (count < 0) fail(at(name, clip) + "[" + std::to_string(frame) + "] is " + text(item) + "; expected a token count, an int >= 0");
+        if (count > kMaxTokens - total) {
             fail(std::string(name) + " brings the mask to more than 2147483647 tokens at " + at(name, clip) + "; rows are numbered in int32");
         }
         total += count;
-        lens.back().push_back(count);
-    }
-};
+        return static_cast<int32_t>(count);
+    });
+}
 
-struct DropReader {
+struct ReadDrop {
     const char* name;
-    std::vector<std::vector<bool>>& drop;
-
-    void begin(size_t, size_t frames) {
-        drop.emplace_back();
-        drop.back().reserve(frames);
-    }
-    void item(size_t clip, size_t frame, py::handle value) {
+    uint8_t operator()(bool value, size_t, size_t) const { return value; }
+    uint8_t operator()(py::handle value, size_t clip, size_t frame) const {
         if (!PyBool_Check(value.ptr())) fail(at(name, clip) + "[" + std::to_string(frame) + "] is " + text(value) + "; expected a bool");
-        drop.back().push_back(value.ptr() == Py_True);
+        return value.ptr() == Py_True;
     }
 };
 
+py::bytearray new_bytes(size_t size) {
+    auto bytes = py::reinterpret_steal<py::bytearray>(PyByteArray_FromStringAndSize(nullptr, size));
+    if (!bytes) throw py::error_already_set();
+    return bytes;
+}
+
+// The table grows in a buffer that Python owns.
 class Table {
 public:
-    void begin_clip() { first_row_.push_back(rows_), first_group_.push_back(cells_.size() / kColumns); }
+    explicit Table(size_t most_groups)
+        : bytes_(new_bytes(most_groups * kColumns * sizeof(int32_t))), cells_(reinterpret_cast<int32_t*>(PyByteArray_AS_STRING(bytes_.ptr()))), end_(cells_) {}
+
+    void begin_clip() { first_row_.push_back(rows_), first_group_.push_back(groups()); }
 
     // Appends the next rows of the sequence; `keys` ascend. Empty intervals vanish and touching ones become one.
-    void add(int64_t rows, std::array<Interval, kIntervals> keys) {
+    void add(int64_t rows, const std::array<Interval, kIntervals>& keys) {
         if (rows == 0) return;
-        std::array<Interval, kIntervals> kept;
-        int count = 0;
+        end_[0] = static_cast<int32_t>(rows_), end_[1] = static_cast<int32_t>(rows_ + rows);
+        int32_t* next = end_ + 2;
+        end_ += kColumns;
+        int64_t seen = 0;
         for (const Interval& key : keys) {
             if (key.size() == 0) continue;
-            if (count && kept[count - 1].end == key.start) {
-                kept[count - 1].end = key.end;
-            } else {
-                kept[count++] = key;
-            }
-            pairs_ += rows * key.size();
+            seen += key.size();
+            const bool touches = next > end_ - kColumns + 2 && next[-1] == key.start;
+            if (!touches) *next = static_cast<int32_t>(key.start), next += 2;
+            next[-1] = static_cast<int32_t>(key.end);
         }
-        cells_.push_back(rows_), cells_.push_back(rows_ + rows);
-        for (const Interval& key : kept) cells_.push_back(key.start), cells_.push_back(key.end);
-        rows_ += rows;
+        for (; next < end_; ++next) *next = 0;
+        rows_ += rows, pairs_ += rows * seen;
     }
 
-    py::tuple result() const {
-        py::list clip_lens;
-        for (size_t c = 0; c < first_row_.size(); ++c) clip_lens.append(end_row(c) - first_row_[c]);
-        py::bytearray bytes(reinterpret_cast<const char*>(cells_.data()), cells_.size() * sizeof(int32_t));
-        return py::make_tuple(bytes, pairs_, clip_lens, uniform());
+    // (table bytes, pairs, rows per clip, all clips alike, frames per clip, token counts of both copies as int32 bytes, the future's or None)
+    py::tuple result(const Lens& history, const Lens* future = nullptr) {
+        const size_t clips = first_row_.size();
+        py::list clip_lens(clips), frames(clips);
+        for (size_t c = 0; c < clips; ++c) {
+            PyList_SET_ITEM(clip_lens.ptr(), c, PyLong_FromLongLong(end_row(c) - first_row_[c]));
+            PyList_SET_ITEM(frames.ptr(), c, PyLong_FromSize_t(history.count(c)));
+        }
+        const bool alike = uniform();
+        if (PyByteArray_Resize(bytes_.ptr(), groups() * kColumns * sizeof(int32_t))) throw py::error_already_set();
+        return py::make_tuple(std::move(bytes_), pairs_, clip_lens, alike, frames, counts(history), future ? counts(*future) : py::none());
     }
 
 private:
+    static py::object counts(const Lens& lens) {
+        return py::bytearray(reinterpret_cast<const char*>(lens.values.data()), lens.values.size() * sizeof(int32_t));
+    }
+
+    size_t groups() const { return (end_ - cells_) / kColumns; }
     int64_t end_row(size_t clip) const { return clip + 1 < first_row_.size() ? first_row_[clip + 1] : rows_; }
-    size_t end_group(size_t clip) const { return clip + 1 < first_group_.size() ? first_group_[clip + 1] : cells_.size() / kColumns; }
+    size_t end_group(size_t clip) const { return clip + 1 < first_group_.size() ? first_group_[clip + 1] : groups(); }
 
     // Whether all clips have the same table, counted from their own first row.
     bool uniform() const {
         if (first_row_.empty()) return false;
-        const size_t groups = end_group(0);
+        const size_t cells = end_group(0) * kColumns;
+        std::vector<int32_t> moves(cells);  // all bits of the cells that count rows, none of those of an empty interval
+        for (size_t i = 0; i < cells; i += 2) moves[i] = moves[i + 1] = cells_[i] == cells_[i + 1] ? 0 : -1;
         for (size_t c = 1; c < first_row_.size(); ++c) {
-            if (end_group(c) - first_group_[c] != groups) return false;
-            const int32_t* cell = cells_.data() + first_group_[c] * kColumns;
-            for (size_t i = 0; i < groups * kColumns; i += 2) {
-                const bool empty = cells_[i] == cells_[i + 1];
-                const int32_t offset = empty ? 0 : static_cast<int32_t>(first_row_[c]);
-                if (cell[i] != cells_[i] + offset || cell[i + 1] != cells_[i + 1] + offset) return false;
-            }
+            if ((end_group(c) - first_group_[c]) * kColumns != cells) return false;
+            const int32_t* cell = cells_ + first_group_[c] * kColumns;
+            const auto offset = static_cast<int32_t>(first_row_[c]);
+            int32_t differs = 0;
+            for (size_t i = 0; i < cells; ++i) differs |= cell[i] ^ (cells_[i] + (moves[i] & offset));
+            if (differs) return false;
         }
         return true;
     }
 
-    std::vector<int32_t> cells_;
+    py::bytearray bytes_;
+    int32_t *const cells_, *end_;
     std::vector<int64_t> first_row_;
     std::vector<size_t> first_group_;
     int64_t rows_ = 0, pairs_ = 0;
 };
 
-std::vector<int64_t> frame_starts(int64_t row, const std::vector<int64_t>& lens) {
-    std::vector<int64_t> starts{row};
-    for (int64_t len : lens) starts.push_back(row += len);
-    return starts;
+// Where the frames of a clip begin, and its end. `starts` is used again for every clip.
+void find_starts(int64_t row, const Lens& lens, size_t clip, std::vector<int64_t>& starts) {
+    starts.assign(1, row);
+    for (size_t t = 0; t < lens.count(clip); ++t) starts.push_back(row += lens.clip(clip)[t]);
 }
 
 // Frames [0, sink) and [visible - window, visible) among the first `visible` frames of a clip, as row intervals.
@@ -157,75 +213,71 @@ std::array<Interval, 2> past(const std::vector<int64_t>& starts, int64_t visible
     return {Interval{starts[0], starts[last_sink]}, Interval{starts[first], starts[visible]}};
 }
 
-// window <= 0 stands for "no window". Returns (table bytes, pairs, rows per clip, all clips alike).
+// window <= 0 stands for "no window". Returns Table::result.
 py::tuple teacher_forcing(py::handle history, py::handle future, py::handle drop, int64_t window, int64_t sink) {
-    Lens history_lens, future_lens;
-    std::vector<std::vector<bool>> dropped;
     int64_t total = 0;
-    for_each_item(history, "history_lens", "token counts", LensReader{"history_lens", history_lens, total});
-    for_each_item(future, "future_lens", "token counts", LensReader{"future_lens", future_lens, total});
-    if (history_lens.size() != future_lens.size()) {
-        fail("history_lens has " + std::to_string(history_lens.size()) + " clips and future_lens has " + std::to_string(future_lens.size()) +
-             "; expected the same number");
+    const Lens history_lens = read_lens(history, "history_lens", total);
+    const Lens future_lens = read_lens(future, "future_lens", total);
+    const size_t clips = history_lens.clips();
+    if (clips != future_lens.clips()) {
+        fail("history_lens has " + std::to_string(clips) + " clips and future_lens has " + std::to_string(future_lens.clips()) + "; expected the same number");
     }
+    Drops dropped;
     if (!drop.is_none()) {
-        for_each_item(drop, "drop_history", "bools", DropReader{"drop_history", dropped});
-        if (dropped.size() != future_lens.size()) {
-            fail("drop_history has " + std::to_string(dropped.size()) + " clips and future_lens has " + std::to_string(future_lens.size()) +
+        dropped = read_frames<bool, uint8_t>(drop, "drop_history", "bools", ReadDrop{"drop_history"});
+        if (dropped.clips() != clips) {
+            fail("drop_history has " + std::to_string(dropped.clips()) + " clips and future_lens has " + std::to_string(clips) +
                  "; expected bool [clips, frames]");
         }
     }
-    if (window <= 0) window = std::numeric_limits<int32_t>::max();
+    if (window <= 0) window = kMaxTokens;
 
-    Table table;
-    int64_t row = 0;
-    for (size_t c = 0; c < history_lens.size(); ++c) {
-        const int64_t frames = history_lens[c].size();
+    Table table(history_lens.values.size() + future_lens.values.size());
+    std::vector<int64_t> history_starts, future_starts{0};
+    for (size_t c = 0; c < clips; ++c) {
+        const int64_t frames = history_lens.count(c);
         const auto differs = [&](const char* name, size_t count) {
             fail(at("history_lens", c) + " has " + std::to_string(frames) + " frames and " + at(name, c) + " has " + std::to_string(count) +
                  "; expected the same number");
         };
-        if (future_lens[c].size() != history_lens[c].size()) differs("future_lens", future_lens[c].size());
-        if (!dropped.empty() && dropped[c].size() != history_lens[c].size()) differs("drop_history", dropped[c].size());
-        const std::vector<int64_t> history_starts = frame_starts(row, history_lens[c]);
-        const std::vector<int64_t> future_starts = frame_starts(history_starts.back(), future_lens[c]);
+        if (future_lens.count(c) != history_lens.count(c)) differs("future_lens", future_lens.count(c));
+        if (dropped.clips() && dropped.count(c) != history_lens.count(c)) differs("drop_history", dropped.count(c));
+        find_starts(future_starts.back(), history_lens, c, history_starts);
+        find_starts(history_starts.back(), future_lens, c, future_starts);
         table.begin_clip();
         for (int64_t t = 0; t < frames; ++t) {
             const auto [sinks, latest] = past(history_starts, t + 1, window, sink);
-            table.add(history_lens[c][t], {sinks, latest, Interval{}});
+            table.add(history_lens.clip(c)[t], {sinks, latest, Interval{}});
         }
         for (int64_t t = 0; t < frames; ++t) {
             const Interval own{future_starts[t], future_starts[t + 1]};
             // The frame itself is one of the `window` frames it sees.
             const auto [sinks, latest] = past(history_starts, t, window - 1, sink);
-            const bool alone = !dropped.empty() && dropped[c][t];
+            const bool alone = dropped.clips() && dropped.clip(c)[t];
             table.add(own.size(), alone ? std::array<Interval, 3>{own} : std::array<Interval, 3>{sinks, latest, own});
         }
-        row = future_starts.back();
     }
-    return table.result();
+    return table.result(history_lens, &future_lens);
 }
 
 // Every frame sees itself and earlier frames of its clip (causal), or the whole clip: then the clip is a single group of rows.
 py::tuple one_copy(py::handle frames, bool causal, const char* name, int64_t window, int64_t sink) {
-    Lens lens;
     int64_t total = 0;
-    for_each_item(frames, name, "token counts", LensReader{name, lens, total});
-    if (window <= 0) window = std::numeric_limits<int32_t>::max();
+    const Lens lens = read_lens(frames, name, total);
+    if (window <= 0) window = kMaxTokens;
 
-    Table table;
-    int64_t row = 0;
-    for (const auto& clip : lens) {
-        const std::vector<int64_t> starts = frame_starts(row, clip);
+    Table table(causal ? lens.values.size() : lens.clips());
+    std::vector<int64_t> starts{0};
+    for (size_t c = 0; c < lens.clips(); ++c) {
+        find_starts(starts.back(), lens, c, starts);
         table.begin_clip();
-        if (!causal) table.add(starts.back() - row, {Interval{row, starts.back()}, Interval{}, Interval{}});
-        for (size_t t = 0; causal && t < clip.size(); ++t) {
+        if (!causal) table.add(starts.back() - starts[0], {Interval{starts[0], starts.back()}, Interval{}, Interval{}});
+        for (size_t t = 0; causal && t < lens.count(c); ++t) {
             const auto [sinks, latest] = past(starts, t + 1, window, sink);
-            table.add(clip[t], {sinks, latest, Interval{}});
+            table.add(lens.clip(c)[t], {sinks, latest, Interval{}});
         }
-        row = starts.back();
     }
-    return table.result();
+    return table.result(lens);
 }
 
 // Any table: int64 cells [groups, 8] at an address, checked. clip_lens: rows per clip; none: one clip.
@@ -233,21 +285,28 @@ py::tuple from_cells(uintptr_t address, size_t groups, const std::optional<std::
     const auto* cells = reinterpret_cast<const int64_t*>(address);
     const int64_t tokens = groups ? cells[(groups - 1) * kColumns + 1] : 0;
     const std::vector<int64_t> lens = clip_lens.value_or(std::vector<int64_t>{tokens});
-    const std::vector<int64_t> ends = frame_starts(0, lens);
+    std::vector<int64_t> ends{0};
+    for (int64_t len : lens) ends.push_back(ends.back() + len);
     if (ends.back() != tokens || std::any_of(lens.begin(), lens.end(), [](int64_t len) { return len < 0; })) {
         fail("clip_lens add up to " + std::to_string(ends.back()) + " and frames has " + std::to_string(tokens) + " rows; expected the same number");
     }
-    if (tokens > std::numeric_limits<int32_t>::max()) fail("frames has " + std::to_string(tokens) + " rows; expected at most 2147483647");
+    if (tokens > kMaxTokens) fail("frames has " + std::to_string(tokens) + " rows; expected at most 2147483647");
 
-    Table table;
+    Table table(groups);
+    Lens frames;
     size_t clip = 0;
+    const auto begin_clip = [&] {
+        ++clip;
+        table.begin_clip();
+        frames.add_clip(0);
+    };
     int64_t row = 0;
     for (size_t g = 0; g < groups; ++g, cells += kColumns) {
         const auto range = [&](int i) { return std::to_string(cells[i]) + ".." + std::to_string(cells[i + 1]); };
-        const std::string name = at("frames", g);
-        if (cells[0] != row || cells[1] <= row) fail(name + " has rows " + range(0) + "; expected a range that starts at " + std::to_string(row) + " and is not empty");
-        for (; clip < lens.size() && ends[clip] <= row; ++clip) table.begin_clip();
-        if (cells[1] > ends[clip]) fail(name + " has rows " + range(0) + "; expected none beyond its clip, which ends at " + std::to_string(ends[clip]));
+        const auto name = [&] { return at("frames", g); };
+        if (cells[0] != row || cells[1] <= row) fail(name() + " has rows " + range(0) + "; expected a range that starts at " + std::to_string(row) + " and is not empty");
+        while (clip < lens.size() && ends[clip] <= row) begin_clip();
+        if (cells[1] > ends[clip]) fail(name() + " has rows " + range(0) + "; expected none beyond its clip, which ends at " + std::to_string(ends[clip]));
         std::array<Interval, kIntervals> keys;
         int64_t end = ends[clip - 1] - 1;  // keys are of the own clip, with gaps between intervals
         bool unused = false, legal = true;
@@ -261,14 +320,16 @@ py::tuple from_cells(uintptr_t address, size_t groups, const std::optional<std::
             end = keys[i].end;
         }
         if (!legal) {
-            fail(name + " has key intervals " + range(2) + ", " + range(4) + ", " + range(6) + "; expected ascending ones with gaps between, then 0..0, inside its clip " +
+            fail(name() + " has key intervals " + range(2) + ", " + range(4) + ", " + range(6) + "; expected ascending ones with gaps between, then 0..0, inside its clip " +
                  std::to_string(ends[clip - 1]) + ".." + std::to_string(ends[clip]));
         }
         table.add(cells[1] - row, keys);
+        frames.values.push_back(static_cast<int32_t>(cells[1] - row));
+        ++frames.first.back();
         row = cells[1];
     }
-    for (; clip < lens.size(); ++clip) table.begin_clip();
-    return table.result();
+    while (clip < lens.size()) begin_clip();
+    return table.result(frames);
 }
 
 void bind(py::module_& m) {

@@ -23,6 +23,7 @@
 #include <string>
 #include <vector>
 
+#include "arrays.h"
 #include "bindings.h"
 
 namespace py = pybind11;
@@ -32,8 +33,9 @@ namespace {
 constexpr int kTileColumns = 4;
 constexpr int kSegmentCells = 16;  // of the larger kind
 constexpr int kGroupsPerBlock = 4;
-constexpr int kExactGroups = 64;  // with more groups the decision where to cut is made on the spot
-constexpr int kLookAhead = 10;
+constexpr int kLookAhead = 64;      // groups from one early end of a tile to the next
+constexpr int kRowGroupsPerTile = 32;  // with more (frames of a few tokens) no tile of rows ends early: the choice is not worth its time
+constexpr int kKeyGroupsPerTile = 8;   // with more the rows that see a tile do not tell its blocks: where a tile of keys ends is decided on the spot
 constexpr int64_t kBandRows = 16384;  // keys and values of one head: a few MiB
 
 struct Interval {
@@ -50,57 +52,66 @@ struct Group {
 };
 static_assert(sizeof(Group) == 8 * sizeof(int32_t));
 
-using Intervals = std::vector<Interval>;
+using mimo::Array;
+using mimo::radix_sort;
+using Intervals = Array<Interval>;  // ascending
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// How many blocks of a power of two.
+struct Blocks {
+    int size, shift;
 
-int64_t count_blocks(const Intervals& intervals, int block) {
-    int64_t blocks = 0;
-    for (const Interval& x : intervals) blocks += ceil_div(x.end - x.start, block);
-    return blocks;
-}
+    explicit Blocks(int size) : size(size), shift(__builtin_ctz(size)) {}
+    int64_t covering(int64_t length) const { return (length + size - 1) >> shift; }
+    int inside(int length) const { return length >> shift; }
+    template <typename Range>
+    int64_t covering_all(const Range* x, const Range* end) const {
+        int64_t blocks = 0;
+        for (; x != end; ++x) blocks += covering(x->end - x->start);
+        return blocks;
+    }
+    int64_t covering(const Intervals& intervals) const { return covering_all(intervals.begin(), intervals.end()); }
+    int64_t covering(const Group& group) const { return covering_all(group.keys, group.keys + group.count()); }
+};
 
-int64_t count_blocks(const Group& group, int block) {
-    int64_t blocks = 0;
-    for (int j = 0; j < group.count(); ++j) blocks += ceil_div(group.keys[j].end - group.keys[j].start, block);
-    return blocks;
+void assign_keys(const Group& group, Intervals& into) {
+    into.resize(group.count());
+    std::copy(group.keys, group.keys + group.count(), &into[0]);
 }
 
 // `into` becomes the union of `a` and the keys of `group`, ascending, adjacent intervals merged.
 void unite(const Intervals& a, const Group& group, Intervals& into) {
-    into.clear();
-    size_t i = 0;
-    int j = 0;
-    const int n = group.count();
-    while (i < a.size() || j < n) {
-        const Interval next = j == n || (i < a.size() && a[i].start <= group.keys[j].start) ? a[i++] : group.keys[j++];
+    into.resize(0);
+    const Interval *x = a.begin(), *key = group.keys, *const last_key = group.keys + group.count();
+    while (x != a.end() || key != last_key) {
+        const Interval next = key == last_key || (x != a.end() && x->start <= key->start) ? *x++ : *key++;
         if (!into.empty() && next.start <= into.back().end) {
             into.back().end = std::max(into.back().end, next.end);
         } else {
-            into.push_back(next);
+            into.push(next);
         }
     }
 }
 
 void intersect(const Intervals& a, const Group& group, Intervals& into) {
-    into.clear();
+    into.resize(0);
+    const int count = group.count();
     for (const Interval& x : a) {
-        for (int j = 0; j < group.count(); ++j) {
+        for (int j = 0; j < count; ++j) {
             const Interval both{std::max(x.start, group.keys[j].start), std::min(x.end, group.keys[j].end)};
-            if (both.start < both.end) into.push_back(both);
+            if (both.start < both.end) into.push(both);
         }
     }
 }
 
 // Steps blocks from `range.start` and calls bare(start, end) for runs of blocks inside one interval of `common`, masked(start, end) for the rest.
 template <typename Bare, typename Masked>
-void split_blocks(Interval range, const Intervals& common, int block, Bare bare, Masked masked) {
+void split_blocks(Interval range, const Intervals& common, Blocks blocks, Bare bare, Masked masked) {
     int place = range.start;
     for (const Interval& x : common) {
         if (x.end <= range.start || x.start >= range.end) continue;
         const int skip = std::max(0, x.start - range.start);
-        const int first = range.start + static_cast<int>(ceil_div(skip, block)) * block;
-        const int last = range.start + (std::min(x.end, range.end) - range.start) / block * block;
+        const int first = range.start + static_cast<int>(blocks.covering(skip)) * blocks.size;
+        const int last = range.start + blocks.inside(std::min(x.end, range.end) - range.start) * blocks.size;
         if (first >= last) continue;
         if (place < first) masked(place, first);
         bare(first, last);
@@ -109,26 +120,24 @@ void split_blocks(Interval range, const Intervals& common, int block, Bare bare,
     if (place < range.end) masked(place, range.end);
 }
 
-// Whether a tile that began `taken` lines before a boundary should end there rather than reach over it. `before`, `after` and `both` are the blocks
-// that the tile, the group of `ahead` lines behind the boundary and the two together visit. Reaching over saves a part of a tile of that group.
-bool cut_here(int tile, int taken, int ahead, int64_t before, int64_t after, int64_t both) {
-    return (both - before) * tile > std::min(tile - taken, ahead) * after;
-}
-
 class Schedule {
 public:
-    Schedule(const Group* groups, int count, int tile, int block) : groups_(groups), count_(count), tile_(tile), block_(block) { find_bands(); }
+    Schedule(const Group* groups, int count, int tile, int block) : groups_(groups), count_(count), tile_(tile), blocks_(block), tiles_(most_tiles()) {
+        segments_.reserve(most_tiles() * kSegmentCells);
+        find_bands();
+    }
 
-    // (bytes of tiles, groups and segments; number of tiles; executed pairs)
+    // (bytes of tiles, groups and segments; number of tiles; executed pairs; rows)
     py::tuple result() {
-        order();
+        const Array<int> order = sorted();
         segments_.resize(segments_.size() + kSegmentCells, 0);  // kernels look one segment ahead
         const int first_segment = static_cast<int>(tiles_.size()) * kTileColumns + count_ * 8;
         py::bytearray bytes(nullptr, 0);
         if (PyByteArray_Resize(bytes.ptr(), (first_segment + segments_.size()) * sizeof(int32_t))) throw py::error_already_set();
         int32_t* out = reinterpret_cast<int32_t*>(PyByteArray_AS_STRING(bytes.ptr()));
         int64_t blocks = 0;
-        for (const Tile& tile : tiles_) {
+        for (const int t : order) {
+            const Tile& tile = tiles_[t];
             const int32_t row[kTileColumns] = {tile.start, tile.end, first_segment + tile.place, tile.bare_blocks};
             std::memcpy(out, row, sizeof row);
             out += kTileColumns;
@@ -136,7 +145,7 @@ public:
         }
         std::memcpy(out, groups_, count_ * sizeof(Group));
         std::memcpy(out + static_cast<size_t>(count_) * 8, segments_.data(), segments_.size() * sizeof(int32_t));
-        return py::make_tuple(bytes, tiles_.size(), blocks * tile_ * block_);
+        return py::make_tuple(bytes, tiles_.size(), blocks * tile_ * blocks_.size, count_ ? groups_[count_ - 1].row_end : 0);
     }
 
 protected:
@@ -147,22 +156,22 @@ protected:
     };
 
     Tile& open(int start, int end, int group, int end_group) {
-        tiles_.push_back({start, end, group, end_group, static_cast<int>(segments_.size()), bands_[group]});
+        tiles_.push({start, end, group, end_group, static_cast<int>(segments_.size()), bands_[group]});
         return tiles_.back();
     }
 
     void add_bare(Tile& tile, int start, int end) {
         segments_.push_back(start), segments_.push_back(end);
-        tile.bare_blocks += (end - start) / block_;
-        tile.blocks += (end - start) / block_;
+        const int blocks = blocks_.inside(end - start);
+        tile.bare_blocks += blocks, tile.blocks += blocks;
     }
 
-    // Decides at which groups tiles end early, exactly: the fewest blocks over all choices, looking kLookAhead groups ahead. Putting the short tile
-    // of a clip where the tiles visit few blocks is what it gains over cut_here. `cost` gives the blocks of a tile: begin(group), extend(group), blocks().
+    // Decides at which groups tiles end early: the fewest blocks over all choices. Where the short tile of a clip stands makes the difference: it should
+    // be where tiles visit few blocks. `cost` gives the blocks of a tile: begin(group), extend(group), blocks().
     template <typename Cost>
     void choose_cuts(Cost cost) {
         cuts_before_.assign(count_ + 1, false);
-        if (count_ == 0 || count_ > kExactGroups) return;
+        if (count_ == 0) return;
         std::vector<int64_t> best(count_ + 1, std::numeric_limits<int64_t>::max());
         std::vector<int> next_cut(count_ + 1, count_);
         best[count_] = 0;
@@ -192,13 +201,18 @@ protected:
                     consider(group + 1, blocks);
                     break;
                 }
+                if (blocks + best[group + 1] >= best[first]) break;  // the rows left over need at least as much as those of the groups to come
             }
         }
         for (int group = next_cut[0]; group < count_; group = next_cut[group]) cuts_before_[group] = true;
     }
 
-    bool exact() const { return count_ <= kExactGroups; }
     bool chosen(int group) const { return cuts_before_[group]; }
+
+    // Whether tiles hold at most so many groups, on average.
+    bool holds_at_most(int groups) const {
+        return count_ == 0 || static_cast<int64_t>(count_) * tile_ <= static_cast<int64_t>(groups_[count_ - 1].row_end) * groups;
+    }
 
     void close(const Tile& tile) {
         segments_.insert(segments_.end(), {tile.masked_steps, tile.group, tile.end_group, 0});
@@ -208,19 +222,24 @@ protected:
     }
 
     const Group* groups_;
-    const int count_, tile_, block_;
-    std::vector<Tile> tiles_;
+    const int count_, tile_;
+    const Blocks blocks_;
+    Array<Tile> tiles_;
     std::vector<int32_t> segments_, masked_;  // of all tiles; of the open tile
 
 private:
+    // Every tile but the last ends at the end of a group or is full.
+    size_t most_tiles() const { return count_ ? static_cast<size_t>(groups_[count_ - 1].row_end / tile_) + count_ + 1 : 0; }
+
     // A clip ends where no earlier group sees later rows and no later group sees earlier ones; whole clips form a band.
     void find_bands() {
+        bands_.assign(count_, 0);
+        if (count_ == 0 || groups_[count_ - 1].row_end < kBandRows) return;
         std::vector<int> first_key(count_ + 1, std::numeric_limits<int>::max());
         for (int g = count_ - 1; g >= 0; --g) {
             const int own = groups_[g].count() ? groups_[g].keys[0].start : std::numeric_limits<int>::max();
             first_key[g] = std::min(first_key[g + 1], own);
         }
-        bands_.resize(count_);
         int last_key = 0, band = 0, band_start = 0;
         for (int g = 0; g < count_; ++g) {
             const int row = groups_[g].row_start;
@@ -230,10 +249,16 @@ private:
         }
     }
 
-    // Longest first inside every band. Tiles were made in row order, so bands are already together.
-    void order() {
-        std::stable_sort(tiles_.begin(), tiles_.end(),
-                         [](const Tile& a, const Tile& b) { return a.band != b.band ? a.band < b.band : a.blocks > b.blocks; });
+    // Longest first inside every band.
+    Array<int> sorted() const {
+        int64_t longest = 0;
+        for (const Tile& tile : tiles_) longest = std::max(longest, tile.blocks);
+        int bits = 0;
+        while (longest >> bits) ++bits;
+        Array<int> order(tiles_.size()), spare(tiles_.size());
+        for (size_t t = 0; t < tiles_.size(); ++t) order.push(static_cast<int>(t));
+        radix_sort(order, spare, [&](int t) { return static_cast<uint64_t>(tiles_[t].band) << bits | static_cast<uint64_t>(longest - tiles_[t].blocks); });
+        return order;
     }
 
     std::vector<int> bands_;
@@ -242,22 +267,21 @@ private:
 
 class RowSchedule : public Schedule {
 public:
-    RowSchedule(const Group* groups, int count, int tile, int block) : Schedule(groups, count, tile, block) {
+    RowSchedule(const Group* groups, int count, int tile, int block)
+        : Schedule(groups, count, tile, block), seen_(most()), common_(most()), scratch_(most()) {
         const int rows = count ? groups[count - 1].row_end : 0;
-        choose_cuts(UnionCost{*this});
+        const bool chooses = holds_at_most(kRowGroupsPerTile);
+        if (chooses) choose_cuts(UnionCost{*this});
         for (int start = 0, group = 0; start < rows;) {
             int end = std::min(start + tile, rows), next = group + 1;
-            seen_.assign(groups[group].keys, groups[group].keys + groups[group].count());
-            common_ = seen_;
+            assign_keys(groups[group], seen_), assign_keys(groups[group], common_);
             for (; next < count && groups[next].row_start < end; ++next) {
                 const Group& ahead = groups[next];
-                unite(seen_, ahead, scratch_);
-                if (exact() ? chosen(next)
-                            : cut_here(tile, ahead.row_start - start, ahead.rows(), count_blocks(seen_, block), count_blocks(ahead, block),
-                                       count_blocks(scratch_, block))) {
+                if (chooses && chosen(next)) {
                     end = ahead.row_start;
                     break;
                 }
+                unite(seen_, ahead, scratch_);
                 seen_.swap(scratch_);
                 intersect(common_, ahead, scratch_);
                 common_.swap(scratch_);
@@ -271,13 +295,16 @@ public:
 private:
     struct UnionCost {
         RowSchedule& own;
-        void begin(int group) { own.seen_.assign(own.groups_[group].keys, own.groups_[group].keys + own.groups_[group].count()); }
+        void begin(int group) { assign_keys(own.groups_[group], own.seen_); }
         void extend(int group) {
             unite(own.seen_, own.groups_[group], own.scratch_);
             own.seen_.swap(own.scratch_);
         }
-        int64_t blocks() const { return count_blocks(own.seen_, own.block_); }
+        int64_t blocks() const { return own.blocks_.covering(own.seen_); }
     };
+
+    // Intervals of all groups a tile can hold, and of one more.
+    size_t most() const { return 3 * (static_cast<size_t>(std::min(count_, tile_)) + 2); }
 
     void emit(Tile& tile) {
         find_gaps(tile);
@@ -285,16 +312,16 @@ private:
         const auto masked = [&](int start, int end) {
             masked_.push_back(start), masked_.push_back(end);
             ++tile.masked_steps;
-            tile.blocks += ceil_div(end - start, block_);
+            tile.blocks += blocks_.covering(end - start);
         };
         for (const Interval& range : seen_) {
             int start = range.start;
             for (const int cut : cuts_) {
                 if (cut <= start || cut >= range.end) continue;
-                split_blocks({start, cut}, common_, block_, bare, masked);
+                split_blocks({start, cut}, common_, blocks_, bare, masked);
                 start = cut;
             }
-            split_blocks({start, range.end}, common_, block_, bare, masked);
+            split_blocks({start, range.end}, common_, blocks_, bare, masked);
         }
         close(tile);
     }
@@ -305,7 +332,8 @@ private:
         if (tile.end_group - tile.group == 1) return;  // what a single group does not see is not in its union either
         gaps_.clear();
         for (int g = tile.group; g < tile.end_group; ++g) {
-            for (int j = 1; j < groups_[g].count(); ++j) gaps_.push_back({groups_[g].keys[j - 1].end, groups_[g].keys[j].start});
+            const int count = groups_[g].count();
+            for (int j = 1; j < count; ++j) gaps_.push_back({groups_[g].keys[j - 1].end, groups_[g].keys[j].start});
         }
         std::sort(gaps_.begin(), gaps_.end(), [](const Interval& a, const Interval& b) { return a.end < b.end; });
         for (const Interval& gap : gaps_) {
@@ -313,30 +341,28 @@ private:
         }
     }
 
-    Intervals seen_, common_, scratch_, gaps_;
+    Intervals seen_, common_, scratch_;
+    std::vector<Interval> gaps_;
     std::vector<int> cuts_;
 };
 
 class KeySchedule : public Schedule {
 public:
-    KeySchedule(const Group* groups, int count, int tile, int block) : Schedule(groups, count, tile, block) {
+    KeySchedule(const Group* groups, int count, int tile, int block) : Schedule(groups, count, tile, block), events_(most_events()), common_(static_cast<size_t>(count)) {
         sort_events();
-        count_viewers();
-        active_.assign((count + 63) / 64, 0);
+        const bool chooses = holds_at_most(kKeyGroupsPerTile);
+        if (chooses) count_viewers();
+        for (auto* bits : {&active_, &some_, &whole_, &several_}) bits->assign((count + 63) / 64, 0);
         const int keys = count ? groups[count - 1].row_end : 0;
         for (int start = 0, group = 0; start < keys;) {
             int end = std::min(start + tile, keys), next = group + 1;
-            for (; at() <= start; ++event_) apply(events_[event_]);
-            some_ = whole_ = active_;
+            for (; events_[event_].place <= start; ++event_) apply(events_[event_]);
+            begin_tile();
             int64_t viewers = viewers_;
             for (; next < count && groups[next].row_start < end; ++next) {
-                const Group& ahead = groups[next];
-                viewers += enter_until(ahead.row_start - 1);
-                const auto [joining, leaving] = changes_at(ahead.row_start);
-                const int64_t before = ceil_div(viewers, block), both = ceil_div(viewers + joining, block);
-                const int64_t after = ceil_div(viewers_ + joining - leaving, block);
-                if (exact() ? chosen(next) : cut_here(tile, ahead.row_start - start, ahead.rows(), before, after, both)) {
-                    end = ahead.row_start;
+                if (!chooses) viewers += enter_until(groups[next].row_start - 1);
+                if (chooses ? chosen(next) : cut_here(start, groups[next], viewers)) {
+                    end = groups[next].row_start;
                     break;
                 }
             }
@@ -354,33 +380,38 @@ private:
         bool begins;
     };
 
+    using Bits = std::vector<uint64_t>;  // one per group
+
+    size_t most_events() const { return 6 * static_cast<size_t>(count_) + 1; }
+
     void sort_events() {
-        events_.reserve(static_cast<size_t>(count_) * 4);
         for (int g = 0; g < count_; ++g) {
-            for (int j = 0; j < groups_[g].count(); ++j) {
-                events_.push_back({groups_[g].keys[j].start, g, true});
-                events_.push_back({groups_[g].keys[j].end, g, false});
+            const int count = groups_[g].count();
+            for (int j = 0; j < count; ++j) {
+                events_.push({groups_[g].keys[j].start, g, true});
+                events_.push({groups_[g].keys[j].end, g, false});
             }
         }
-        std::sort(events_.begin(), events_.end(), [](const Event& a, const Event& b) { return a.place < b.place; });
+        Array<Event> spare(most_events());
+        radix_sort(events_, spare, [](const Event& event) { return static_cast<uint64_t>(event.place); });
+        events_.push({std::numeric_limits<int>::max(), 0, false});  // behind all places
     }
 
     struct ViewerCost {
         const std::vector<int64_t>&at_start, &joining;  // rows that see the first key of a group; that begin to see keys in it
-        int block;
+        Blocks sizes;
         int64_t viewers = 0;
         void begin(int group) { viewers = at_start[group]; }
         void extend(int group) { viewers += joining[group]; }
-        int64_t blocks() const { return ceil_div(viewers, block); }
+        int64_t blocks() const { return sizes.covering(viewers); }
     };
 
     void count_viewers() {
-        if (!exact()) return;
         std::vector<int64_t> at_start(count_, 0), joining(count_, 0);
         size_t e = 0;
         int64_t viewers = 0;
         for (int g = 0; g < count_; ++g) {
-            for (; e < events_.size() && events_[e].place < groups_[g].row_end; ++e) {
+            for (; events_[e].place < groups_[g].row_end; ++e) {
                 const int64_t rows = groups_[events_[e].group].rows();
                 viewers += events_[e].begins ? rows : -rows;
                 if (events_[e].begins) joining[g] += rows;
@@ -388,86 +419,108 @@ private:
             }
             if (at_start[g] == 0) at_start[g] = viewers;
         }
-        choose_cuts(ViewerCost{at_start, joining, block_});
+        choose_cuts(ViewerCost{at_start, joining, blocks_});
     }
 
-    int at() const { return event_ < events_.size() ? events_[event_].place : std::numeric_limits<int>::max(); }
-
     void apply(const Event& event) {
-        active_[event.group / 64] ^= uint64_t{1} << (event.group % 64);
+        const int word = event.group / 64;
+        active_[word] ^= uint64_t{1} << (event.group % 64);
         viewers_ += event.begins ? groups_[event.group].rows() : -groups_[event.group].rows();
+        first_word_ = std::min(first_word_, word), end_word_ = std::max(end_word_, word + 1);
+    }
+
+    // Outside [first_word_, end_word_) all words are 0: what a tile costs does not grow with the number of clips.
+    void begin_tile() {
+        std::fill(several_.begin() + first_word_, several_.begin() + end_word_, 0);
+        std::copy(active_.begin() + first_word_, active_.begin() + end_word_, some_.begin() + first_word_);
+        std::copy(active_.begin() + first_word_, active_.begin() + end_word_, whole_.begin() + first_word_);
+        while (first_word_ < end_word_ && active_[first_word_] == 0) ++first_word_;
+        while (first_word_ < end_word_ && active_[end_word_ - 1] == 0) --end_word_;
     }
 
     // Moves inside a tile up to and including `place`; returns the rows that begin to see keys on the way.
     int64_t enter_until(int place) {
         int64_t rows = 0;
-        for (; at() <= place; ++event_) {
+        for (; events_[event_].place <= place; ++event_) {
             const Event& event = events_[event_];
             apply(event);
-            const uint64_t bit = uint64_t{1} << (event.group % 64);
-            if (event.begins) {
-                some_[event.group / 64] |= bit;
-                rows += groups_[event.group].rows();
-            } else {
-                whole_[event.group / 64] &= ~bit;
-            }
+            const int word = event.group / 64;
+            const uint64_t bit = uint64_t{1} << (event.group % 64), begun = event.begins ? bit : 0;
+            several_[word] |= some_[word] & begun;
+            some_[word] |= begun;
+            whole_[word] &= ~(bit ^ begun);
+            rows += event.begins ? groups_[event.group].rows() : 0;
         }
         return rows;
     }
 
-    std::pair<int64_t, int64_t> changes_at(int place) const {
+    // Whether a tile from `start` that `before` rows see should end at the group `ahead` rather than reach over the boundary, which saves a part of a
+    // tile of that group.
+    bool cut_here(int start, const Group& ahead, int64_t before) const {
         int64_t joining = 0, leaving = 0;
-        for (size_t e = event_; e < events_.size() && events_[e].place == place; ++e) {
+        for (size_t e = event_; events_[e].place == ahead.row_start; ++e) {
             (events_[e].begins ? joining : leaving) += groups_[events_[e].group].rows();
         }
-        return {joining, leaving};
+        const int64_t after = blocks_.covering(viewers_ + joining - leaving), both = blocks_.covering(before + joining);
+        const int taken = ahead.row_start - start;
+        return (both - blocks_.covering(before)) * tile_ > std::min(tile_ - taken, ahead.rows()) * after;
+    }
+
+    // The first group in [group, end) whose bit is set in word(index of the word); `end` when there is none.
+    template <typename Word>
+    static int find(int group, int end, Word word) {
+        if (group >= end) return end;
+        int w = group / 64;
+        uint64_t bits = word(w) & ~uint64_t{0} << (group % 64);
+        while (!bits) {
+            if (++w * 64 >= end) return end;
+            bits = word(w);
+        }
+        return std::min(end, w * 64 + __builtin_ctzll(bits));
     }
 
     // Runs of neighbouring groups that see keys of the tile become segments. A group with several intervals in the tile is a run of its own per
     // interval, each with its window of keys.
     void emit(Tile& tile) {
-        int first = -1, last = -1;
-        const auto flush = [&] {
-            if (first >= 0) add_run(tile, first, last, {tile.start, tile.end});
-            first = -1;
-        };
-        for (size_t word = 0; word < some_.size(); ++word) {
-            for (uint64_t bits = some_[word]; bits; bits &= bits - 1) {
-                const int group = static_cast<int>(word) * 64 + __builtin_ctzll(bits);
-                Interval inside[3];
-                int count = 0;
-                for (int j = 0; j < groups_[group].count(); ++j) {
+        const auto seeing = [&](int w) { return some_[w]; };
+        const auto ends_run = [&](int w) { return ~some_[w] | several_[w]; };
+        const int last = std::min(count_, end_word_ * 64);
+        for (int group = find(first_word_ * 64, last, seeing); group < last; group = find(group, last, seeing)) {
+            if (several_[group / 64] >> (group % 64) & 1) {
+                const int count = groups_[group].count();
+                for (int j = 0; j < count; ++j) {
                     const Interval& keys = groups_[group].keys[j];
                     const Interval both{std::max(keys.start, tile.start), std::min(keys.end, tile.end)};
-                    if (both.start < both.end) inside[count++] = both;
+                    if (both.start < both.end) add_run(tile, group, group + 1, both);
                 }
-                if (first >= 0 && (group != last + 1 || count > 1)) flush();
-                if (count > 1) {
-                    for (int j = 0; j < count; ++j) add_run(tile, group, group, inside[j]);
-                } else {
-                    if (first < 0) first = group;
-                    last = group;
-                }
+                ++group;
+            } else {
+                const int end = find(group + 1, last, ends_run);
+                add_run(tile, group, end, {tile.start, tile.end});
+                group = end;
             }
         }
-        flush();
         close(tile);
     }
 
-    void add_run(Tile& tile, int first, int last, Interval window) {
-        common_.clear();
-        for (int g = first; g <= last; ++g) {
-            if (!(whole_[g / 64] >> (g % 64) & 1)) continue;
-            if (!common_.empty() && common_.back().end == groups_[g].row_start) {
-                common_.back().end = groups_[g].row_end;
-            } else {
-                common_.push_back({groups_[g].row_start, groups_[g].row_end});
-            }
+    // Groups [first, end).
+    void add_run(Tile& tile, int first, int end, Interval window) {
+        const auto whole = [&](int w) { return whole_[w]; };
+        const auto not_whole = [&](int w) { return ~whole_[w]; };
+        common_.resize(0);
+        for (int group = find(first, end, whole); group < end; group = find(group, end, whole)) {
+            const int stop = find(group, end, not_whole);
+            common_.push({groups_[group].row_start, groups_[stop - 1].row_end});
+            group = stop;
         }
         int group = first;  // split_blocks walks upwards
         split_blocks(
-            {groups_[first].row_start, groups_[last].row_end}, common_, block_, [&](int start, int end) { add_bare(tile, start, end); },
-            [&](int start, int end) { add_masked_rows(tile, start, end, group, window); });
+            {groups_[first].row_start, groups_[end - 1].row_end}, common_, blocks_, [&](int start, int stop) { add_bare(tile, start, stop); },
+            [&](int start, int stop) {
+                const auto ends_before = [](const Group& x, int row) { return x.row_end <= row; };
+                group = static_cast<int>(std::lower_bound(groups_ + group, groups_ + end, start, ends_before) - groups_);
+                add_masked_rows(tile, start, stop, group, window);
+            });
     }
 
     void add_masked_rows(Tile& tile, int start, int end, int& group, Interval window) {
@@ -475,18 +528,19 @@ private:
             while (groups_[group].row_end <= start) ++group;
             int32_t cells[kSegmentCells] = {};
             int stop = start, used = 0;
-            for (; used < kGroupsPerBlock && stop < end && stop - start < block_; ++used) {
+            for (; used < kGroupsPerBlock && stop < end && stop - start < blocks_.size; ++used) {
                 const Group& next = groups_[group + used];
                 stop = std::min(next.row_end, end);
                 if (used) cells[1 + used] = next.row_start;
-                for (int j = 0; j < next.count(); ++j) {
+                const int count = next.count();
+                for (int j = 0; j < count; ++j) {
                     const Interval both{std::max(next.keys[j].start, window.start), std::min(next.keys[j].end, window.end)};
                     if (both.start < both.end) cells[8 + 2 * used] = both.start, cells[9 + 2 * used] = both.end;
                 }
             }
-            const int full = start + (stop - start) / block_ * block_;
+            const int full = start + blocks_.inside(stop - start) * blocks_.size;
             if (used > 1 && full > start) {
-                stop = start + block_;
+                stop = start + blocks_.size;
             } else if (full > start && stop < end) {
                 stop = full;  // the rest shares a block with the next group
             }
@@ -495,24 +549,25 @@ private:
             }
             cells[0] = start, cells[1] = stop;
             masked_.insert(masked_.end(), cells, cells + kSegmentCells);
-            tile.masked_steps += static_cast<int>(ceil_div(stop - start, block_));
-            tile.blocks += ceil_div(stop - start, block_);
+            const auto steps = static_cast<int>(blocks_.covering(stop - start));
+            tile.masked_steps += steps, tile.blocks += steps;
             start = stop;
         }
     }
 
-    std::vector<Event> events_;
-    std::vector<uint64_t> active_, some_, whole_;  // one bit per group: sees the current key, some key of the tile, the whole tile
+    Array<Event> events_;
+    Bits active_, some_, whole_, several_;  // sees the current key, some key of the tile, the whole tile, several intervals in the tile
     Intervals common_;
     size_t event_ = 0;
+    int first_word_ = 0, end_word_ = 0;
     int64_t viewers_ = 0;  // rows that see the current key
 };
 
 template <typename Kind>
 py::tuple plan(uintptr_t table, int groups, int tile, int block) {
-    if (groups < 0 || tile <= 0 || block <= 0) {
+    if (groups < 0 || tile <= 0 || block <= 0 || (block & (block - 1))) {
         throw py::value_error("plan of " + std::to_string(groups) + " groups with tiles of " + std::to_string(tile) + " and blocks of " +
-                              std::to_string(block) + "; expected positive sizes");
+                              std::to_string(block) + "; expected positive sizes and a power of two for the blocks");
     }
     return Kind(reinterpret_cast<const Group*>(table), groups, tile, block).result();
 }

@@ -1,5 +1,6 @@
 """FrameMask: which key rows each query row sees, told as a list of frames."""
 
+import functools
 import operator
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -37,12 +38,9 @@ class FrameMask:
         pattern, repeats: the same mask with alike clips told once: a table as `frames`, and how many such clips follow one another.
     """
 
-    def __init__(
-        self, kind: str, table: tuple, history_lens: list, future_lens: list, window: int | None = None, sink: int = 0
-    ):
-        cells, self.num_pairs, self.clip_lens, alike = table
+    def __init__(self, kind: str, table: tuple, window: int | None = None, sink: int = 0):
+        cells, self.num_pairs, self.clip_lens, alike, *self._lens = table
         self.kind, self.window, self.sink = kind, window, sink
-        self.history_lens, self.future_lens = history_lens, future_lens
         self.frames = (
             torch.frombuffer(cells, dtype=torch.int32).view(-1, COLUMNS)
             if cells
@@ -52,7 +50,17 @@ class FrameMask:
         self.num_clips = len(self.clip_lens)
         self.uniform = (self.num_clips, self.clip_lens[0]) if alike else None
         self.repeats = self.num_clips if alike else 1
-        self.pattern = self.frames[: len(self.frames) // self.repeats]
+        self.pattern = self.frames if self.repeats == 1 else self.frames[: len(self.frames) // self.repeats]
+
+    @functools.cached_property
+    def history_lens(self) -> list[list[int]]:
+        frames, history, _ = self._lens
+        return _by_clip(history, frames)
+
+    @functools.cached_property
+    def future_lens(self) -> list[list[int]]:
+        frames, _, future = self._lens
+        return [[] for _ in frames] if future is None else _by_clip(future, frames)
 
     @classmethod
     def teacher_forcing(
@@ -85,12 +93,10 @@ class FrameMask:
             sink: the first `sink` frames stay visible to the frames after them.
         """
         window, sink = _check_window(window, sink)
-        history, future = _nested(history_lens), _nested(future_lens)
-        drop = None if drop_history is None else _nested(drop_history)
+        history, future = _readable(history_lens), _readable(future_lens)
+        drop = None if drop_history is None else _readable(drop_history, (torch.bool,))
         table = _native().frame_table_teacher_forcing(history, future, drop, window or 0, sink)
-        return cls(
-            "teacher_forcing", table, [list(clip) for clip in history], [list(clip) for clip in future], window, sink
-        )
+        return cls("teacher_forcing", table, window, sink)
 
     @classmethod
     def block_causal(cls, frame_lens: Lens, *, window: int | None = None, sink: int = 0) -> "FrameMask":
@@ -106,16 +112,13 @@ class FrameMask:
             window, sink: as in `teacher_forcing`: frame t sees frames t-window+1 .. t and the first `sink` ones.
         """
         window, sink = _check_window(window, sink)
-        lens = _nested(frame_lens)
-        table = _native().frame_table_block_causal(lens, window or 0, sink)
-        return cls("block_causal", table, [list(clip) for clip in lens], [[] for _ in lens], window, sink)
+        table = _native().frame_table_block_causal(_readable(frame_lens), window or 0, sink)
+        return cls("block_causal", table, window, sink)
 
     @classmethod
     def bidirectional(cls, lens: Lens) -> "FrameMask":
         """Every token of a clip sees the whole clip. `lens`: token counts [clips][frames], or an int tensor [clips, frames]."""
-        clips = _nested(lens)
-        table = _native().frame_table_bidirectional(clips)
-        return cls("bidirectional", table, [list(clip) for clip in clips], [[] for _ in clips])
+        return cls("bidirectional", _native().frame_table_bidirectional(_readable(lens)))
 
     @classmethod
     def from_table(cls, frames: torch.Tensor, *, clip_lens: Sequence[int] | None = None) -> "FrameMask":
@@ -128,13 +131,7 @@ class FrameMask:
                 f"frames is {frames.dtype} of shape {list(frames.shape)}; expected int32 or int64 [groups, {COLUMNS}]"
             )
         cells = frames.to("cpu", torch.int64).contiguous()
-        table = _native().frame_table_from_cells(cells.data_ptr(), len(cells), clip_lens)
-        lens, row = [[] for _ in table[2]], 0
-        ends = list(accumulate(table[2]))
-        for count in (cells[:, 1] - cells[:, 0]).tolist():
-            lens[bisect_right(ends, row)].append(count)
-            row += count
-        return cls("from_table", table, lens, [[] for _ in lens])
+        return cls("from_table", _native().frame_table_from_cells(cells.data_ptr(), len(cells), clip_lens))
 
     def to_dense(self) -> torch.Tensor:
         """bool [num_tokens, num_tokens], True where the row may see the column. For tests and small sizes: O(tokens^2) memory."""
@@ -213,15 +210,18 @@ def _mark(block: tuple[str, int, int], keys: list[int]) -> str:
     return "■" if seen == end - first else "▒" if seen else "·"
 
 
-def _nested(values: Lens) -> list:
-    """Plain nested lists; whatever is not one is left for the table builder to refuse by name."""
-    if hasattr(values, "tolist"):
-        values = values.tolist()
-    return (
-        [clip.tolist() if hasattr(clip, "tolist") else clip for clip in values]
-        if isinstance(values, (list, tuple))
-        else values
-    )
+def _readable(values: Lens, dtypes: tuple[torch.dtype, ...] = (torch.int64, torch.int32)) -> Lens:
+    """What the table builder reads in place: a contiguous host tensor [clips, frames] of the first dtype. It takes lists and arrays as they are,
+    and whatever is none of these it refuses by name."""
+    if isinstance(values, torch.Tensor):
+        direct = values.dim() == 2 and values.dtype in dtypes
+        return values.to("cpu", dtypes[0]).contiguous() if direct else values.tolist()
+    return values
+
+
+def _by_clip(counts: bytearray, frames: list[int]) -> list[list[int]]:
+    counts = memoryview(counts).cast("i").tolist()
+    return [counts[end - count : end] for count, end in zip(frames, accumulate(frames))]
 
 
 def _check_window(window: int | None, sink: int) -> tuple[int | None, int]:

@@ -34,7 +34,7 @@ def register(name: str, forward: Callable, backward: Callable) -> Callable:
     def fake_backward(dout, dlse, q, k, v, out, lse, frames, repeats, scale):
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
-    run, run_backward = (getattr(torch.ops.mimo_kernels, operator) for operator in (name, backward_name))
+    run, run_backward = (getattr(torch.ops.mimo_kernels, operator).default for operator in (name, backward_name))
 
     def setup_context(ctx, inputs, output):
         q, k, v, frames, ctx.repeats, ctx.scale = inputs

@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,6 +76,7 @@ SINGLE = {name: {64: (Config(32, 32, 4, 1),), 256: (Config(16, 16, 4, 1),)} for 
 INTERPRETED = {name: {256: (Config(32, 32, 1, 1), Config(16, 16, 1, 1, 1.2))} for name in PASSES}
 
 
+@functools.cache
 def configs(name: str, arch: int, dtype: torch.dtype, head_dim: int) -> tuple[Config, ...]:
     """The choices for a pass ("forward", "dq", "dkv") on an architecture (90 for sm_90; 0 for the interpreter)."""
     if arch == 0:
@@ -109,8 +111,7 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """A schedule on the device, and what a launch has to say about it.
 
     data: int32, tiles, groups and segments as csrc/plan.cpp writes them, for one of `repeats` clips that are alike.
@@ -127,30 +128,35 @@ class Plan:
 
 def plan_for(name: str, frames: Tensor, repeats: int, device: torch.device, dtype: torch.dtype, head_dim: int) -> Plan:
     """The plan of a pass for `repeats` clips with this table of groups (FrameMask.pattern). Made and uploaded once per table, device and tile size:
-    it is kept on the table itself, so that all layers and the backward share it, and goes away with it."""
+    it is kept on the table itself, so that all layers and the backward share it, and goes away with it.
+
+    The upload is a copy from pinned memory in the current stream. torch gives that memory to nobody else before the copy is done, the host does not
+    wait for it, and other streams have to be ordered behind this one as for any tensor."""
     plans = frames.__dict__.setdefault("attention_plans", {})
     key = (name, repeats, device, dtype, head_dim)
-    if key not in plans:
-        plans[key] = _make(plans, name, frames, repeats, device, configs(name, architecture(device), dtype, head_dim))
-    return plans[key]
+    plan = plans.get(key)
+    if plan is None:
+        choices = configs(name, architecture(device), dtype, head_dim)
+        plan = plans[key] = _make(plans, name, frames, repeats, device, choices)
+    return plan
 
 
 def _make(
     plans: dict, name: str, frames: Tensor, repeats: int, device: torch.device, choices: tuple[Config, ...]
 ) -> Plan:
-    schedule = extension().plan_keys if name == "dkv" else extension().plan_rows
-    scheduled = {}
+    """The choice that computes the fewest pairs, weighed by their cost. Schedules are kept in `plans` too: passes with the same tiles share them."""
+    kind = "plan_keys" if name == "dkv" else "plan_rows"
+    scheduled = []
     for config in choices:
-        key = (schedule, config.tile, config.block)
+        key = (kind, config.tile, config.block)
         if key not in plans:
-            plans[key] = schedule(frames.data_ptr(), len(frames), config.tile, config.block)
-        scheduled[config] = plans[key]
-    config = min(choices, key=lambda config: config.cost * scheduled[config][2])
-    cells, num_tiles, executed = scheduled[config]
-    key = (schedule, config.tile, config.block, device)
+            plans[key] = getattr(extension(), kind)(frames.data_ptr(), len(frames), config.tile, config.block)
+        scheduled.append((config, plans[key]))
+    config, (cells, num_tiles, executed, rows) = min(scheduled, key=lambda choice: choice[0].cost * choice[1][2])
+    key = (kind, config.tile, config.block, device)
     if key not in plans:
         plans[key] = _upload(torch.frombuffer(cells, dtype=torch.int32), device)
-    band = max(1, min(repeats, BAND_ROWS // int(frames[-1, 1])))
+    band = max(1, min(repeats, BAND_ROWS // rows))
     return Plan(config, plans[key], num_tiles, repeats, band, executed * repeats)
 
 

@@ -78,6 +78,9 @@ def test_lens_may_be_tensors_and_tuples():
     mask = FrameMask.teacher_forcing(rows, lens[1].numpy(), drop_history=drop.numpy())
     assert torch.equal(mask.frames, expected.mask.frames)
     assert mask.future_lens == [[4, 1], [4, 1]]
+    turned = torch.tensor([[2, 9, 3], [2, 9, 3]])[:, ::2]  # not contiguous
+    assert FrameMask.block_causal(turned).history_lens == [[2, 3], [2, 3]]
+    assert FrameMask.block_causal(torch.zeros(2, 0, dtype=torch.int64)).history_lens == [[], []]
 
 
 def test_lens_are_copied():
@@ -159,6 +162,8 @@ def table(*groups, dtype=torch.int32, **options):
         (lambda: FrameMask.block_causal([1, 2]), "frame_lens[0] is 1; expected a list of token counts"),
         (lambda: FrameMask.block_causal(5), "frame_lens is 5; expected a list of clips"),
         (lambda: FrameMask.block_causal([[3], [4, -2]]), "frame_lens[1][1] is -2; expected a token count"),
+        (lambda: FrameMask.block_causal(torch.tensor([[3], [-2]])), "frame_lens[1][0] is -2; expected a token count"),
+        (lambda: FrameMask.block_causal(torch.tensor([[2**40]])), "more than 2147483647 tokens at frame_lens[0]"),
         (lambda: FrameMask.bidirectional([[1.5]]), "lens[0][0] is 1.5; expected a token count, an int >= 0"),
         (lambda: FrameMask.bidirectional([[True]]), "lens[0][0] is True; expected a token count"),
         (lambda: FrameMask.block_causal(torch.ones(1, 2)), "frame_lens[0][0] is 1.0"),

@@ -12,9 +12,10 @@ TILE_COLUMNS, GROUP_COLUMNS, MASKED_ROWS, MASKED_KEYS = 4, 8, 2, 16
 
 def schedule(name: str, mask: FrameMask, tile: int, block: int):
     frames = mask.frames
-    cells, num_tiles, executed = getattr(_dispatch.extension(), f"plan_{name}")(
+    cells, num_tiles, executed, rows = getattr(_dispatch.extension(), f"plan_{name}")(
         frames.data_ptr(), len(frames), tile, block
     )
+    assert rows == mask.num_tokens
     cells = torch.frombuffer(cells, dtype=torch.int32).tolist() if cells else []
     tiles = [cells[TILE_COLUMNS * i : TILE_COLUMNS * (i + 1)] for i in range(num_tiles)]
     groups = torch.tensor(cells[TILE_COLUMNS * num_tiles :][: frames.numel()], dtype=torch.int32).view(
@@ -194,6 +195,18 @@ def test_frames_that_fill_tiles_cost_nothing_extra():
         assert schedule(name, mask, 128, 64)[2] == mask.num_pairs
     mask = FrameMask.teacher_forcing([[64] * 8], [[64] * 8])
     assert schedule("rows", mask, 64, 64)[2] == mask.num_pairs
+
+
+def test_short_tiles_stand_where_they_cost_least():
+    """The share of the computed pairs that count, in batches of many groups: clips that differ, frames that fill tiles only together."""
+    drops = torch.rand(32, 16, generator=torch.Generator().manual_seed(0)) < 0.1
+    dropped = FrameMask.teacher_forcing([[160] * 5] * 32, [[256] * 5] * 32, drop_history=drops[:, :5])
+    short = FrameMask.teacher_forcing([[40] * 16] * 32, [[64] * 16] * 32, drop_history=drops)
+    long = FrameMask.teacher_forcing([[40] * 300], [[64] * 300])
+    tiny = FrameMask.teacher_forcing([[8] * 100] * 10 + [[5] * 50], [[8] * 100] * 10 + [[5] * 50])
+    for mask, rows, keys in ((dropped, 0.92, 0.89), (short, 0.72, 0.74), (long, 0.98, 0.98), (tiny, 0.7, 0.5)):
+        assert mask.num_pairs / schedule("rows", mask, 128, 64)[2] > rows
+        assert mask.num_pairs / schedule("keys", mask, 128, 64)[2] > keys
 
 
 def test_small_clips_share_tiles():
