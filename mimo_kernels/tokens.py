@@ -242,5 +242,6 @@ def gather_tokens_ref(x: Tensor, index: Tensor) -> Tensor:
 
 def scatter_tokens_ref(x: Tensor, index: Tensor, num_rows: int, fill: Tensor | None = None) -> Tensor:
     """`scatter_tokens` in plain PyTorch."""
-    holes = x.new_zeros(num_rows, x.shape[1]) if fill is None else fill.expand(num_rows, -1)
+    # repeat, not expand: torch.compile on a CPU (2.13) writes into the expanded bfloat16 vector as if it had rows.
+    holes = x.new_zeros(num_rows, x.shape[1]) if fill is None else fill.repeat(num_rows, 1)
     return holes.index_copy(0, index.long(), x)

@@ -35,6 +35,17 @@ def test_kernels_equal_plain_pytorch(emulated, rows, dim, kept, dtype):
     assert torch.equal(zeros, scatter_tokens(y, index, rows, backend="reference"))
 
 
+def test_generated_code_scatters_a_single_precision_query_among_half_precision_rows():
+    """What autocast does in the decoder, through Inductor."""
+    x, index, fill = sample(24, 16, 12)
+    x = x[:12].bfloat16()
+
+    def scatter(x, fill):
+        return scatter_tokens(x, index, 24, fill, backend="reference")
+
+    assert torch.equal(torch.compile(scatter, fullgraph=True)(x, fill), scatter(x, fill))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "dim", "kept"), [(5, 8, 5), (200, 40, 77), (131, 7, 0), (67, 1152, 50)])
 def test_gradients(emulated, rows, dim, kept, dtype):
