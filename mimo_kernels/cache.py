@@ -266,12 +266,20 @@ class FrameCache:
                     f"{name} must be {list(expected)} {self.dtype} on {self.device}, "
                     f"got {list(x.shape)} {x.dtype} on {x.device}"
                 )
+        keys, values, rows = self.place(slot, layer)
+        keys.index_copy_(0, rows, k.flatten(0, 1))
+        values.index_copy_(0, rows, v.flatten(0, 1))
+
+    def place(self, slot: FrameSlot, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Where `write` puts one layer's keys and values, for a kernel that makes them there (`qk_norm_rope_cache`):
+        the layer's keys and its values, each a view ``[num_pages * page_size, heads, head_dim]``, and the row in them
+        of every token, int64 ``[sequences * num_tokens]``. Rows that are not named belong to others.
+        """
         if not 0 <= layer < self.num_layers:
             raise ValueError(f"layer must be in 0..{self.num_layers - 1}, got {layer}")
         self._opened(slot)
         keys, values = self.pool[layer].flatten(1, 2)
-        keys.index_copy_(0, slot.rows, k.flatten(0, 1))
-        values.index_copy_(0, slot.rows, v.flatten(0, 1))
+        return keys, values, slot.rows
 
     def commit(self, slot: FrameSlot) -> None:
         """Make the frame visible to views that are refreshed from now on."""
@@ -373,7 +381,7 @@ class FrameCache:
     # Saving
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All sequences and the pages that they use, as contiguous tensors (for safetensors)."""
+        """All sequences and the pages that they use, as contiguous tensors on the host (for safetensors)."""
         self._all_closed("be saved")
         used = [page for page, count in enumerate(self._references) if count]
         saved_as = {page: number for number, page in enumerate(used)}
@@ -383,8 +391,10 @@ class FrameCache:
                 frames.append((seq, frame.index, frame.num_tokens, frame.coarse))
                 pages.extend(saved_as[page] for page in frame.pages)
         sequences = [(seq, sequence.appended) for seq, sequence in self._sequences.items()]
+        numbers = torch.tensor(used, dtype=torch.int64).to(self.device)
         return {
-            "pages": self.pool[:, :, torch.tensor(used, dtype=torch.int64).to(self.device)].contiguous(),
+            # Layer by layer: what is in use may be most of the device's memory.
+            "pages": torch.stack([layer[:, numbers].cpu() for layer in self.pool]),
             "sequences": torch.tensor(sequences, dtype=torch.int64).view(-1, 2),
             "frames": torch.tensor(frames, dtype=torch.int64).view(-1, 4),
             "frame_pages": torch.tensor(pages, dtype=torch.int64),
@@ -405,7 +415,8 @@ class FrameCache:
             )
         if pages.shape[2] > self.num_pages:
             raise ValueError(f"the saved cache has {pages.shape[2]} pages, this one only {self.num_pages}")
-        self.pool[:, :, : pages.shape[2]] = pages.to(self.device)
+        for layer, saved in zip(self.pool, pages, strict=True):
+            layer[:, : pages.shape[2]] = saved.to(self.device)
         self._references = [0] * self.num_pages
         self._sequences = {seq: _Sequence([], _NO_PAGES, appended) for seq, appended in state["sequences"].tolist()}
         self._next_id = int(state["next_id"])

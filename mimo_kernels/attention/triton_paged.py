@@ -6,7 +6,7 @@ serves every frame. Keys are numbered in blocks: first those of the pages, then 
     | page 0 | page 1 | ... | page n - 1 | self 0 | ... |      split s takes blocks [s * per, (s + 1) * per)
 
 and the partial results of the splits are added in a fixed order by a second kernel: no atomics, so the result is the
-same every time. The head dimension is computed as D1 + D2, two powers of two (72 = 64 + 16).
+same every time. The head dimension is computed as D0 + D1 + D2, powers of two (72 = 64 + 16, 112 = 64 + 32 + 16).
 """
 
 import functools
@@ -17,16 +17,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_plan import split_head_dim
+
 LOG2E = 1.4426950408889634
 
 
 @triton.jit
-def _load_part(p_x, o_d, m_row, WIDTH: tl.constexpr, FIRST: tl.constexpr, HEAD_DIM: tl.constexpr):
-    # Rows p_x [B] (pointers), channels FIRST + o_d [WIDTH]; anything outside is 0.
+def _load_part(p_x, m_row, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
+    # Rows p_x [B] (pointers), channels FIRST .. FIRST + WIDTH; anything outside is 0.
+    o_d = FIRST + tl.arange(0, WIDTH)
     if FIRST + WIDTH <= HEAD_DIM:
-        return tl.load(p_x[:, None] + (FIRST + o_d)[None, :], mask=m_row[:, None], other=0.0)
-    m_d = FIRST + o_d < HEAD_DIM
-    return tl.load(p_x[:, None] + (FIRST + o_d)[None, :], mask=m_row[:, None] & m_d[None, :], other=0.0)
+        return tl.load(p_x[:, None] + o_d[None, :], mask=m_row[:, None], other=0.0)
+    return tl.load(p_x[:, None] + o_d[None, :], mask=m_row[:, None] & (o_d < HEAD_DIM)[None, :], other=0.0)
 
 
 @triton.jit
@@ -34,24 +36,28 @@ def _accumulate(
     p_k,  # [BN] pointers
     p_v,  # [BN] pointers
     m_key,  # [BN]
-    b_q1,  # [BM, D1]
-    b_q2,  # [BM, D2]
+    b_q0,  # [BM, D0], and so on; a part of width 0 is another one that is not looked at
+    b_q1,
+    b_q2,
     b_max,  # [BM]
     b_sum,  # [BM]
-    b_acc1,  # [BM, D1]
-    b_acc2,  # [BM, D2]
+    b_acc0,  # [BM, D0]
+    b_acc1,
+    b_acc2,
     scale_log2,
+    D0: tl.constexpr,
     D1: tl.constexpr,
     D2: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    o_d1 = tl.arange(0, D1)
-    b_k1 = _load_part(p_k, o_d1, m_key, D1, 0, HEAD_DIM)
-    b_s = tl.dot(b_q1, tl.trans(b_k1), input_precision=PRECISION)
+    b_k0 = _load_part(p_k, m_key, 0, D0, HEAD_DIM)
+    b_s = tl.dot(b_q0, tl.trans(b_k0), input_precision=PRECISION)
+    if D1 > 0:
+        b_k1 = _load_part(p_k, m_key, D0, D1, HEAD_DIM)
+        b_s = tl.dot(b_q1, tl.trans(b_k1), b_s, input_precision=PRECISION)
     if D2 > 0:
-        o_d2 = tl.arange(0, D2)
-        b_k2 = _load_part(p_k, o_d2, m_key, D2, D1, HEAD_DIM)
+        b_k2 = _load_part(p_k, m_key, D0 + D1, D2, HEAD_DIM)
         b_s = tl.dot(b_q2, tl.trans(b_k2), b_s, input_precision=PRECISION)
     b_s = tl.where(m_key[None, :], b_s * scale_log2, float("-inf"))  # [BM, BN]
     b_new = tl.maximum(b_max, tl.max(b_s, 1))
@@ -60,13 +66,24 @@ def _accumulate(
     b_p = tl.exp2(b_s - b_ref[:, None])
     b_decay = tl.exp2(b_max - b_ref)
     b_sum = b_sum * b_decay + tl.sum(b_p, 1)
-    b_v1 = _load_part(p_v, o_d1, m_key, D1, 0, HEAD_DIM)
-    b_p = b_p.to(b_v1.dtype)
-    b_acc1 = tl.dot(b_p, b_v1, b_acc1 * b_decay[:, None], input_precision=PRECISION)
+    b_v0 = _load_part(p_v, m_key, 0, D0, HEAD_DIM)
+    b_p = b_p.to(b_v0.dtype)
+    b_acc0 = tl.dot(b_p, b_v0, b_acc0 * b_decay[:, None], input_precision=PRECISION)
+    if D1 > 0:
+        b_v1 = _load_part(p_v, m_key, D0, D1, HEAD_DIM)
+        b_acc1 = tl.dot(b_p, b_v1, b_acc1 * b_decay[:, None], input_precision=PRECISION)
     if D2 > 0:
-        b_v2 = _load_part(p_v, o_d2, m_key, D2, D1, HEAD_DIM)
+        b_v2 = _load_part(p_v, m_key, D0 + D1, D2, HEAD_DIM)
         b_acc2 = tl.dot(b_p, b_v2, b_acc2 * b_decay[:, None], input_precision=PRECISION)
-    return b_new, b_sum, b_acc1, b_acc2
+    return b_new, b_sum, b_acc0, b_acc1, b_acc2
+
+
+@triton.jit
+def _store_part(p_out, m_row, b_acc, b_norm, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
+    # Rows p_out [B] (pointers), channels FIRST .. FIRST + WIDTH as far as there are.
+    o_d = FIRST + tl.arange(0, WIDTH)
+    b_out = (b_acc * b_norm[:, None]).to(p_out.dtype.element_ty)
+    tl.store(p_out[:, None] + o_d[None, :], b_out, mask=m_row[:, None] & (o_d < HEAD_DIM)[None, :])
 
 
 # Every length and stride is an ordinary argument: a new one never compiles the kernel anew.
@@ -115,6 +132,7 @@ def paged_fwd_kernel(
     stride_head,
     stride_table,
     HEAD_DIM: tl.constexpr,
+    D0: tl.constexpr,
     D1: tl.constexpr,
     D2: tl.constexpr,
     PAGE: tl.constexpr,
@@ -129,19 +147,21 @@ def paged_fwd_kernel(
     seq = (tile // num_tiles // num_heads).to(tl.int64)
     o_m = (tile % num_tiles) * BM + tl.arange(0, BM)
     o_n = tl.arange(0, BN)
-    o_d1 = tl.arange(0, D1)
     m_m = o_m < num_tokens
 
     p_q_rows = p_q + (seq * stride_q_seq + o_m * stride_q_row + head * stride_q_head) * 8
-    b_q1 = _load_part(p_q_rows, o_d1, m_m, D1, 0, HEAD_DIM)
-    b_acc1 = tl.zeros([BM, D1], dtype=tl.float32)
+    b_q0 = _load_part(p_q_rows, m_m, 0, D0, HEAD_DIM)
+    b_acc0 = tl.zeros([BM, D0], dtype=tl.float32)
+    b_q1 = b_q0
+    b_q2 = b_q0
+    b_acc1 = b_acc0
+    b_acc2 = b_acc0
+    if D1 > 0:
+        b_q1 = _load_part(p_q_rows, m_m, D0, D1, HEAD_DIM)
+        b_acc1 = tl.zeros([BM, D1], dtype=tl.float32)
     if D2 > 0:
-        o_d2 = tl.arange(0, D2)
-        b_q2 = _load_part(p_q_rows, o_d2, m_m, D2, D1, HEAD_DIM)
+        b_q2 = _load_part(p_q_rows, m_m, D0 + D1, D2, HEAD_DIM)
         b_acc2 = tl.zeros([BM, D2], dtype=tl.float32)
-    else:
-        b_q2 = b_q1
-        b_acc2 = b_acc1
     b_max = tl.full([BM], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BM], dtype=tl.float32)
 
@@ -169,8 +189,24 @@ def paged_fwd_kernel(
             o_key = page * stride_page + (o_key % PAGE) * stride_row
         p_k = p_k_pages + (o_key + head * stride_head) * 8
         p_v = p_v_pages + (o_key + head * stride_head) * 8
-        b_max, b_sum, b_acc1, b_acc2 = _accumulate(
-            p_k, p_v, m_key, b_q1, b_q2, b_max, b_sum, b_acc1, b_acc2, scale_log2, D1, D2, HEAD_DIM, PRECISION
+        b_max, b_sum, b_acc0, b_acc1, b_acc2 = _accumulate(
+            p_k,
+            p_v,
+            m_key,
+            b_q0,
+            b_q1,
+            b_q2,
+            b_max,
+            b_sum,
+            b_acc0,
+            b_acc1,
+            b_acc2,
+            scale_log2,
+            D0,
+            D1,
+            D2,
+            HEAD_DIM,
+            PRECISION,
         )
 
     for block in range(tl.maximum(begin, cached) - cached, end - cached):
@@ -178,8 +214,24 @@ def paged_fwd_kernel(
         p_k = p_k_self + (seq * stride_k_seq + o_row * stride_k_row + head * stride_k_head) * 8
         p_v = p_v_self + (seq * stride_v_seq + o_row * stride_v_row + head * stride_v_head) * 8
         m_key = o_row < num_tokens
-        b_max, b_sum, b_acc1, b_acc2 = _accumulate(
-            p_k, p_v, m_key, b_q1, b_q2, b_max, b_sum, b_acc1, b_acc2, scale_log2, D1, D2, HEAD_DIM, PRECISION
+        b_max, b_sum, b_acc0, b_acc1, b_acc2 = _accumulate(
+            p_k,
+            p_v,
+            m_key,
+            b_q0,
+            b_q1,
+            b_q2,
+            b_max,
+            b_sum,
+            b_acc0,
+            b_acc1,
+            b_acc2,
+            scale_log2,
+            D0,
+            D1,
+            D2,
+            HEAD_DIM,
+            PRECISION,
         )
 
     # A split without keys leaves 0 and a log-sum-exp of -inf (its b_max).
@@ -190,13 +242,11 @@ def paged_fwd_kernel(
         o_out += split.to(tl.int64) * num_rows
         tl.store(p_lse + o_out, b_max + tl.log2(b_sum), mask=m_m)
     p_out_rows = p_out + o_out * HEAD_DIM
-    m_d1 = o_d1 < HEAD_DIM
-    b_out1 = (b_acc1 * b_norm[:, None]).to(p_out.dtype.element_ty)
-    tl.store(p_out_rows[:, None] + o_d1[None, :], b_out1, mask=m_m[:, None] & m_d1[None, :])
+    _store_part(p_out_rows, m_m, b_acc0, b_norm, 0, D0, HEAD_DIM)
+    if D1 > 0:
+        _store_part(p_out_rows, m_m, b_acc1, b_norm, D0, D1, HEAD_DIM)
     if D2 > 0:
-        m_d2 = D1 + o_d2 < HEAD_DIM
-        b_out2 = (b_acc2 * b_norm[:, None]).to(p_out.dtype.element_ty)
-        tl.store(p_out_rows[:, None] + (D1 + o_d2)[None, :], b_out2, mask=m_m[:, None] & m_d2[None, :])
+        _store_part(p_out_rows, m_m, b_acc2, b_norm, D0 + D1, D2, HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -237,14 +287,7 @@ class Config:
     num_stages: int
 
 
-def split_head_dim(head_dim: int) -> tuple[int, int]:
-    """The fewest channels D1 + D2 >= head_dim with D1 a power of two from 16 and D2 0 or such a power below D1."""
-    powers = [16, 32, 64, 128, 256]
-    pairs = [(a, b) for a in powers for b in [0, *powers] if b < a and a + b >= head_dim]
-    return min(pairs, key=lambda pair: (sum(pair), pair[1]))
-
-
-# (bytes per element, sm_80 family) -> by channels computed (D1 + D2), for long and for short frames.
+# (bytes per element, sm_80 family) -> by channels computed (D0 + D1 + D2), for long and for short frames.
 # The first row that is wide enough serves. All of them are compiled ahead of time by a test: no spills, and on sm_90
 # warpgroup products. fp32 products run on the plain units.
 SHORT = 64
@@ -253,6 +296,8 @@ CONFIGS = {
     (2, True): {
         96: (Config(128, 32, 8, 3), Config(64, 32, 4, 3)),
         128: (Config(64, 64, 8, 3), Config(64, 32, 4, 3)),
+        176: (Config(64, 16, 8, 2),) * 2,
+        224: (Config(32, 16, 8, 2),) * 2,
         256: (Config(64, 32, 8, 2),) * 2,
     },
     (4, False): {128: (Config(32, 16, 8, 2),) * 2, 256: (Config(16, 16, 8, 2),) * 2},
@@ -304,7 +349,7 @@ def launch(
     num_seqs, num_tokens, num_heads, head_dim = q.shape
     capability, num_sms = _device_facts(q.device)
     config = config_for(head_dim, q.element_size(), num_tokens, capability)
-    d1, d2 = split_head_dim(head_dim)
+    d0, d1, d2 = split_head_dim(head_dim)
     page_size = k_pages.shape[1]
     num_tiles = triton.cdiv(num_tokens, config.block_m)
     tiles = num_seqs * num_heads * num_tiles
@@ -335,6 +380,7 @@ def launch(
         *(stride // 8 for x in (q, k_self, v_self, k_pages) for stride in x.stride()[:3]),
         page_table.stride(0),
         HEAD_DIM=head_dim,
+        D0=d0,
         D1=d1,
         D2=d2,
         PAGE=page_size,

@@ -16,11 +16,12 @@ import pytest
 SHARED_LIMIT = {80: 163, 90: 227, 100: 227}  # KiB per block
 
 # (architecture, dtype, head_dim, page_size, tokens per frame, splits): every row of CONFIGS on every architecture.
-CASES = [(arch, "bf16", dim, 64, 256, 1) for arch in SHARED_LIMIT for dim in (72, 128, 256)]
+CASES = [(arch, "bf16", dim, 64, 256, 1) for arch in SHARED_LIMIT for dim in (72, 112, 128, 208, 256)]
 CASES += [(arch, "bf16", 72, 64, 64, 4) for arch in SHARED_LIMIT]
 CASES += [(arch, "fp32", 128, 64, 64, 2) for arch in SHARED_LIMIT]
 CASES += [
     (80, "bf16", 128, 64, 64, 2),
+    (80, "bf16", 176, 64, 256, 1),
     (90, "fp32", 256, 64, 256, 1),
     (90, "bf16", 72, 16, 256, 2),  # a block spans pages
     (80, "fp16", 96, 196, 196, 1),
@@ -31,10 +32,10 @@ def compile_case(arch: int, dtype: str, head_dim: int, page_size: int, tokens: i
     """Registers, stack, shared memory and instructions of both kernels."""
     from mimo_kernels.attention import triton_paged
 
-    d1, d2 = triton_paged.split_head_dim(head_dim)
+    d0, d1, d2 = triton_paged.split_head_dim(head_dim)
     config = triton_paged.config_for(head_dim, 4 if dtype == "fp32" else 2, tokens, arch)
-    forward = {"HEAD_DIM": head_dim, "D1": d1, "D2": d2, "PAGE": page_size, "BM": config.block_m, "BN": config.block_n}
-    forward |= {"SPLITS": splits, "PRECISION": triton_paged.PRECISION}
+    forward = {"HEAD_DIM": head_dim, "D0": d0, "D1": d1, "D2": d2, "PAGE": page_size}
+    forward |= {"BM": config.block_m, "BN": config.block_n, "SPLITS": splits, "PRECISION": triton_paged.PRECISION}
     width = 1 << (head_dim - 1).bit_length()
     combine = {"HEAD_DIM": head_dim, "WIDTH": width, "BM": triton_paged.COMBINE_ROWS, "SPLITS": splits}
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from mimo_kernels import FrameCache, paged_frame_attention
+from mimo_kernels import AxialRoPE, FrameCache, paged_frame_attention, qk_norm_rope
 from mimo_kernels.attention.paged import _triton_op
+from mimo_kernels.qk_norm_rope import qk_norm_rope_cache
 from mimo_kernels.testing import assert_within_budget, poisoned_memory
 
 DEVICE = torch.device("cuda")
@@ -94,6 +95,51 @@ def test_captured_graph_follows_the_cache():
                 cache.evict(seqs[place], window=2)
                 history[place] = history[place][-2:]
         view.refresh()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dim", [64, 72])
+def test_captured_write_of_keys_and_values_into_pages(dtype, dim):
+    """The fused kernel writes where the slot says at the time of the replay: what is written apart is the same, bit for bit."""
+    torch.manual_seed(0)
+    tokens, heads, layers = 64, 4, 2
+    caches = [FrameCache(layers, heads, dim, num_pages=8, page_size=32, dtype=dtype, device=DEVICE) for _ in range(2)]
+    for cache in caches:
+        cache.append(
+            [cache.new_sequence()], *(2 * [torch.zeros(layers, 1, 10, heads, dim, dtype=dtype, device=DEVICE)])
+        )
+        cache.new_sequence()
+    qkv = draw(2 * tokens, 3, heads, dim, dtype=dtype)
+    weights = [1 + draw(dim, dtype=torch.float32) / 4 for _ in range(2)]
+    rope = AxialRoPE(dim)
+    coords = torch.zeros(2 * tokens, 3, dtype=torch.int32, device=DEVICE)
+    slot = caches[0].begin_frame([0, 1], tokens)
+
+    def write() -> None:
+        for layer in range(layers):
+            qk_norm_rope_cache(qkv, *weights, coords, rope, *caches[0].place(slot, layer), backend="cuda")
+
+    write()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        write()
+    caches[0].cancel(slot)
+    for moment in range(2):
+        qkv.copy_(draw(2 * tokens, 3, heads, dim, dtype=dtype))
+        coords.fill_(moment)
+        slot = caches[0].begin_frame([0, 1] if moment else [1, 0], tokens, reuse=slot)
+        other = caches[1].begin_frame(slot.seqs, tokens)
+        graph.replay()
+        _, k, v = qk_norm_rope(qkv, *weights, coords, rope, return_v=True, backend="cuda")
+        for layer in range(layers):
+            caches[1].write(other, layer, *(x.unflatten(0, (2, tokens)) for x in (k, v)))
+        caches[0].commit(slot)
+        caches[1].commit(other)
+        for cache in caches:
+            cache.evict(0, window=1)
+    for seq in (0, 1):
+        for index in caches[1].frame_indices(seq):
+            assert all(map(torch.equal, caches[0].frame(seq, index), caches[1].frame(seq, index)))
 
 
 def test_nothing_waits_for_the_device():

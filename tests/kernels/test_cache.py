@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 from safetensors.torch import load_file, save_file
 
-from mimo_kernels import FrameCache
+from mimo_kernels import AxialRoPE, FrameCache, qk_norm_rope
+from mimo_kernels.qk_norm_rope import qk_norm_rope_cache
 
 LAYERS, HEADS, DIM, PAGE = 2, 1, 8, 4
 
@@ -210,6 +211,66 @@ def test_full_pool_names_need_and_budget_and_harms_nobody():
     assert all(torch.equal(x, y) for x, y in zip(before, content(cache, a)))
     cache.append([b], *frame(3, 4))
     assert cache.num_free_pages == 0
+
+
+def test_misuse_harms_no_other_sequence():
+    cache = make(6)
+    a, b, freed = (cache.new_sequence() for _ in range(3))
+    cache.append([a, b], *frame(1, 5, seqs=2))
+    cache.append([freed], *frame(2, 5))
+    cache.free(freed)
+    before = [content(cache, seq) for seq in (a, b)]
+    mistakes = {
+        "it was freed": [
+            lambda: cache.append([a, freed], *frame(3, 3, seqs=2)),
+            lambda: cache.fork(freed),
+            lambda: cache.free(freed),
+            lambda: cache.evict(freed, window=0),
+            lambda: cache.view([a, freed]),
+            lambda: cache.frame(freed, 0),
+            lambda: cache.compress([freed], lambda *_: None, window=0),
+        ],
+        "the cache is full": [
+            lambda: cache.append([a, b], *frame(3, 5, seqs=2)),
+            lambda: cache.append([a], *frame(3, 9)),
+        ],
+    }
+    for message, calls in mistakes.items():
+        for call in calls:
+            with pytest.raises(ValueError, match=message):
+                call()
+            assert cache.num_free_pages == 2
+            for seq, old in zip((a, b), before):
+                assert all(map(torch.equal, content(cache, seq), old)) and cache.position(seq) == 1
+    cache.append([a], *frame(4, 8))  # every free page is still to be had
+    assert cache.num_free_pages == 0 and all(map(torch.equal, content(cache, b), before[1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_place_is_where_write_writes(dtype):
+    """The fused kernel against QK-norm and RoPE, then `write`: the same pages bit for bit."""
+    caches = [make(10, dtype=dtype) for _ in range(2)]
+    torch.manual_seed(0)
+    rope, weights = AxialRoPE(DIM), [torch.randn(DIM) for _ in range(2)]
+    for cache in caches:
+        seqs = [cache.new_sequence() for _ in range(2)]
+        cache.append(seqs[:1], *([x.to(dtype) for x in layers] for layers in frame(1, 3)))
+    for t in range(2):
+        slots = [cache.begin_frame(seqs, 6) for cache in caches]
+        coords = torch.tensor([[t, i // 3, i % 3] for i in range(6)], dtype=torch.int32).repeat(2, 1)
+        for layer in range(LAYERS):
+            qkv = torch.randn(12, 3, HEADS, DIM).to(dtype)
+            q, k = qk_norm_rope(qkv, *weights, coords, rope)
+            caches[0].write(slots[0], layer, *(x.unflatten(0, (2, 6)) for x in (k, qkv[:, 2])))
+            fused = qk_norm_rope_cache(qkv, *weights, coords, rope, *caches[1].place(slots[1], layer))
+            assert torch.equal(fused[0], q) and torch.equal(fused[1], k)
+        for cache, slot in zip(caches, slots):
+            cache.commit(slot)
+    assert torch.equal(caches[0].pool, caches[1].pool)
+    with pytest.raises(ValueError, match="already committed or cancelled"):
+        caches[0].place(slots[0], 0)
+    with pytest.raises(ValueError, match="layer must be in 0..1, got 2"):
+        caches[0].place(slots[0], 2)
 
 
 def test_budget_is_known_before_the_run():
