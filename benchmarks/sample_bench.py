@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mimo import MiMo, MiMoConfig
 from mimo.config import SampleConfig
-from mimo.sampler import CachedRun, CachePolicy, Run, Sampler
+from mimo.denoiser import CachedRun, CachePolicy, Run
+from mimo.sampler import Sampler
 
 WINDOW = 8  # frames, of "paged, window" and of the shifted buffer
 
@@ -63,7 +64,7 @@ class Concatenated(Run):
             torch.zeros(2, self.size, 0, c.heads, c.head_dim, dtype=self.key.dtype, device=self.device)
         ] * c.depth
 
-    def remember(self, noise) -> None:
+    def remember(self) -> None:
         def attend(layer, q, k, v):
             new = torch.stack([x.unflatten(0, (self.size, -1)) for x in (k, v)])
             out = self.attend(layer, q, k, v)
@@ -93,7 +94,7 @@ class Shifted(Run):
         self.buffer = torch.zeros(shape, dtype=self.key.dtype, device=self.device)
         self.filled = torch.zeros(c.depth, dtype=torch.int64, device=self.device)
 
-    def remember(self, noise) -> None:
+    def remember(self) -> None:
         self.model.history_frame(self.x.to(self.key.dtype), self.position, self.attend)
         self.filled += self.tokens
         if self.filled[0].item() == self.buffer.shape[3]:
@@ -122,20 +123,24 @@ def samplers(model: MiMo, config: SampleConfig, uncached: bool = True) -> dict[s
     found["torch.cat"].run_type = Concatenated
     found["shifted buffer"] = Sampler(model, config)
     found["shifted buffer"].run_type = Shifted
+    if model.head.weight.is_cuda:
+        found["paged, frame graph"] = Sampler(model, config, graph="frame")
     if uncached:
         found["no cache"] = Sampler(model, config, use_cache=False)
     return found
 
 
 class Calls(TorchDispatchMode):
-    """Counts operators and values read back."""
+    """Counts operators, those of them that compute (neither views nor allocations), and values read back."""
 
     def __init__(self):
         super().__init__()
-        self.operators = self.reads = 0
+        self.operators = self.launches = self.reads = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        views = any(made.alias_info is not None and not made.alias_info.is_write for made in function._schema.returns)
         self.operators += 1
+        self.launches += not views and not function.overloadpacket.__name__.startswith(("empty", "new_empty"))
         self.reads += function.overloadpacket is torch.ops.aten._local_scalar_dense
         return function(*args, **(kwargs or {}))
 
@@ -145,10 +150,27 @@ def calls_per_step(sampler: Sampler, shape: Shape) -> tuple[float, float]:
     stream = sampler.stream(None, 4, batch=shape.batch)
     next(stream)
     if sampler.run_type is CachedRun and sampler.model.head.weight.is_cuda:
-        return 1.0, 0.0
+        return (1.0 if sampler.graph == "step" else 1 / shape.steps), 0.0
     with Calls() as calls:
         next(stream)
     return calls.operators / shape.steps, calls.reads / shape.steps
+
+
+def launches(model: MiMo, shape: Shape) -> dict[str, int]:
+    """Operators of the paged sampler that compute something: of one denoising step and of one pass as history. That is
+    what a captured graph holds; on a GPU each of our operators is one kernel, in plain PyTorch it is several."""
+    config = SampleConfig(sampler="euler", steps=2, num_frames=3)
+    stream = Sampler(model, config).stream(None, 3, batch=shape.batch)
+    next(stream)
+    run, counts = stream.run, {}
+    run.index.zero_()
+    run._reserve()
+    for name, part in (("launches_per_step", run.step), ("launches_per_history", run.record)):
+        with torch.no_grad(), Calls() as calls:
+            part.function()
+        counts[name] = calls.launches
+    stream.close()
+    return counts
 
 
 def step_limit(shape: Shape, model: MiMo, limits: dict) -> float:
@@ -194,6 +216,7 @@ def bench(shape: Shape, device: torch.device, limits: dict) -> tuple[list[dict],
         if name != "no cache":  # compiles and captures
             run = functools.partial(sampler.sample, None, shape.frames, batch=shape.batch)
             memory[name] = common.peak_memory(run, device)
+    counted = launches(model, shape)
     # Frame by frame in turn, so that clocks and neighbours hit all alike.
     streams = {name: sampler.stream(None, shape.frames, batch=shape.batch) for name, sampler in group.items()}
     for _ in range(shape.frames):
@@ -223,6 +246,7 @@ def bench(shape: Shape, device: torch.device, limits: dict) -> tuple[list[dict],
                 "calls_per_step": calls[name][0],
                 "reads_per_step": calls[name][1],
                 "peak_mib": memory.get(name),
+                **(counted if name.startswith("paged") else {}),
             }
         )
     for row in rows:
@@ -266,6 +290,8 @@ COLUMNS = {
     "late_over_early": "late/early",
     "calls_per_step": "calls/step",
     "reads_per_step": "reads/step",
+    "launches_per_step": "launches/step",
+    "launches_per_history": "launches/history",
     "peak_mib": "MiB",
     "speedup_of_ours": "speed-up of paged",
 }
@@ -275,9 +301,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("bench_results"))
     parser.add_argument("--shapes", nargs="+", help="names; all by default")
+    parser.add_argument("--minutes", type=float, help="begin no shape that would end later")
     parser.add_argument("--frames", type=int, help="frames to generate, instead of the shape's")
     arguments = parser.parse_args()
 
+    budget = common.Budget(arguments.minutes)
     device = common.default_device()
     chosen = shapes(device)
     if arguments.shapes:
@@ -295,11 +323,16 @@ def main() -> None:
     if device.type != "cuda":
         print("  no GPU: small networks in fp32 on the CPU; the figures say nothing about the GPU kernels")
     rows, curves = [], {}
-    for shape in chosen:
+    bars = {"group": "shape", "bar": "implementation", "value": "ms", "panel": "what", "unit": "ms"}
+    for shape in budget.of(chosen):
         print(f"{shape.name}: batch {shape.batch}, {shape.frames} frames, {shape.steps} steps", flush=True)
         measured, curves[shape.name] = bench(shape, device, limits)
         rows += measured
-    bars = {"group": "shape", "bar": "implementation", "value": "ms", "panel": "what", "unit": "ms"}
+        common.save_results(arguments.out, "sampling", header, limits, rows, bars, ms_of_every_frame=curves)
+    if budget.left_out:
+        print(
+            f"not measured within {arguments.minutes:g} minutes: {', '.join(shape.name for shape in budget.left_out)}"
+        )
     path = common.write_results(arguments.out, "sampling", header, limits, rows, bars, ms_of_every_frame=curves)
     plot_frames(path.with_name("sampling_frames.png"), header["device"], curves)
     print("\n" + common.format_table(rows, COLUMNS))

@@ -1,8 +1,11 @@
 """Checkpoints that are either whole or not there.
 
     RUN/checkpoints/step_00001234/
-        model.safetensors  ema.safetensors  optimizer.safetensors    tensors, never pickles
-        state.json         format, step, configurations, random seed, and the size and SHA-256 of every other file
+        model/  ema/  optimizer/    shard-00001-model-00001-of-00001.safetensors, ...: what rank 0, 1, ... wrote; never pickles
+        state.json                  format, step, configurations, random seed, and the size and SHA-256 of every other file
+
+The shards are those of torch.distributed.checkpoint's safetensors storage: a header says which part of which tensor follows,
+so that any number of processes reads what any other number wrote, each the parts it needs.
 
 A checkpoint is written into a hidden folder beside its place, flushed to disk, and renamed: the rename is the moment it exists.
 A process killed at any other moment leaves a hidden folder, which nobody reads and the next training run deletes.
@@ -13,16 +16,22 @@ import json
 import os
 import re
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor
 
+from mimo.distributed import World
 from mimo.errors import InputError
 
-FORMAT = 1
+FORMAT = 2  # 1 had one file per part and knew no shards
 _STEP = re.compile(r"step_(\d{8,})")
 _UNFINISHED = ".unfinished-"
 
@@ -39,32 +48,43 @@ def save(
     *,
     keep_last: int = 3,
     keep_every: int | None = None,
+    world: World | None = None,
 ) -> Path:
     """Write one checkpoint atomically, then delete old ones.
 
-    tensors: file stem ("model", "ema", ...) -> named tensors.  state: JSON-serialisable; format, step and files are added here.
+    tensors: part ("model", "ema", ...) -> named tensors.  state: JSON-serialisable; format, step and files are added here.
     keep_last: how many of the newest checkpoints stay; keep_every: those whose step is a multiple of it stay for good.
+    world: ranks that all make this call. Each writes the shards it holds, and its share of what all hold.
     """
+    world = world or World()
     final = step_folder(run, step)
-    final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.parent / f"{_UNFINISHED}{final.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    files = {}
-    for stem, named in tensors.items():
-        file = temporary / f"{stem}.safetensors"
-        save_file({name: tensor.detach().contiguous() for name, tensor in named.items()}, file)
-        _flush(file)
-        files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-    record = {"format": FORMAT, "step": step, **state, "files": files}
-    (temporary / "state.json").write_text(json.dumps(record, indent=1))
-    _flush(temporary / "state.json")
-    _flush(temporary)
-    if final.exists():  # a damaged checkpoint of the same step: whole ones are never written twice
-        shutil.rmtree(final)
-    temporary.rename(final)
-    _flush(final.parent)
-    _delete_old(run, keep_last, keep_every)
+    if world.leads:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+    world.agree()
+    for part, named in tensors.items():
+        writer = HuggingFaceStorageWriter(str(temporary / part), save_distributed=True)  # flushes what it writes
+        with _alone_is_intended():
+            dcp.save({name: t.detach() for name, t in named.items()}, storage_writer=writer, no_dist=world.size == 1)
+    written = sorted(temporary.glob(f"*/shard-{world.rank + 1:05d}-*.safetensors"))
+    ours = {
+        file.relative_to(temporary).as_posix(): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        for file in written
+    }
+    files = {name: entry for part in world.gather(ours) for name, entry in part.items()}
+    if world.leads:
+        record = {"format": FORMAT, "step": step, **state, "files": files}
+        (temporary / "state.json").write_text(json.dumps(record, indent=1))
+        for path in (temporary / "state.json", *(temporary / part for part in tensors), temporary):
+            _flush(path)
+        if final.exists():  # a damaged checkpoint of the same step: whole ones are never written twice
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _flush(final.parent)
+        _delete_old(run, keep_last, keep_every)
+    world.agree()
     return final
 
 
@@ -134,21 +154,50 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(
-    folder: Path, stem: str, state: dict[str, Any], device: torch.device | str = "cpu"
+    folder: Path,
+    part: str,
+    state: dict[str, Any],
+    *,
+    like: dict[str, Tensor] | None = None,
+    world: World | None = None,
 ) -> dict[str, Tensor]:
-    """The named tensors of one file, after comparing its checksum with the one in `state`."""
-    name = f"{stem}.safetensors"
-    if name not in state["files"]:
-        raise InputError(f"checkpoint {folder} has no {name}; it holds {', '.join(sorted(state['files']))}")
-    if _sha256(folder / name) != state["files"][name]["sha256"]:
-        raise InputError(f"checkpoint {folder} is damaged: the checksum of {name} is not the recorded one")
-    return load_file(folder / name, device=str(device))
+    """The named tensors of one part, after comparing the checksums of its files with those in `state`.
+
+    like: what a name, or what precedes its last colon, is found under here and is sharded comes back sharded alike; all
+        else comes back whole.
+    world: ranks that all make this call and share the checking.
+    """
+    world = world or World()
+    names = sorted(name for name in state["files"] if name.startswith(f"{part}/"))
+    if not (folder / part).is_dir():
+        parts = {name.partition("/")[0] for name in state["files"]}
+        raise InputError(f"checkpoint {folder} has no {part}; it holds {', '.join(sorted(parts))}")
+    for name in names[world.rank :: world.size]:
+        if _sha256(folder / name) != state["files"][name]["sha256"]:
+            raise InputError(f"checkpoint {folder} is damaged: the checksum of {name} is not the recorded one")
+    tensors = {}
+    for name, saved in HuggingFaceStorageReader(str(folder / part)).read_metadata().state_dict_metadata.items():
+        model = (like or {}).get(name, (like or {}).get(name.rpartition(":")[0]))
+        if isinstance(model, DTensor) and model.shape == saved.size:
+            tensors[name] = torch.zeros_like(model, dtype=saved.properties.dtype)
+        else:
+            tensors[name] = torch.empty(saved.size, dtype=saved.properties.dtype)
+    with _alone_is_intended():  # nobody needs the others in order to read
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder / part)), no_dist=True)
+    return tensors
 
 
 def load_module(module: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
     """Copy named tensors into a module; every name and shape must agree."""
-    _require_match({name: tuple(t.shape) for name, t in module.state_dict().items()}, tensors, source)
-    module.load_state_dict(tensors)
+    load_tensors(module.state_dict(), tensors, source)
+
+
+@torch.no_grad()
+def load_tensors(into: dict[str, Tensor], tensors: dict[str, Tensor], source: Path) -> None:
+    """Copy named tensors into others; every name and shape must agree."""
+    _require_match({name: tuple(tensor.shape) for name, tensor in into.items()}, tensors, source)
+    for name, tensor in into.items():
+        tensor.copy_(tensors[name])
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
@@ -244,6 +293,14 @@ def _delete_old(run: Path, keep_last: int, keep_every: int | None) -> None:
             # Renamed first, so that a kill in the middle of the deletion does not leave a damaged checkpoint.
             doomed = folder.rename(folder.parent / f"{_UNFINISHED}{folder.name}")
             shutil.rmtree(doomed)
+
+
+@contextmanager
+def _alone_is_intended() -> Iterator[None]:
+    """Without the warning that torch.distributed.checkpoint runs in one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def _step_of(folder: Path) -> int:

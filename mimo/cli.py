@@ -59,7 +59,8 @@ class Clips:
                 option = next(iter(chosen)).replace("_", "-")
                 why = "says how files are read, and these clips are " + ("encoded already" if latents else "made")
                 raise InputError(f"--data {self.data}: --{option} {why}")
-            options = {name: options[name] for name in ("num_frames", "height", "width")}
+            names = ("num_frames", "height", "width", *(("num_classes", "num_actions") if latents else ()))
+            options = {name: options[name] for name in names}
         options = {name: value for name, value in options.items() if value is not None}
         return user_input(open_dataset, self.data, **options, **chosen)
 
@@ -98,6 +99,9 @@ class Demo:
 class Train(Clips):
     """Train a model; RUN holds checkpoints, log.jsonl, TensorBoard files and previews.
 
+    On several GPUs or machines: torchrun --nproc-per-node 8 -m mimo train ... (see --train.strategy). The batch is that of
+    all of them, and how many there are changes neither the data nor the noise: a run may be resumed on another number.
+
     Every field of the preset can be overridden: --model.* is the network and its objective, --train.* the optimisation,
     --sample.* how previews (and later samples) are drawn.
 
@@ -130,25 +134,39 @@ class Train(Clips):
     device: Device = "auto"
 
     def run(self) -> None:
+        import torch
+
+        from mimo.distributed import process_group
+
+        with process_group(gpu=self.device != "cpu" and torch.cuda.is_available()) as world:
+            self.run_in(world)
+
+    def run_in(self, world) -> None:
+        """`run`, as one of the processes of a mimo.distributed.World."""
         from mimo.sample import Preview
         from mimo.train import Trainer, train
 
         config = self.model
         train_config = self.train if self.steps is None else user_input(replace, self.train, steps=self.steps)
         options = clip_options(config) | {"interval": train_config.interval, "flip": train_config.flip}
+        with world.together():
+            device, dataset = find_device(self.device), self.open(encoded=True, **options)
         trainer = user_input(
             Trainer,
             config,
             train_config,
             self.sample,
-            self.open(encoded=True, **options),
+            dataset,
             tokenizer_weights=self.tokenizer_weights,
             trust_pickle=self.trust_pickle,
-            device=find_device(self.device),
+            device=device,
             compile=self.compile,
         )
-        preview = user_input(Preview, trainer, self.out / "previews") if train_config.preview_every else None
-        print(f"{self.preset} on {trainer.device}, parameters:\n{trainer.model.parameter_report()}")
+        with world.together():
+            preview = user_input(Preview, trainer, self.out / "previews") if train_config.preview_every else None
+        if world.leads:
+            where = f"{world.size} x {trainer.device.type}" if world.size > 1 else trainer.device
+            print(f"{self.preset} on {where}, parameters:\n{trainer.model.parameter_report()}", flush=True)
         train(
             trainer,
             self.out,
@@ -170,6 +188,9 @@ class Sample:
         context: a video or npz trajectory whose first frames are continued; without it the video starts from nothing.
         context_frames: how many frames of --context are given to the model.
         start: first frame of --context that is used.
+        interval: take every n-th frame of --context, and tell n to a model that was trained with --model.max-interval; it
+            must have occurred in training. The default is the smallest of training.
+        actions: npz file with the actions of the video; without it those of the context, in it or in an npz beside it.
         label: class of the video, 0 .. number of classes - 1.
         frames: frames of the result, context included.
         count: number of videos.
@@ -182,6 +203,8 @@ class Sample:
         tokenizer_weights: where the tokenizer's weights lie, if not where they lay when the model was trained.
         trust_pickle: read tokenizer weights that hold pickled objects, which can run any code.
         fps: frame rate of the results.
+        save_every: latent frames after which the unfinished run is saved in OUT/unfinished.
+        resume: continue the run in OUT/unfinished that was interrupted; the other options are to be the same.
         device: where to sample; "auto" takes a GPU if there is one.
     """
 
@@ -190,6 +213,8 @@ class Sample:
     context: Path | None = None
     context_frames: int | None = None
     start: int = 0
+    interval: int | None = None
+    actions: Path | None = None
     label: Annotated[int | None, tyro.conf.arg(name="class")] = None
     frames: int | None = None
     count: int = 1
@@ -202,6 +227,8 @@ class Sample:
     tokenizer_weights: Path | None = None
     trust_pickle: bool = False
     fps: float = 10.0
+    save_every: int | None = None
+    resume: bool = False
     device: Device = "auto"
 
     def run(self) -> None:
@@ -226,11 +253,15 @@ class Sample:
             context=self.context,
             context_frames=self.context_frames,
             start=self.start,
+            interval=self.interval,
+            actions=self.actions,
             label=self.label,
             frames=self.frames,
             count=self.count,
             seed=self.seed,
             fps=self.fps,
+            save_every=self.save_every,
+            resume=self.resume,
         )
 
 
@@ -246,7 +277,7 @@ class Encode(Clips):
         out: folder for the shards.
         model: the network that will be trained: what it says of the tokenizer and the clips is used.
         encoding: how the dataset is encoded.
-        interval: take every n-th frame of a video.
+        interval: take every n-th frame of a video; a pair LOW HIGH draws n per clip.
         flip: mirror half of the clips.
         tokenizer_weights: what the tokenizer reads: a folder or file, for dcae also a hub id; "dct" has none.
         trust_pickle: read tokenizer weights that hold pickled objects, which can run any code.
@@ -256,7 +287,7 @@ class Encode(Clips):
     preset: str
     out: Path
     model: MiMoConfig
-    interval: int
+    interval: int | tuple[int, int]
     flip: bool
     encoding: Annotated[Encoding, tyro.conf.arg(name="")] = field(default_factory=Encoding)
     tokenizer_weights: Path | None = None
@@ -283,7 +314,9 @@ class Encode(Clips):
             device=work_device(self.device),
         )
         if (self.out / "index.json").exists():
-            print(f"wrote {LatentShards(self.out)!r}")
+            shards, total = LatentShards(self.out), len(dataset) * self.encoding.passes
+            skipped = f", {total - len(shards)} of {total} could not be used" if len(shards) < total else ""
+            print(f"wrote and verified {shards!r}{skipped}")
         else:
             print(f"process {rank} of {size} has written its part of {self.out}, the others have not finished")
 
@@ -294,28 +327,30 @@ class DataCheck:
 
     Args:
         path: a folder of videos, npz trajectories or latent shards, one file, or an annotation (.json).
+        layout: look as training does with this layout: at its split, for its frames, classes and actions.
         annotation: JSON list of {"video_path": ..., "label": ..., "action_path": ...}; paths are relative to PATH.
         split: a subfolder to look at alone.
         num_frames: count the clips with fewer frames.
-        decode_all: decode every frame, not only the first and the last.
-        workers: processes that read; 0 reads in this one.
+        decode_all: decode every frame, not only the first and the last; of latent shards, compare the checksums.
+        workers: processes that read; 0 reads in this one. Without it one per core, or fewer for few clips.
     """
 
     path: Annotated[Path, tyro.conf.Positional]
+    layout: str | None = None
     annotation: Path | None = None
     split: str | None = None
     num_frames: int = 0
     decode_all: bool = False
-    workers: int = 0
+    workers: int | None = None
 
     def run(self) -> None:
         from mimo.data.check import run
 
         for name in ("num_frames", "workers"):
-            if (value := getattr(self, name)) < 0:
+            if (value := getattr(self, name)) is not None and value < 0:
                 raise InputError(f"--{name.replace('_', '-')} {value}: expected 0 or more")
-        options = {name: getattr(self, name) for name in ("annotation", "split", "num_frames", "decode_all", "workers")}
-        run(self.path, **options)
+        names = ("layout", "annotation", "split", "num_frames", "decode_all", "workers")
+        run(self.path, **{name: getattr(self, name) for name in names})
 
 
 @dataclass(kw_only=True)
@@ -492,10 +527,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before torch loads its OpenMP: threads that spin while they wait make a CPU step 4 to 8 times slower as soon as
     # anything else wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    command = None
     try:
-        parse(argv).run()
+        command = parse(argv)
+        command.run()
     except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        words = " ".join(str(error).split())  # none if another process has them
+        # What is wrong with the options, all that torchrun has started see alike: the first one says it.
+        if words and (command or os.environ.get("RANK", "0") == "0"):
+            print(f"error: {words}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

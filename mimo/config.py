@@ -95,6 +95,7 @@ class MiMoConfig(_Record):
         interleaved: alternate steps that optimise only L_diff and only L_mask, instead of their weighted sum.
         num_classes: class labels; 0 is unconditional. One null class is added.
         num_actions: discrete actions per frame; 0 is none. One null action is added.
+        max_interval: the network is told the frame interval of its clips, 1..max_interval (MAGI; 25 there); 0 is not told.
         label_dropout: probability that a clip's class, or a frame's action, is replaced by the null one in training.
         history_dropout: probability that a future frame sees no history in training; history guidance needs it.
         parameterization: "v" (v-prediction, linear betas, zero terminal SNR) or "flow" (rectified flow).
@@ -126,6 +127,7 @@ class MiMoConfig(_Record):
     interleaved: bool = False
     num_classes: int = 0
     num_actions: int = 0
+    max_interval: int = 0
     label_dropout: float = 0.1
     history_dropout: float = 0.0
     parameterization: Literal["v", "flow"] = "v"
@@ -154,7 +156,10 @@ class MiMoConfig(_Record):
         """Frames, height and width of a training clip in pixels."""
         return self.video_frames, self.height * self.compression[1], self.width * self.compression[2]
 
-    _MAY_BE_ZERO = ("decoder_depth", "mask_weight", "num_classes", "num_actions", "label_dropout", "history_dropout")
+    _MAY_BE_ZERO = (
+        *("decoder_depth", "mask_weight", "num_classes", "num_actions", "max_interval"),
+        *("label_dropout", "history_dropout"),
+    )
 
     def _check(self) -> None:
         for name in ("label_dropout", "history_dropout"):
@@ -202,8 +207,15 @@ class TrainConfig(_Record):
         grad_clip: largest global gradient norm.
         ema_decay: decay of the weight average that samples are drawn from.
         unmasked_steps: the last steps of training drop no history tokens (the paper's fine-tuning for high ratios).
-        precision: "bf16" (autocast, fp32 weights) or "fp32".
-        interval: take every n-th frame of a video.
+        precision: "bf16" (autocast, fp32 weights), "fp32", or "fp8": bf16 with the blocks' projections in float8 (mimo.fp8;
+            ask benchmarks/fp8_check.py before).
+        strategy: how processes share the model: "ddp" (each has all of it), "fsdp" (each has a part of every parameter) or
+            "auto", ddp if there are several.
+        cpu_offload: with fsdp, parameters, averages and optimizer state live in the host's memory and are updated there.
+        recompute: keep no activations inside blocks, compute them again in the backward (activation checkpointing).
+        max_skipped: how many steps in a row are skipped because their gradient is not finite; 0 stops at the first.
+        interval: take every n-th frame of a video. A pair LOW HIGH draws n per clip (MAGI's dynamic interval training); a
+            network with max_interval > 0 is told n, and needs a pair.
         flip: mirror half of the clips.
         seed: of everything random.
         workers: processes that decode videos; 0 decodes in the training process.
@@ -224,8 +236,12 @@ class TrainConfig(_Record):
     grad_clip: float = 1.0
     ema_decay: float = 0.999
     unmasked_steps: int = 0
-    precision: Literal["bf16", "fp32"] = "bf16"
-    interval: int = 1
+    precision: Literal["bf16", "fp32", "fp8"] = "bf16"
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    cpu_offload: bool = False
+    recompute: bool = False
+    max_skipped: int = 0
+    interval: int | tuple[int, int] = 1
     flip: bool = False
     seed: int = 0
     workers: int = 2
@@ -236,15 +252,20 @@ class TrainConfig(_Record):
 
     _MAY_BE_ZERO = (
         *("lr_end", "warmup", "weight_decay", "ema_decay", "unmasked_steps", "seed"),
-        *("workers", "preview_every"),
+        *("max_skipped", "workers", "preview_every"),
     )
 
     def _check(self) -> None:
         splits = self.batch_size % self.accumulate == 0
         _require(splits, "accumulate", self.accumulate, f"a divisor of batch_size={self.batch_size}")
+        sharded = self.strategy == "fsdp" or not self.cpu_offload
+        _require(sharded, "cpu_offload", self.cpu_offload, "False unless strategy is 'fsdp'")
         _require(self.ema_decay < 1, "ema_decay", self.ema_decay, "less than 1")
         unit = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         _require(unit, "betas", self.betas, "two numbers in [0, 1)")
+        bounds = self.interval if isinstance(self.interval, tuple) else (self.interval, self.interval)
+        whole = len(bounds) == 2 and all(type(bound) is int for bound in bounds) and 1 <= bounds[0] <= bounds[1]
+        _require(whole, "interval", self.interval, "a whole number >= 1, or a pair LOW HIGH with 1 <= LOW <= HIGH")
 
 
 @dataclass

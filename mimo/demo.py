@@ -116,7 +116,7 @@ def demo(
     truth = torch.from_numpy(np.stack([test["video"] for test in tests]))
     actions = torch.from_numpy(np.stack([test["actions"] for test in tests])) if model_config.num_actions else None
     predicted = generate(
-        Sampler(trainer.ema.module, sample_config), context=truth, actions=actions, seed=seed, progress=True
+        Sampler(trainer.averaged(), sample_config), context=truth, actions=actions, seed=seed, progress=True
     )
     context = sample_config.context_frames
     copied = truth[:, context - 1 : context].expand(-1, frames - context, -1, -1, -1)

@@ -8,8 +8,11 @@ encoding again gives the same bytes.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
+import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +26,7 @@ from mimo.config import Encoding
 from mimo.data.errors import DataError, UnreadableVideo
 from mimo.data.latents import FORMAT, read_index, sha256
 from mimo.data.video import atomic_path, to_float
+from mimo.runlog import duration
 from mimo.tokenizers.weights import checksum
 
 log = logging.getLogger("mimo.encode")
@@ -88,14 +92,17 @@ def encode(
     total = len(dataset) * config.passes
     ranges = [range(first, min(first + config.shard_clips, total)) for first in range(0, total, config.shard_clips)]
     todo = [s for s in range(rank, len(ranges), world_size) if not _is_whole(shard_file(out, s), plan, ranges[s])]
+    if todo:  # what was finished once is not whole any more
+        (out / "index.json").unlink(missing_ok=True)
     batches = [ranges[s][i : i + config.batch_size] for s in todo for i in range(0, len(ranges[s]), config.batch_size)]
     walk, generator = _Walk(dataset, config.seed), torch.Generator()
     loader = DataLoader(walk, batch_sampler=batches, collate_fn=list, num_workers=config.workers, generator=generator)
     decoded = iter(loader)
     tokenizer = tokenizer.to(device)
     unreadable: dict[str, str] = {}
+    began, share = time.monotonic(), f" of process {rank}" if world_size > 1 else ""
     with tqdm(total=sum(len(ranges[s]) for s in todo), unit="clip", desc="encode", disable=None) as bar:
-        for s in todo:
+        for number, s in enumerate(todo, 1):
             rows, done = [], 0
             while done < len(ranges[s]):
                 batch = next(decoded)
@@ -109,7 +116,11 @@ def encode(
                 )
                 bar.update(len(batch))
             _write_shard(shard_file(out, s), rows, plan, ranges[s])
-    if all(_is_whole(shard_file(out, s), plan, ranges[s]) for s in range(len(ranges))):
+            eta = duration((time.monotonic() - began) / number * (len(todo) - number))
+            bar.write(f"shard {number}/{len(todo)}{share}  {len(rows)} of {len(ranges[s])} clips  ETA {eta}")
+    files = [shard_file(out, s) for s in range(len(ranges))]
+    # Whoever comes last reads all shards again; the others see that some are not there yet.
+    if all(file.exists() for file in files) and all(map(_is_whole, files, itertools.repeat(plan), ranges)):
         _finish(out, plan, len(ranges))
         verify(out, dataset, tokenizer, device=device)
     return out
@@ -158,6 +169,7 @@ def shard_file(out: Path, number: int) -> Path:
 
 def _begin(out: Path, plan: dict, dataset) -> None:
     """Writes plan.json and files.json, or compares with those of the run that is continued."""
+    there = [path.name for path in out.iterdir()] if out.exists() else []
     if (out / "plan.json").exists():
         begun = json.loads((out / "plan.json").read_text())
         for key, value in json.loads(json.dumps(plan)).items():
@@ -165,7 +177,8 @@ def _begin(out: Path, plan: dict, dataset) -> None:
                 raise DataError(f"{out}: was begun with {key} {begun.get(key)!r}, not {value!r}: take another --out")
         _compare_files(out, dataset)
         return
-    if out.exists() and any(out.iterdir()):
+    # files.json and names with a dot are of another process that is just beginning too, or was killed doing so.
+    if any(name != "files.json" and name[0] != "." for name in there):
         raise DataError(f"{out}: is not empty and was not begun by mimo encode")
     for name, content in (("files.json", _source_files(dataset)), ("plan.json", plan)):
         with atomic_path(out / name) as temporary:
@@ -211,6 +224,7 @@ def _write_shard(file: Path, rows: list[dict[str, torch.Tensor]], plan: dict, co
         tensors = {"latents": torch.empty(0, *plan["latent_shape"], dtype=_DTYPES[plan["dtype"]])}
     with atomic_path(file) as temporary:
         save_file(tensors, temporary, _stamp(plan, covered, tensors))
+        shutil.copymode(file.with_name("plan.json"), temporary)  # safetensors lets nobody else read what it writes
 
 
 def _is_whole(file: Path, plan: dict, covered: range) -> bool:
@@ -256,6 +270,9 @@ def _finish(out: Path, plan: dict, shards: int) -> None:
         raise DataError(f"{plan['dataset']}: none of its {plan['clips']} clips could be encoded")
     with atomic_path(out / "index.json") as temporary:
         temporary.write_text(json.dumps(plan | {"shards": entries}, indent=1))
+    # What processes left that were killed while they wrote a shard: our temporary file, and safetensors' own.
+    for left in (*out.glob(".shard-*"), *out.glob(".tmp*")):
+        left.unlink(missing_ok=True)
 
 
 def _compare_clip(file: Path, row: int, walk: _Walk, tokenizer, device, dtype: str) -> None:

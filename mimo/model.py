@@ -19,8 +19,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mimo.config import MiMoConfig
+from mimo.fp8 import Projection
 from mimo.layout import Layout, Plan, coordinates, make_layout, make_masks, make_plan
 from mimo_kernels import (
     AxialRoPE,
@@ -33,8 +35,10 @@ from mimo_kernels import (
     scatter_tokens,
 )
 from mimo_kernels.attention import FrameMask, frame_attention
+from mimo_kernels.qk_norm_rope import qk_norm_rope_cache
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+Place = tuple[Tensor, Tensor, Tensor]  # keys and values [slots, h, d] of a layer, and the slot of every row, int64 [R]
 
 
 class MiMoOutput(NamedTuple):
@@ -60,16 +64,24 @@ class Attention(nn.Module):
     def __init__(self, config: MiMoConfig, backend: str) -> None:
         super().__init__()
         self.heads, self.backend = config.heads, backend
-        self.qkv = nn.Linear(config.dim, 3 * config.dim)
+        self.qkv = Projection(config.dim, 3 * config.dim)
         self.q_norm = nn.Parameter(torch.ones(config.head_dim))
         self.k_norm = nn.Parameter(torch.ones(config.head_dim))
-        self.proj = nn.Linear(config.dim, config.dim)
+        self.proj = Projection(config.dim, config.dim)
 
-    def forward(self, y: Tensor, coords: Tensor, rope: AxialRoPE | None, attend: Callable) -> Tensor:
-        """y [R, D] -> what the rows collected, before the output projection, [R, D]."""
+    def forward(
+        self, y: Tensor, coords: Tensor, rope: AxialRoPE | None, attend: Callable, place: Place | None = None
+    ) -> Tensor:
+        """y [R, D] -> what the rows collected, before the output projection, [R, D]. Keys and values also go to `place`."""
         qkv = self.qkv(y).unflatten(-1, (3, self.heads, -1))  # [R, 3, h, d]
-        coords = None if rope is None else coords
-        q, k, v = qk_norm_rope(qkv, self.q_norm, self.k_norm, coords, rope, return_v=True, backend=self.backend)
+        given = qkv, self.q_norm, self.k_norm, None if rope is None else coords, rope
+        v = qkv[:, 2]
+        if place is not None:
+            q, k = qk_norm_rope_cache(*given, *place, backend=self.backend)
+        elif qkv.requires_grad:  # a v of its own costs a copy, the backward of the view several
+            q, k, v = qk_norm_rope(*given, return_v=True, backend=self.backend)
+        else:
+            q, k = qk_norm_rope(*given, backend=self.backend)
         return attend(q, k, v).flatten(-2)
 
 
@@ -80,11 +92,11 @@ class MLP(nn.Module):
         super().__init__()
         hidden = int(config.dim * config.mlp_ratio)
         self.backend = backend
-        self.up = nn.Linear(config.dim, hidden)
-        self.down = nn.Linear(hidden, config.dim)
+        self.up = Projection(config.dim, hidden)
+        self.down = Projection(hidden, config.dim)
 
     def forward(self, y: Tensor) -> Tensor:
-        return self.down(bias_gelu(F.linear(y, self.up.weight), self.up.bias, backend=self.backend))
+        return self.down(bias_gelu(self.up.product(y), self.up.bias, backend=self.backend))
 
 
 class Modulation(NamedTuple):
@@ -93,6 +105,13 @@ class Modulation(NamedTuple):
     shift: Tensor
     scale: Tensor
     gate: Tensor | None = None
+
+
+class Pending(NamedTuple):
+    """What a block leaves for the norm behind it to add: branch [R, D] and its gate [G, D]."""
+
+    branch: Tensor
+    gate: Tensor
 
 
 class Norm(nn.Module):
@@ -120,20 +139,21 @@ class Norm(nn.Module):
             return Modulation(c, c, c)  # G = 0: nothing is modulated
         return Modulation(*self.modulation(c).unflatten(-1, (-1, c.shape[-1])).unbind(1))
 
-    def forward(self, x: Tensor, m: Modulation, rows: FrameRows) -> Tensor:
-        return modulate(x, m.scale, m.shift, rows, weight=self.weight, bias=self.bias, backend=self.backend)
-
-    def residual(
-        self, x: Tensor, branch: Tensor, gate: Tensor, m: Modulation, rows: FrameRows
-    ) -> tuple[Tensor, Tensor]:
-        """x' = x + gate branch and y = norm(x'), in one pass."""
-        affine = {"weight": self.weight, "bias": self.bias}
-        return gated_residual_modulate(x, branch, gate, m.scale, m.shift, rows, **affine, backend=self.backend)
+    def forward(self, x: Tensor, pending: Pending | None, m: Modulation, rows: FrameRows) -> tuple[Tensor, Tensor]:
+        """x' = x + gate branch (x itself if nothing is pending) and y = norm(x'), in one pass."""
+        options = {"weight": self.weight, "bias": self.bias, "backend": self.backend}
+        if pending is None:
+            return x, modulate(x, m.scale, m.shift, rows, **options)
+        return gated_residual_modulate(x, pending.branch, pending.gate, m.scale, m.shift, rows, **options)
 
 
 class Block(nn.Module):
-    """A transformer block: norm1, attention, norm2, MLP. Its owner runs it, as the end of one block and the norm of the
-    next are one fused operation."""
+    """A transformer block: norm1, attention, norm2, MLP.
+
+    The end of one block and the norm of the next are one fused operation. So a block leaves the product of its MLP
+    pending, and begins by adding what the block before it left: whoever shards, recomputes or compiles the network block
+    by block has all that a block needs in one call.
+    """
 
     def __init__(self, config: MiMoConfig, backend: str, *, modulated: bool, affine1: bool, affine2: bool) -> None:
         super().__init__()
@@ -141,6 +161,43 @@ class Block(nn.Module):
         self.attention = Attention(config, backend)
         self.norm2 = Norm(config.dim, backend, modulated=modulated, affine=affine2)
         self.mlp = MLP(config, backend)
+        self.recompute = False  # activation checkpointing
+
+    def forward(self, *given, **options) -> tuple[Tensor, Pending | None]:
+        """`run`, keeping for the backward what it needs or, with `recompute`, no more than what comes in."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.run, *given, **options, use_reentrant=False, preserve_rng_state=False)
+        return self.run(*given, **options)
+
+    def run(
+        self,
+        x: Tensor,
+        pending: Pending | None,
+        c: Tensor,
+        rows: FrameRows,
+        coords: Tensor,
+        rope: AxialRoPE | None,
+        attend: Callable,
+        *,
+        ends: Layout | None = None,
+        place: Place | None = None,
+    ) -> tuple[Tensor, Pending | None]:
+        """x [R, D] -> x' [R, D] before the MLP is added, and what is pending.
+
+        Args:
+            c: silu of the conditioning, [G, D].
+            ends: history ends at its keys and values: go on with the future rows of this layout, if it has any.
+            place: where keys and values are also written.
+        """
+        m1, m2 = self.norm1.condition(c), self.norm2.condition(c)
+        x, y = self.norm1(x, pending, m1, rows)
+        out = self.attention(y, coords, rope, attend, place)
+        if ends is not None:
+            if ends.future_rows is None:
+                return x, None
+            out, x, rows = ends.future(out), ends.future(x), ends.future_rows
+        x, y = self.norm2(x, Pending(self.attention.proj(out), m1.gate), m2, rows)
+        return x, Pending(self.mlp(y), m2.gate)
 
 
 class Positions(nn.Module):
@@ -190,17 +247,14 @@ class Decoder(nn.Module):
         coords = coordinates(place, self.config.height, self.config.width)
         if self.positions is not None:
             x = x + self.positions(coords).to(x.dtype)
-        m = Modulation(*x.new_empty(3, 0, dim))
+        c, pending = x.new_empty(0, dim), None  # nothing is modulated
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return frame_attention(q, k, v, mask, backend=self.backend)
 
-        norms = [*(block.norm1 for block in self.blocks), self.norm]
-        y = norms[0](x, m, rows)
-        for block, after in zip(self.blocks, norms[1:], strict=True):
-            branch = block.attention.proj(block.attention(y, coords, rope, attend))
-            x, y = block.norm2.residual(x, branch, m.gate, m, rows)
-            x, y = after.residual(x, block.mlp(y), m.gate, m, rows)
+        for block in self.blocks:
+            x, pending = block(x, pending, c, rows, coords, rope, attend)
+        _, y = self.norm(x, pending, self.norm.condition(c), rows)
         return self.head(y).view(clips, frames, tokens, -1)
 
 
@@ -222,6 +276,7 @@ class MiMo(nn.Module):
         self.time = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.classes = nn.Embedding(config.num_classes + 1, dim) if config.num_classes else None
         self.actions = nn.Embedding(config.num_actions + 1, dim) if config.num_actions else None
+        self.intervals = nn.Embedding(config.max_interval, dim) if config.max_interval else None
         self.rope = AxialRoPE(config.head_dim, theta=config.rope_theta) if config.positions == "rope" else None
         self.positions = Positions(config) if config.positions == "learned" else None
         decodes = config.mask_weight > 0
@@ -264,6 +319,7 @@ class MiMo(nn.Module):
         keep: Tensor | None = None,
         labels: Tensor | None = None,
         actions: Tensor | None = None,
+        intervals: Tensor | None = None,
         drop_history: Tensor | None = None,
         reconstruct: bool = True,
     ) -> MiMoOutput:
@@ -277,6 +333,7 @@ class MiMo(nn.Module):
                 keeps all and reconstructs nothing.
             labels: int64 [B]; None or num_classes is the null class.
             actions: int64 [B, T]; None or num_actions is the null action. An action belongs to the frame it leads to.
+            intervals: int64 [B] in 1..max_interval, the distance of a clip's frames in its video; there is no null one.
             drop_history: bool [B, T] on the host: that future frame sees itself alone.
             reconstruct: run the decoder, where there is one and tokens are masked.
         """
@@ -286,7 +343,7 @@ class MiMo(nn.Module):
         plan = self.plan(clips, frames, kept, noisy is not None, reconstruct and keep is not None, drop_history)
         if self.rope is not None:
             self.rope.tables_on(history.device, frames - 1)
-        return self.run(plan, history, noisy, timestep, keep, labels, actions)
+        return self.run(plan, history, noisy, timestep, keep, labels, actions, intervals)
 
     def plan(
         self, clips: int, frames: int, kept: int, noised: bool, reconstruct: bool, drop_history: Tensor | None = None
@@ -310,11 +367,12 @@ class MiMo(nn.Module):
         keep: Tensor | None,
         labels: Tensor | None,
         actions: Tensor | None,
+        intervals: Tensor | None = None,
     ) -> MiMoOutput:
         """`forward` from a plan: device work alone, so that torch.compile(fullgraph=True) takes it whole."""
         clips, frames, tokens, _ = history.shape
         x, coords = self._pack(history, noisy, keep)
-        x = self._embed(x, coords, plan.layout, actions)
+        x = self._embed(x, coords, plan.layout, actions, intervals)
         c = None
         if noisy is not None:
             per_frame = None if labels is None else labels[:, None].expand(-1, frames).flatten()
@@ -336,7 +394,14 @@ class MiMo(nn.Module):
         return MiMoOutput(velocity, reconstruction)
 
     def history_frame(
-        self, x: Tensor, position: int | Tensor, attend: Attend, *, actions: Tensor | None = None
+        self,
+        x: Tensor,
+        position: int | Tensor,
+        attend: Attend,
+        *,
+        actions: Tensor | None = None,
+        intervals: Tensor | None = None,
+        place: Callable[[int], Place] | None = None,
     ) -> None:
         """Runs one clean frame per sequence, so that `attend` can keep the keys and values of every layer.
 
@@ -345,13 +410,14 @@ class MiMo(nn.Module):
             position: frame number, one for all or int [S]. A tensor is not looked at: before it holds 1024 or more on a GPU,
                 call `rope.tables_on(device, largest)`.
             attend: called once per layer with q, k, v [S * N, h, d]; returns the attention output [S * N, h, d].
-            actions: int64 [S].
+            actions, intervals: int64 [S].
+            place: of a layer: where its keys and values are written as they are made, before `attend` is called.
         """
         sequences, tokens, _ = x.shape
         layout = make_layout(sequences, 1, tokens, 0, self.config.separate_ln)
         coords = self._coords(position, sequences, x.device)
-        x = self._embed(x.flatten(0, 1), coords, layout, None if actions is None else actions[:, None])
-        self._trunk(x, None, layout, coords, attend, decode=False)
+        x = self._embed(x.flatten(0, 1), coords, layout, None if actions is None else actions[:, None], intervals)
+        self._trunk(x, None, layout, coords, attend, decode=False, place=place)
 
     def future_frame(
         self,
@@ -362,6 +428,7 @@ class MiMo(nn.Module):
         *,
         labels: Tensor | None = None,
         actions: Tensor | None = None,
+        intervals: Tensor | None = None,
     ) -> Tensor:
         """Velocity of one noisy frame per sequence, [S, N, C] -> [S, N, C].
 
@@ -369,12 +436,12 @@ class MiMo(nn.Module):
             x: [S, N, C].
             timestep: [S] in 0..1000.
             position, attend: as in `history_frame`; q attends to the kept frames and to its own k, v.
-            labels, actions: int64 [S]; None is null.
+            labels, actions, intervals: int64 [S]; no label or action is the null one.
         """
         sequences, tokens, _ = x.shape
         layout = make_layout(sequences, 1, 0, tokens, self.config.separate_ln)
         coords = self._coords(position, sequences, x.device)
-        x = self._embed(x.flatten(0, 1), coords, layout, None)
+        x = self._embed(x.flatten(0, 1), coords, layout, None, intervals)
         c = self._condition(timestep, labels, actions)
         return self._trunk(x, c, layout, coords, attend, decode=False)[0].view(sequences, tokens, -1)
 
@@ -382,7 +449,7 @@ class MiMo(nn.Module):
         """A table of parameter counts by part; the decoder is needed in training only."""
         parts = {
             "embedding": [self.embed, self.positions],
-            "conditioning": [self.time, self.classes, self.actions],
+            "conditioning": [self.time, self.classes, self.actions, self.intervals],
             "attention": [block.attention for block in self.blocks],
             "MLP": [block.mlp for block in self.blocks],
             "norms and modulation": [norm for block in self.blocks for norm in (block.norm1, block.norm2)],
@@ -398,7 +465,15 @@ class MiMo(nn.Module):
         return "\n".join(f"{name:<22}{count:>15,}" for name, count in counts.items())
 
     def _trunk(
-        self, x: Tensor, c: Tensor | None, layout: Layout, coords: Tensor, attend: Attend, *, decode: bool
+        self,
+        x: Tensor,
+        c: Tensor | None,
+        layout: Layout,
+        coords: Tensor,
+        attend: Attend,
+        *,
+        decode: bool,
+        place: Callable[[int], Place] | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """x [R, D], c [G, D] -> velocity rows [future rows, C] (None without future), history features after layer l
         [B, T * k, D] (None unless `decode`)."""
@@ -408,29 +483,23 @@ class MiMo(nn.Module):
             c = x.new_empty(0, config.dim)
         if not config.separate_ln and layout.history_len > 0:
             c = torch.cat([c, self._time(torch.zeros(1, device=x.device))])
-        c = F.silu(c)
-        norms = [*(norm for block in self.blocks for norm in (block.norm1, block.norm2)), self.norm]
-        m = [norm.condition(c) for norm in norms]
-        y = norms[0](x, m[0], rows)
+        c, pending = F.silu(c), None
         for i, block in enumerate(self.blocks):
-            m1, m2, m_next = m[2 * i : 2 * i + 3]
-            out = block.attention(y, coords, self.rope, partial(attend, i))
             last, read = i + 1 == config.depth, decode and i + 1 == config.decoder_layer
-            if last and not read:  # history has given its keys and values; nobody reads its outputs
-                if not has_future:
-                    break
-                out, x, rows = layout.future(out), layout.future(x), layout.future_rows
-            x, y = block.norm2.residual(x, block.attention.proj(out), m1.gate, m2, rows)
-            branch = block.mlp(y)
+            ends = layout if last and not read else None  # history's keys and values are all that is wanted of it
+            stored = None if place is None else place(i)
+            x, pending = block(x, pending, c, rows, coords, self.rope, partial(attend, i), ends=ends, place=stored)
             if read:
-                gate = 1 if config.separate_ln else m2.gate[-1]
-                features = layout.history(x) + gate * layout.history(branch)
-                if not has_future:
-                    break
-                if last:
-                    branch, x, rows = layout.future(branch), layout.future(x), layout.future_rows
-            x, y = norms[2 * i + 2].residual(x, branch, m2.gate, m_next, rows)
-        return (self.head(y) if has_future else None), features
+                gate = 1 if config.separate_ln else pending.gate[-1]
+                features = layout.history(x) + gate * layout.history(pending.branch)
+            if not has_future and (read or last):
+                return None, features
+            if last:
+                rows = layout.future_rows
+                if read:
+                    x, pending = layout.future(x), Pending(layout.future(pending.branch), pending.gate)
+        _, y = self.norm(x, pending, self.norm.condition(c), rows)
+        return self.head(y), features
 
     def _pack(self, history: Tensor, noisy: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor]:
         """The rows that are not masked, in packed order: latents [R, C] and coordinates int32 [R, 3]."""
@@ -446,9 +515,13 @@ class MiMo(nn.Module):
             x = gather_tokens(x, (first + places).flatten(), backend=self.backend)
         return x, coordinates((places % size).flatten(), self.config.height, self.config.width)
 
-    def _embed(self, x: Tensor, coords: Tensor, layout: Layout, actions: Tensor | None) -> Tensor:
-        """Latent rows [R, C] -> [R, D], with learned positions and the actions [B, T] of history frames where in use."""
+    def _embed(self, x: Tensor, coords: Tensor, layout: Layout, actions, intervals) -> Tensor:
+        """Latent rows [R, C] -> [R, D], with learned positions, actions [B, T] of history frames, intervals [B] of clips
+        where in use. An interval is added to all rows of its clip, as MAGI adds it to the hidden states (its Sec. 3)."""
         x = self.embed(x)
+        if self.intervals is not None or intervals is not None:
+            interval = self._interval(intervals, layout.clips).to(x.dtype)  # [B, D]
+            x = (x.unflatten(0, (layout.clips, -1)) + interval[:, None]).flatten(0, 1)
         if self.positions is not None:
             x = x + self.positions(coords).to(x.dtype)
         if layout.history_len > 0 and (self.actions is not None or actions is not None):
@@ -477,6 +550,13 @@ class MiMo(nn.Module):
         if actions is None:
             actions = torch.full(shape, self.config.num_actions, device=device)
         return self.actions(actions)
+
+    def _interval(self, intervals: Tensor | None, clips: int) -> Tensor:
+        if self.intervals is None:
+            raise ValueError("intervals are given: expected None, as the network knows no intervals (max_interval=0)")
+        if intervals is None or intervals.shape != (clips,):
+            raise ValueError(f"intervals: expected [{clips}] of them, each in 1..{self.config.max_interval}")
+        return self.intervals(intervals - 1)
 
     def _coords(self, position: int | Tensor, sequences: int, device: torch.device) -> Tensor:
         """Coordinates of the tokens of one frame per sequence, int32 [S * N, 3]."""

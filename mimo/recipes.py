@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mimo.config import MiMoConfig
 from mimo.diffusion import build_schedule, compute_loss_weight
+from mimo.distributed import local
 from mimo_kernels import sample_tube_mask, weighted_squared_error
 
 
@@ -32,9 +32,9 @@ def acdit(config: MiMoConfig) -> MiMoConfig:
     return dataclasses.replace(config, mask_ratio=(0.0, 0.0), mask_weight=0.0, interleaved=False)
 
 
-def step_generator(seed: int, step: int, device: torch.device | str, part: int = 0) -> torch.Generator:
-    """The random numbers of one step (and one of its accumulation parts): a function of the arguments and nothing else."""
-    return _seeded(f"{seed}/{step}/{part}", device)
+def step_generator(seed: int, step: int, device: torch.device | str) -> torch.Generator:
+    """The random numbers of one step, over all ranks and micro batches: a function of the arguments and nothing else."""
+    return _seeded(f"{seed}/{step}", device)
 
 
 def _seeded(text: str, device: torch.device | str) -> torch.Generator:
@@ -42,10 +42,24 @@ def _seeded(text: str, device: torch.device | str) -> torch.Generator:
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def make_ema(model: nn.Module, decay: float) -> AveragedModel:
-    """A copy of the model that follows it: after each `ema.update_parameters(model)`, ema = decay ema + (1 - decay) model.
-    The first update copies. Sample from `ema.module`."""
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).requires_grad_(False).eval()
+class EMA:
+    """Weights that follow those of a model: after each `update`, ema = decay ema + (1 - decay) model; the first one copies.
+
+    tensors: by name, one for every parameter, on its device and sharded as it is.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay, self.updates = decay, 0
+        self.tensors = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        ours, theirs = local(self.tensors.values()), local(model.parameters())
+        if self.updates == 0:
+            torch._foreach_copy_(ours, theirs)
+        else:
+            torch._foreach_lerp_(ours, theirs, 1 - self.decay)
+        self.updates += 1
 
 
 def kept_tokens(num_tokens: int, ratio: float, multiple: int = 1) -> int:
@@ -77,24 +91,34 @@ class Recipe:
         *,
         labels: Tensor | None = None,
         actions: Tensor | None = None,
+        intervals: Tensor | None = None,
         generator: torch.Generator,
         step: int | None = None,
+        first: int = 0,
+        total: int | None = None,
     ) -> LossParts:
         """The loss of one batch. All randomness comes from `generator`; nothing here waits for the device.
+
+        A batch may be a part of a larger one, split over ranks and micro batches. Then the mask ratio is that of the whole,
+        and so are all draws, of which a part uses its own: a clip meets the same noise however the batch is split. (To draw
+        what the other parts use costs little beside the network, and takes no more launches.)
 
         Args:
             model: MiMo, or a wrapper that calls as it does.
             latents: clean clips [B, T, H, W, C].
             labels: int64 [B].
             actions: int64 [B, T].
-            generator: on the device of `latents`; see `step_generator`.
+            intervals: int64 [B], for a network with max_interval > 0.
+            generator: on the device of `latents`, as `step_generator` makes it, for every part anew.
             step: number of the step; only an interleaved objective and an unmasked phase depend on it, and need it.
+            first, total: these are clips first .. first + B - 1 of a batch of `total`; None is this batch alone.
         """
         config = self.config
         with_diffusion, with_mask, masked = self._phase(step)
         x = latents.flatten(2, 3)
         clips, frames, tokens, _ = x.shape
         host = _host_generator(generator)
+        total, ours = total or clips, slice(first, first + clips)
 
         keep = None
         if masked:
@@ -102,20 +126,20 @@ class Recipe:
             ratio = low + (high - low) * torch.rand((), generator=host).item()
             kept = kept_tokens(tokens, ratio, config.mask_round)
             if kept < tokens:
-                keep = sample_tube_mask(clips, tokens, kept, generator=generator, device=x.device)
-        actions = self._drop(actions, config.num_actions, generator)
+                keep = sample_tube_mask(total, tokens, kept, generator=generator, device=x.device)[ours]
+        actions = self._drop(actions, config.num_actions, generator, ours, total)
         zero = x.new_zeros((), dtype=torch.float32)
         if not with_diffusion:
-            output = model(x, None, None, keep=keep, actions=actions)
+            output = model(x, None, None, keep=keep, actions=actions, intervals=intervals)
             mask_loss = self._mask_loss(output.reconstruction, x, keep)
             return LossParts(config.mask_weight * mask_loss, zero, mask_loss.detach())
 
-        labels = self._drop(labels, config.num_classes, generator)
+        labels = self._drop(labels, config.num_classes, generator, ours, total)
         drop_history = None
         if config.history_dropout > 0:
-            drop_history = torch.rand(clips, frames, generator=host) < config.history_dropout
-        t = self.schedule.sample_timesteps((clips, frames), generator, x.device)
-        eps = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+            drop_history = torch.rand(total, frames, generator=host)[ours] < config.history_dropout
+        t = self.schedule.sample_timesteps((total, frames), generator, x.device)[ours]
+        eps = torch.randn(total, *x.shape[1:], generator=generator, device=x.device, dtype=x.dtype)[ours]
         output = model(
             x,
             self.schedule.add_noise(x, eps, t),
@@ -123,6 +147,7 @@ class Recipe:
             keep=keep,
             labels=labels,
             actions=actions,
+            intervals=intervals,
             drop_history=drop_history,
             reconstruct=with_mask,
         )
@@ -149,12 +174,14 @@ class Recipe:
             return step % 2 == 0, step % 2 == 1, masked
         return True, config.mask_weight > 0, masked
 
-    def _drop(self, values: Tensor | None, null: int, generator: torch.Generator) -> Tensor | None:
+    def _drop(
+        self, values: Tensor | None, null: int, generator: torch.Generator, ours: slice, total: int
+    ) -> Tensor | None:
         """Every class or action becomes the null one with probability label_dropout."""
         if values is None or null == 0:
             return None
-        dropped = torch.rand(values.shape, generator=generator, device=values.device) < self.config.label_dropout
-        return values.masked_fill(dropped, null)
+        draws = torch.rand(total, *values.shape[1:], generator=generator, device=values.device)[ours]
+        return values.masked_fill(draws < self.config.label_dropout, null)
 
     def _mask_loss(self, reconstruction: dict[int, Tensor], x: Tensor, keep: Tensor) -> Tensor:
         """Eq. 5: squared error over masked positions, mean over the offsets that exist at frame t, then over frames."""
@@ -172,6 +199,17 @@ class Recipe:
             )
             for offset, predicted in reconstruction.items()
         )
+
+
+class Objective(nn.Module):
+    """A network and its recipe as one module whose forward is the loss: what DDP and FSDP see is one call per micro batch."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        super().__init__()
+        self.model, self.recipe = model, recipe
+
+    def forward(self, latents: Tensor, **given) -> LossParts:
+        return self.recipe.loss(self.model, latents, **given)
 
 
 def _host_generator(generator: torch.Generator) -> torch.Generator:

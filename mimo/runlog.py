@@ -8,17 +8,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
+
+from mimo.distributed import World
+from mimo.errors import InputError
 
 
 class RunLog:
-    """Progress of steps start..steps; `write` one record per interval. With out=None nothing is written to disk.
+    """Progress of steps start..steps; `write` one record per interval. With out=None nothing is written to disk, and unless
+    `shown` nothing to the terminal.
 
     RUN/log.jsonl holds one JSON object per line; rows of steps that a resumed run will repeat are removed first.
     """
 
-    def __init__(self, out: Path | None, steps: int, *, start: int, device: torch.device):
-        self.steps, self.device = steps, device
+    def __init__(self, out: Path | None, steps: int, *, start: int, device: torch.device, shown: bool = True):
+        self.steps, self.device, self.shown = steps, device, shown
         self.file, self.board = None, None
         if out is not None:
             from torch.utils.tensorboard import SummaryWriter
@@ -28,7 +33,8 @@ class RunLog:
             self.file.writelines(json.dumps(row) + "\n" for row in rows)
             self.board = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
         # tqdm's disable=None: a bar on a terminal, only the status lines in a file.
-        self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, leave=False, disable=None)
+        hidden = None if shown else True
+        self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, leave=False, disable=hidden)
         self.step, self.clock = start, time.monotonic()
 
     def __enter__(self) -> "RunLog":
@@ -43,7 +49,7 @@ class RunLog:
     def advance(self) -> None:
         self.bar.update()
 
-    def write(self, step: int, means: dict[str, float], tokens: int, lr: float) -> dict[str, float]:
+    def write(self, step: int, means: dict[str, float | int], tokens: int, lr: float) -> dict[str, float]:
         """means: since the last record; tokens: latent positions seen since then. Returns the whole record."""
         now = time.monotonic()
         per_step = (now - self.clock) / max(1, step - self.step)
@@ -59,6 +65,7 @@ class RunLog:
             f"step {step}/{self.steps}  diffusion {means['diffusion']:.4f}  mask {means['mask']:.4f}  "
             f"grad norm {means['grad_norm']:.3f}  lr {lr:.2e}  {record['tokens_per_second']:,.0f} tokens/s  "
             f"{record['memory_gib']:.2f} GiB  ETA {duration(per_step * (self.steps - step))}"
+            + (f"  skipped {means['skipped']} (gradient not finite)" if means["skipped"] else "")
         )
         if self.file is not None:
             print(json.dumps(record), file=self.file, flush=True)
@@ -69,8 +76,9 @@ class RunLog:
 
     def say(self, line: str) -> None:
         """A line above the progress bar."""
-        with tqdm.external_write_mode():
-            print(line, flush=True)
+        if self.shown:
+            with tqdm.external_write_mode():
+                print(line, flush=True)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -84,6 +92,68 @@ class RunLog:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Sums:
+    """Sums since the last record, on the device: training waits for it, and for the other ranks, only when one is due.
+
+    A step is bad when its gradient norm, which is the same on all ranks, is not finite. Bad steps count in no mean.
+
+    Args:
+        max_skipped: so many bad steps in a row are borne.
+    """
+
+    def __init__(self, device: torch.device, world: World, max_skipped: int):
+        self.device, self.world, self.max_skipped = device, world, max_skipped
+        self.row = torch.zeros((), dtype=torch.int64, device=device)  # bad steps up to now, in a row
+        self.over = torch.zeros((), dtype=torch.bool, device=device)  # there was a row longer than max_skipped
+        self.first_bad = torch.zeros(4, dtype=torch.float64, device=device)  # of that row: step, L_diff, L_mask, norm
+        self._clear()
+
+    def _clear(self) -> None:
+        self.total = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self.current = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self.counted = torch.zeros(3, dtype=torch.int64, device=self.device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.tokens = 0
+
+    def add(self, diffusion: Tensor, mask: Tensor, accumulate: int, tokens: int) -> None:
+        """One micro batch of this rank, out of `accumulate`; tokens: of all ranks."""
+        self.current += torch.stack([diffusion, mask]).detach() / accumulate
+        self.tokens += tokens
+
+    def end_step(self, step: int, grad_norm: Tensor) -> Tensor:
+        """Returns whether the step is bad, as 1.0 or 0.0 on the device."""
+        values = torch.cat([self.current, grad_norm.detach().to(self.current).reshape(1)])
+        bad = ~values[2].isfinite()
+        self.row = torch.where(bad, self.row + 1, 0)
+        begins = (self.row == 1) & ~self.over
+        self.first_bad = torch.where(begins, torch.cat([values.new_full((1,), step), values]), self.first_bad)
+        self.over |= self.row > self.max_skipped
+        self.skipped += bad
+        self.total += torch.where(bad, 0, values)
+        self.counted += (values != 0) & ~bad
+        self.current = torch.zeros_like(self.current)
+        return bad.float()
+
+    def require_finite(self) -> None:
+        """Raises InputError naming the step, on every rank alike, if more bad steps came in a row than are borne."""
+        if self.over.item():
+            step, diffusion, mask, grad_norm = self.world.mean(self.first_bad).tolist()
+            after = f", nor is it finite in the {self.max_skipped} steps after it" if self.max_skipped else ""
+            raise InputError(
+                f"training diverged at step {step:.0f}: diffusion loss {diffusion:g}, mask loss {mask:g}, gradient "
+                f"norm {grad_norm:g}{after}; nothing after the last checkpoint is kept (a smaller learning rate may help)"
+            )
+
+    def take(self) -> tuple[dict[str, float | int], int]:
+        """Means over the ranks and the steps since the last call, how many steps were skipped, and the tokens of all."""
+        # A part that a step did not compute is exactly 0: the mean is over the steps that did.
+        means = self.world.mean(self.total / self.counted.clamp(min=1)).tolist()
+        record = dict(zip(("diffusion", "mask", "grad_norm"), means, strict=True)) | {"skipped": self.skipped.item()}
+        tokens = self.tokens
+        self._clear()
+        return record, tokens
 
 
 def read_log(run: Path) -> list[dict[str, float]]:

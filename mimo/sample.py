@@ -1,5 +1,6 @@
 """Videos from a checkpoint: predicted from context frames, for a class, or from nothing."""
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -12,10 +13,10 @@ from tqdm import tqdm
 from mimo import checkpoint
 from mimo.config import MiMoConfig, SampleConfig, TrainConfig
 from mimo.data import batches, contact_sheet, to_float, to_uint8, write_gif, write_video
-from mimo.data.video import NpzReader, open_clip
+from mimo.data.video import clip_span, load_actions, open_clip
 from mimo.errors import InputError, user_input
 from mimo.model import MiMo
-from mimo.sampler import Sampler
+from mimo.sampler import Sampler, Saving
 from mimo.tokenizers.weights import checksum
 from mimo.train import Trainer, autocast, best_device, config_tokenizer, recorded_tokenizer
 
@@ -91,10 +92,13 @@ def generate(
     context: Tensor | None = None,
     labels: Tensor | None = None,
     actions: Tensor | None = None,
+    intervals: Tensor | None = None,
     count: int = 1,
     seed: int = 0,
-    precision: Literal["bf16", "fp32"] = "fp32",
+    precision: Literal["bf16", "fp32", "fp8"] = "fp32",
     progress: bool = False,
+    saving: Saving | None = None,
+    resume: bool = False,
 ) -> Tensor:
     """Videos of the sampler's config.num_frames latent frames, uint8 [B, F, H, W, 3] on the CPU.
 
@@ -104,8 +108,11 @@ def generate(
             are. Or latents fp32 [B, T, H, W, C], which come back decoded. None generates from nothing.
         labels: int64 [B].
         actions: int64 [B, config.num_frames].
+        intervals: int64 [B], for a network that is told them.
         count: B where there is no context.
         seed: of the noise: the same seed, on the same device, gives the same videos.
+        precision: see `autocast`; a network trained in fp8 is sampled in bf16.
+        saving: where the run saves itself; with `resume`, where the run lies that is continued.
     """
     model, config = sampler.model, sampler.config
     device = next(model.parameters()).device
@@ -119,18 +126,21 @@ def generate(
             latents = tokenizer.encode(to_float(context.to(device)))
         latents, count = latents.flatten(2, 3), len(context)  # [B, T, N, C]
     generator = torch.Generator(device).manual_seed(seed)
-    conditions = {
-        name: None if value is None else value.to(device) for name, value in (("labels", labels), ("actions", actions))
-    }
+    given = {"labels": labels, "actions": actions, "intervals": intervals}
+    conditions = {name: None if value is None else value.to(device) for name, value in given.items()}
     with autocast(device, precision):
-        frames = sampler.stream(
-            latents, config.num_frames, batch=None if latents is not None else count, generator=generator, **conditions
-        )
+        if resume:
+            frames = sampler.resume(saving)
+        else:
+            batch = None if latents is not None else count
+            options = {"batch": batch, "generator": generator, "saving": saving}
+            frames = sampler.stream(latents, config.num_frames, **options, **conditions)
         # The bar counts frames; tqdm's disable=None shows it on a terminal only.
         new = config.num_frames - (0 if latents is None else latents.shape[1])
-        made = list(
-            tqdm(frames, total=new, unit="frame", desc="sampling", leave=False, disable=None if progress else True)
-        )
+        bar = {"total": new, "initial": frames.progress.done, "unit": "frame", "desc": "sampling", "leave": False}
+        made = list(tqdm(frames, **bar, disable=None if progress else True))
+    if resume:
+        made = [frame.to(device) for frame in frames.saved()]
     latents = torch.cat([*([] if latents is None else [latents]), torch.stack(made, dim=1)], dim=1)
     c = model.config
     video = to_uint8(tokenizer.decode(latents.float().unflatten(2, (c.height, c.width)))).cpu()
@@ -147,15 +157,21 @@ def sample(
     context: Path | None = None,
     context_frames: int | None = None,
     start: int = 0,
+    interval: int | None = None,
     label: int | None = None,
+    actions: Path | None = None,
     frames: int | None = None,
     count: int = 1,
     seed: int = 0,
     fps: float = 10.0,
+    save_every: int | None = None,
+    resume: bool = False,
 ) -> list[Path]:
     """`mimo sample`: draw `count` videos, write mp4, GIF and one contact sheet, print and return their paths.
 
-    context_frames and frames count video frames; None takes what the checkpoint's configuration says.
+    context_frames and frames count video frames; None takes what the checkpoint's configuration says. interval: see
+    `_interval`. actions: an npz file; None takes those of the context, in it or in an npz of the same name beside it.
+    save_every: latent frames after which the unfinished run is saved in OUT/unfinished; resume: continue that run.
     """
     c = loaded.model.config
     _require(count >= 1, f"--count {count}: expected at least 1")
@@ -163,11 +179,14 @@ def sample(
     _require(label is None or 0 <= label < c.num_classes, f"--class {label}: expected 0..{c.num_classes - 1}")
     _require(context is not None or context_frames is None, f"--context-frames {context_frames}: expected a --context")
     _require(seed >= 0, f"--seed {seed}: expected 0 or more")
+    _require(start >= 0, f"--start {start}: expected 0 or more")
+    _require(actions is None or c.num_actions, f"--actions {actions}: this model has no actions")
+    _require(save_every is None or save_every >= 1, f"--save-every {save_every}: expected at least 1")
+    interval = _interval(loaded, interval)
     tokenizer = loaded.tokenizer
     height, width = c.video_shape[1:]
     total = config.num_frames if frames is None else _latents("--frames", frames, tokenizer)
-    clip = actions = None
-    given = 0
+    clip, given = None, 0
     if context is not None:
         given = (
             config.context_frames if context_frames is None else _latents("--context-frames", context_frames, tokenizer)
@@ -176,13 +195,19 @@ def sample(
             given > 0, "--context: this model is sampled from nothing by default: say how many --context-frames to use"
         )
         _require(given < total, f"--frames: {total} latent frames with the context, expected more than its {given}")
-        clip, actions = read_context(
-            context, tokenizer.num_frames(given), start, (height, width), actions=total if c.num_actions else 0
-        )
+        clip = read_context(context, tokenizer.num_frames(given), start, interval, (height, width))
         clip = clip.expand(count, -1, -1, -1, -1)
-        actions = None if actions is None else actions.expand(count, -1)
+    told = None  # the actions
+    if c.num_actions and (context or actions):
+        told = read_actions(context, actions, total, start, interval, c.num_actions).expand(count, -1)
     config = user_input(replace, config, context_frames=given, num_frames=total)
     labels = None if label is None else torch.full((count,), label)
+    saving = None
+    if resume or save_every is not None:
+        request = {"context": context, "actions": actions, "start": start, "interval": interval, "class": label}
+        request |= {"context_frames": given, "frames": total, "count": count, "seed": seed}
+        request = {name: str(value) if isinstance(value, Path) else value for name, value in request.items()}
+        saving = Saving(out / "unfinished", save_every or Saving.every, request)
     # bf16 saves time on a GPU; a CPU computes in fp32, whatever the training did.
     precision = loaded.train_config.precision if next(loaded.model.parameters()).device.type == "cuda" else "fp32"
     videos = generate(
@@ -190,11 +215,14 @@ def sample(
         tokenizer=tokenizer,
         context=clip,
         labels=labels,
-        actions=actions,
+        actions=told,
+        intervals=torch.full((count,), interval) if c.max_interval else None,
         count=count,
         seed=seed,
         precision=precision,
         progress=True,
+        saving=saving,
+        resume=resume,
     ).numpy()
     shown = 0 if clip is None else clip.shape[1]
     paths = []
@@ -206,35 +234,60 @@ def sample(
         ]
     rows = {f"sample {number}, seed {seed}": video for number, video in enumerate(videos)}
     paths.append(contact_sheet(out / "contact_sheet.png", rows, shown))
+    if saving is not None:
+        shutil.rmtree(saving.folder)
     for path in paths:
         print(path)
     return paths
 
 
-def read_context(
-    path: Path, num_frames: int, start: int, size: tuple[int, int], *, actions: int = 0
-) -> tuple[Tensor, Tensor | None]:
-    """The frames a video is continued from, uint8 [1, F, H, W, 3], and as many `actions` from `start` on, [1, actions].
+def read_context(path: Path, num_frames: int, start: int, interval: int, size: tuple[int, int]) -> Tensor:
+    """The frames a video is continued from, start, start + interval, ..., as uint8 [1, F, H, W, 3].
 
     Raises InputError when the clip cannot be read or is shorter than asked.
     """
     _require(path.is_file(), f"--context {path}: no such file")
-    _require(start >= 0, f"--start {start}: expected 0 or more")
     with open_clip(path) as reader:
-        there = reader.num_frames - start
+        span = clip_span(num_frames, interval)
+        there = max(0, reader.num_frames - start)
+        apart = f" {interval} frames apart, so {span} in all," if interval > 1 else ""
         _require(
-            there >= num_frames,
-            f"--context {path}: {num_frames} context frames are asked for, it holds {max(0, there)}"
+            there >= span,
+            f"--context {path}: {num_frames} context frames{apart} are asked for, it holds {there}"
             + (f" from frame {start} on" if start else ""),
         )
-        video = torch.from_numpy(reader.read(num_frames, start=start, size=size))[None]
-        if not actions:
-            return video, None
-        known = reader.actions if isinstance(reader, NpzReader) else None
-    _require(known is not None, f"--context {path}: this model needs actions, expected an npz file with 'actions'")
-    wanted = np.asarray(known[start : start + actions])
-    _require(len(wanted) == actions, f"--context {path}: {actions} actions are asked for, it holds {len(wanted)}")
-    return video, torch.from_numpy(wanted.astype(np.int64))[None]
+        return torch.from_numpy(reader.read(num_frames, start=start, interval=interval, size=size))[None]
+
+
+def read_actions(
+    context: Path | None, file: Path | None, num_frames: int, start: int, interval: int, num_actions: int
+) -> Tensor:
+    """The actions that lead to the frames of a video, those of its context first, int64 [1, num_frames].
+
+    They lie where training finds them: in `file`, in the context if that is an npz, or in an npz of its name beside it.
+    Raises InputError when there are none, too few, or others than 0..num_actions - 1.
+    """
+    known, where = None, f"--actions {file}" if file is not None else f"--context {context}"
+    if file is None:
+        with open_clip(context) as reader:
+            known = reader.actions
+        file = context.with_suffix(".npz")
+    if known is None:
+        _require(
+            file.is_file(),
+            f"{where}: this model needs actions, and {file} does not exist: name their npz with --actions",
+        )
+        known = load_actions(file)
+    wanted = known[start : start + clip_span(num_frames, interval) : interval]
+    _require(
+        len(wanted) == num_frames,
+        f"{where}: {num_frames} actions from frame {start} on, {interval} apart, are asked for, {file.name} holds {len(known)}",
+    )
+    low, high = wanted.min(), wanted.max()
+    _require(
+        0 <= low and high < num_actions, f"{where}: actions reach from {low} to {high}, expected 0..{num_actions - 1}"
+    )
+    return torch.from_numpy(wanted.astype(np.int64))[None]
 
 
 class Preview:
@@ -246,19 +299,26 @@ class Preview:
     def __init__(self, trainer: Trainer, out: Path, clips: int = 2):
         self.out = out
         self.config = replace(trainer.sample_config, num_frames=trainer.model_config.frames)
-        Sampler(trainer.ema.module, self.config)
+        Sampler(trainer.model, self.config)
         self.batch_size = clips
 
     def __call__(self, trainer: Trainer) -> list[Path]:
+        """All ranks have to call it; the first one predicts and writes."""
+        averaged = trainer.averaged()
+        with trainer.world.together():
+            return self._write(trainer, averaged) if trainer.world.leads else []
+
+    def _write(self, trainer: Trainer, averaged: MiMo) -> list[Path]:
         # Another seed, so that the clips are cut differently than in training.
         batch = next(batches(trainer.dataset, self.batch_size, seed=trainer.config.seed + 1))
         clips = batch["latents"] if "latents" in batch else batch["video"]
         videos = generate(
-            Sampler(trainer.ema.module, self.config),
+            Sampler(averaged, self.config),
             tokenizer=trainer.tokenizer,
             context=clips if self.config.context_frames else None,
             labels=batch["label"] if trainer.model_config.num_classes else None,
             actions=batch["actions"] if trainer.model_config.num_actions else None,
+            intervals=batch["interval"] if trainer.model_config.max_interval else None,
             count=len(clips),
             seed=trainer.config.seed,
             precision=trainer.config.precision,
@@ -267,6 +327,18 @@ class Preview:
         pairs = torch.cat([truth, videos], dim=3)  # side by side: [B, F, H, 2 W, 3]
         stacked = torch.cat(list(pairs), dim=1).numpy()
         return [write_video(self.out / f"step_{trainer.step:08d}.mp4", stacked, min_side=MIN_SIDE)]
+
+
+def _interval(loaded: Loaded, asked: int | None) -> int:
+    """The distance of the frames in a video: one of those that the model was trained on, or 1, which training falls back
+    to for short videos. None: the smallest of training."""
+    trained = loaded.train_config.interval
+    low, high = (trained, trained) if isinstance(trained, int) else trained
+    if asked is None:
+        return low
+    expected = f"{low}..{high}" if low < high else f"{low}"
+    _require(asked == 1 or low <= asked <= high, f"--interval {asked}: expected {expected}, as the model was trained")
+    return asked
 
 
 def _latents(option: str, frames: int, tokenizer) -> int:

@@ -3,15 +3,17 @@
 import importlib
 import json
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from mimo import MiMoConfig
 from mimo_kernels.attention import FrameMask
 
-NAMES = ("common", "attn_peers", "attn_bench", "sample_bench", "train_bench", "report")
+NAMES = ("common", "attn_peers", "attn_bench", "sample_bench", "train_bench", "data_pipeline", "report")
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
@@ -120,3 +122,43 @@ def test_training_step_is_measured_for_every_version(modules, monkeypatch):
     assert mimo["matmul_gflop"] == baseline["matmul_gflop"] and mimo["attention_gflop"] == baseline["attention_gflop"]
     assert acdit["attention_gflop"] != mimo["attention_gflop"]
     assert all(row["ms"] > 0 and row["step_over_g"] > 0 for row in rows)
+
+
+def test_every_stage_of_the_data_pipeline_is_measured(modules, tmp_path):
+    pipeline, common, device = modules["data_pipeline"], modules["common"], torch.device("cpu")
+    network = MiMoConfig(**TINY, compression=(4, 8, 8))
+    size = pipeline.Size(network, clips=2, videos=3, frames=20, height=32, width=48, rounds=2, steps=5, workers=(1,))
+    rows = pipeline.measure(size, device)
+    stages = ["videos decoded", "videos encoded", "shards read", "training", "training"]
+    assert [row["what"] for row in rows] == stages and all(0 < row["p20"] <= row["p80"] for row in rows)
+    trained = {row["source"]: row for row in rows if row["what"] == "training"}
+    assert set(trained) == {"latent shards", "videos"}
+    for row in trained.values():
+        assert 0 < row["wait_percent"] < 100 and row["ms_per_step"] > 0
+    table = pipeline.report(tmp_path, common.machine(device), LIMITS | {"matmul": "none"}, rows)
+    assert "From latent shards a step waits" in table and (tmp_path / "data.png").exists()
+    assert json.loads((tmp_path / "data.json").read_text())["rows"] == rows
+
+
+def test_waiting_is_what_the_loop_waits_for(modules):
+    """A dataset that takes 50 ms a clip, read in the training process, is waited for; one that takes nothing is not."""
+    pipeline = modules["data_pipeline"]
+    network = MiMoConfig(**TINY, compression=(4, 8, 8))
+    size = pipeline.Size(network, clips=2, videos=1, frames=1, height=1, width=1, rounds=1, steps=6, workers=(1,))
+
+    class Clips:
+        delay = 0.0
+
+        def __len__(self):
+            return 8
+
+        def sample(self, index, seed):
+            time.sleep(self.delay)
+            return {"latents": np.zeros(network.latent_shape, np.float32)}
+
+    slow = Clips()
+    slow.delay = 0.05
+    quick = pipeline._train("quick", Clips(), size, 0, torch.device("cpu"))
+    waits = pipeline._train("slow", slow, size, 0, torch.device("cpu"))
+    waited = waits["wait_percent"] / 100 * waits["ms_per_step"]
+    assert 100 <= waited < 200 and quick["wait_percent"] / 100 * quick["ms_per_step"] < 50

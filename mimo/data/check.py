@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from mimo.data.datasets import ClipFile, find_kinds
+from mimo.data.datasets import ClipFile, find_kinds, layout_options
 from mimo.data.errors import DataError, UnreadableVideo
-from mimo.data.latents import LatentShards, is_latents
-from mimo.data.video import load_actions, open_clip
+from mimo.data.latents import LatentShards, is_latents, sha256
+from mimo.data.video import open_clip
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Report:
         path: what was looked at.
         kind: what it holds.
         files: number of clips.
-        unreadable: (file, why) of those that cannot be used.
+        unreadable: (file, why) of every clip that cannot be used.
         frames: frames of each readable clip.
         sizes, rates, actions, labels: how many readable clips have each height x width, frame rate, action and class.
             Actions are counted per frame.
@@ -61,7 +62,8 @@ class Report:
             lines.append(
                 f"  classes     {len(self.labels)} (labels 0 to {max(self.labels)}), {fewest} to {most} clips each"
             )
-        lines += [f"  unreadable  {path}: {why}" for path, why in self.unreadable]
+        for (path, why), count in Counter(self.unreadable).items():
+            lines.append(f"  unreadable  {path}: {why}" + (f" ({count} clips)" if count > 1 else ""))
         return "\n".join(lines)
 
 
@@ -73,24 +75,29 @@ def _counts(counts: Counter, most: int = 8) -> str:
 def check(
     path: str | Path,
     *,
+    layout: str | None = None,
     annotation: str | Path | None = None,
     split: str | None = None,
     num_frames: int = 0,
     decode_all: bool = False,
-    workers: int = 0,
+    workers: int | None = None,
 ) -> list[Report]:
-    """Opens every clip and decodes its first and last frame, or with `decode_all` every frame.
+    """Opens every clip and decodes its first and last frame, or with `decode_all` every frame. Of latent shards it looks at
+    the sizes, or with `decode_all` at the checksums.
 
     Args:
-        path, annotation, split: as for `open_dataset`; a folder may hold several kinds here.
-        num_frames: clips with fewer are counted as too short.
-        workers: processes that read; 0 reads in this one.
+        path, layout, annotation, split: as for `open_dataset`; a folder may hold several kinds here.
+        num_frames: clips with fewer are counted as too short; 0 takes those of the layout.
+        workers: processes that read; 0 reads in this one, None takes one per core, or fewer for few clips.
 
     Returns: a report for each kind. Raises DataError for what `open_dataset` refuses before it opens a clip.
     """
     if is_latents(Path(path)):
-        return [_check_latents(LatentShards(path))]
-    kinds, folder, options = find_kinds(Path(path), {"annotation": annotation, "split": split})
+        return [_check_latents(LatentShards(path), decode_all)]
+    asked = layout_options(layout)
+    num_frames, split = num_frames or asked.get("num_frames", 0), split or asked.get("split")
+    options = {name: asked[name] for name in ("num_classes", "num_actions", "use_actions") if name in asked}
+    kinds, folder, options = find_kinds(Path(path), {"annotation": annotation, "split": split} | options)
     if not kinds:
         raise DataError(f"{path}: holds no video and no npz file, expected videos or npz trajectories")
     return [
@@ -101,11 +108,13 @@ def check(
     ]
 
 
-def _check_clips(dataset, kind: str, num_frames: int, decode_all: bool, workers: int) -> Report:
+def _check_clips(dataset, kind: str, num_frames: int, decode_all: bool, workers: int | None) -> Report:
     report = Report(str(dataset.path), kind, files=len(dataset), num_frames=num_frames)
-    jobs = [(clip, decode_all) for clip in dataset.clips]
-    with tqdm(total=len(jobs), unit="clip", desc="check", disable=None) as bar:
-        for clip, found in zip(dataset.clips, _run(jobs, workers), strict=True):
+    if workers is None:
+        workers = min(len(os.sched_getaffinity(0)), len(dataset) // 8)
+    looks = DataLoader(_Looks(dataset, decode_all), batch_size=8, collate_fn=list, num_workers=workers)
+    with tqdm(total=len(dataset), unit="clip", desc="check", disable=None) as bar:
+        for clip, found in zip(dataset.clips, itertools.chain.from_iterable(looks), strict=True):
             bar.update()
             if isinstance(found, UnreadableVideo):
                 report.unreadable.append((found.path, found.why))
@@ -121,45 +130,50 @@ def _check_clips(dataset, kind: str, num_frames: int, decode_all: bool, workers:
     return report
 
 
-def _run(jobs: list, workers: int):
-    if workers == 0:
-        yield from map(_look, jobs)
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(_look, jobs, chunksize=8)
+class _Looks(Dataset):
+    """Map from a clip's number to (frames, size, rate, actions counted), or the UnreadableVideo that it raised."""
 
+    def __init__(self, dataset, decode_all: bool):
+        self.dataset, self.decode_all = dataset, decode_all
 
-def _look(job: tuple[ClipFile, bool]):
-    """(frames, size, rate, actions counted) of a clip, or the UnreadableVideo it raised."""
-    clip, decode_all = job
-    try:
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, number: int):
+        try:
+            return self._look(self.dataset.clips[number])
+        except UnreadableVideo as error:
+            return error
+
+    def _look(self, clip: ClipFile) -> tuple[int, str, str | None, Counter]:
         with open_clip(clip.path) as reader:
             total = reader.num_frames
-            steps = range(0, total, 64) if decode_all else ()
-            for start in steps:
-                reader.read(min(64, total - start), start=start, size=(8, 8))
-            if not decode_all:
+            if self.decode_all:
+                reader.read(total, size=(8, 8))  # at once, so that each frame is decoded once
+            else:
                 reader.read(1, size=(8, 8))
                 reader.read(1, start=total - 1, size=(8, 8))
-            actions = load_actions(clip.actions) if clip.actions else reader.actions
+            actions = self.dataset.actions_of(clip, reader)
             size, rate = f"{reader.height}x{reader.width}", reader.fps and f"{reader.fps:.4g}"
-        if actions is not None and len(actions) < total:
-            raise UnreadableVideo(clip.actions or clip.path, f"holds {len(actions)} actions for {total} frames")
         return total, size, rate, Counter([] if actions is None else actions.tolist())
-    except UnreadableVideo as error:
-        return error
 
 
-def _check_latents(dataset: LatentShards) -> Report:
+def _check_latents(dataset: LatentShards, decode_all: bool) -> Report:
     shape = " x ".join(map(str, dataset.latent_shape))
     report = Report(str(dataset.path), f"clips of latents {shape} ({dataset.index['tokenizer']})", files=len(dataset))
     report.frames = [dataset.num_frames] * len(dataset)
     report.sizes[f"{dataset.height}x{dataset.width}"] = len(dataset)
     for number, entry in enumerate(dataset.index["shards"]):
         try:
-            dataset.open_shard(number)
+            shard = dataset.open_shard(number)
+            if decode_all and sha256(dataset.path / entry["name"]) != entry["sha256"]:
+                raise UnreadableVideo(dataset.path / entry["name"], "its checksum is not the one that was recorded")
         except UnreadableVideo as error:
             report.unreadable += [(error.path, error.why)] * entry["clips"]
+            continue
+        for key, counts in (("label", report.labels), ("actions", report.actions)):
+            if key in shard.keys():  # noqa: SIM118 (an open shard is not a mapping)
+                counts.update(shard.get_tensor(key).flatten().tolist())
     return report
 
 

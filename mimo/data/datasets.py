@@ -25,7 +25,9 @@ from mimo.data.latents import LatentShards, is_latents
 from mimo.data.shapes import SIDES, TEXTURES, moving_shapes
 from mimo.data.video import (
     VIDEO_SUFFIXES,
+    NpzReader,
     UnreadableVideo,
+    VideoReader,
     clip_span,
     load_actions,
     open_clip,
@@ -129,17 +131,13 @@ class _ClipFiles:
             crop = (at_y, at_x) if self.random_crop else (0.5, 0.5)
             size = (self.height, self.width)
             video = reader.read(self.num_frames, start=start, interval=interval, size=size, crop=crop)
-            actions = reader.actions if self.use_actions else None
-            total = reader.num_frames
+            actions = self.actions_of(clip, reader)
         if self.flip and at_flip < 0.5:
             video = np.ascontiguousarray(video[:, :, ::-1])
         sample = {"video": video}
         if clip.label is not None:
             sample["label"] = np.int64(clip.label)
-        if clip.actions is not None and self.use_actions:
-            actions = load_actions(clip.actions)
         if actions is not None:
-            self._check_actions(clip, actions, total)
             sample["actions"] = actions[start : start + clip_span(self.num_frames, interval) : interval]
         if self.dynamic:
             sample["interval"] = np.int64(interval)
@@ -151,8 +149,14 @@ class _ClipFiles:
         high = min(high, reach)
         return low + int(uniform * (high - low + 1)) if high >= low else 1
 
-    def _check_actions(self, clip: ClipFile, actions: np.ndarray, total: int) -> None:
-        where = clip.actions or clip.path
+    def actions_of(self, clip: ClipFile, reader: VideoReader | NpzReader) -> np.ndarray | None:
+        """int64 [F of the file, or more]; UnreadableVideo when they do not fit the video or num_actions."""
+        if not self.use_actions:
+            return None
+        actions = reader.actions if clip.actions is None else load_actions(clip.actions)
+        if actions is None:
+            return None
+        where, total = clip.actions or clip.path, reader.num_frames
         if len(actions) < total:
             raise UnreadableVideo(
                 where,
@@ -165,6 +169,7 @@ class _ClipFiles:
                 where,
                 f"actions reach from {actions.min()} to {actions.max()}, expected {bound}",
             )
+        return actions
 
     def check_readable(self) -> None:
         """Raises DataError, with the first file's reason, when not a single file gives a sample."""
@@ -295,21 +300,30 @@ def open_dataset(path: str | Path, *, layout: str | None = None, **options):
 
     Raises: DataError when there is nothing there, nothing in it, two kinds in it, or not one readable file.
     """
-    if layout is not None:
-        if layout not in LAYOUTS:
-            raise DataError(f"unknown layout {layout!r}: known layouts are {', '.join(LAYOUTS)}")
-        options = LAYOUTS[layout] | options
+    options = layout_options(layout) | options
     if str(path) == "shapes":
         return ShapesDataset(**options)
     if is_latents(Path(path)):
-        return LatentShards(path, clip_shape=tuple(options[key] for key in ("num_frames", "height", "width")))
+        counts = {key: options.get(key) for key in ("num_classes", "num_actions")}
+        shape = tuple(options[key] for key in ("num_frames", "height", "width"))
+        dataset = LatentShards(path, clip_shape=shape, **counts)
+        dataset.check_readable()
+        return dataset
     kinds, path, options = find_kinds(Path(path), options)
     if len(kinds) != 1:
-        contents = " and ".join(f"{count} {kind.kind}" for kind, count in kinds.items())
-        raise DataError(f"{path}: holds {contents or 'no video and no npz file'}, expected videos or npz trajectories")
+        contents = " and ".join(f"{count} {kind.kind}" for kind, count in kinds.items()) or "no video and no npz file"
+        expected = "one kind: name a folder or file of it" if kinds else "videos or npz trajectories"
+        raise DataError(f"{path}: holds {contents}, expected {expected}")
     dataset = next(iter(kinds))(path, **options)
     dataset.check_readable()
     return dataset
+
+
+def layout_options(layout: str | None) -> dict:
+    """The options that a name in LAYOUTS stands for; None stands for nothing."""
+    if layout is not None and layout not in LAYOUTS:
+        raise DataError(f"unknown layout {layout!r}: known layouts are {', '.join(LAYOUTS)}")
+    return LAYOUTS[layout] if layout is not None else {}
 
 
 def find_kinds(path: Path, options: dict) -> tuple[dict[type[_ClipFiles], int], Path, dict]:

@@ -54,14 +54,23 @@ class LatentShards:
     """A dataset of encoded clips. `sample` gives `latents` fp32 [T, H, W, C] in place of `video`; its seed changes nothing.
 
     Shards are memory-mapped, so a sample reads only itself. A shard of another size than recorded, or missing, is
-    reported by name when it is opened and its clips count as unreadable.
+    reported by name when it is opened and its clips count as unreadable; `check_readable` looks at all of them.
 
     Args:
         path: a folder that `mimo encode` wrote.
         clip_shape: (frames, height, width) in pixels that the clips must have had; None takes any.
+        num_classes, num_actions: labels and actions must be below, which `check_readable` looks at; None takes what was
+            encoded.
     """
 
-    def __init__(self, path: str | Path, *, clip_shape: tuple[int, int, int] | None = None):
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        clip_shape: tuple[int, int, int] | None = None,
+        num_classes: int | None = None,
+        num_actions: int | None = None,
+    ):
         self.path = Path(path)
         self.index = read_index(self.path)
         found = tuple(self.index["clip_shape"])
@@ -70,7 +79,8 @@ class LatentShards:
             raise DataError(f"{self.path}: holds clips of {shapes[0]}, expected {shapes[1]}")
         self.num_frames, self.height, self.width = found
         self.latent_shape = tuple(self.index["latent_shape"])
-        self.num_classes, self.num_actions = self.index["num_classes"], self.index["num_actions"]
+        self.num_classes = num_classes or self.index["num_classes"]
+        self.num_actions = num_actions or self.index["num_actions"]
         self._ends = np.cumsum([shard["clips"] for shard in self.index["shards"]])
         self._open: dict[int, safe_open] = {}
         if not len(self):
@@ -113,7 +123,9 @@ class LatentShards:
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_open": {}}  # open files stay in their process
 
-    def require_made_by(self, name: str, tokenizer, checksum: str | None, *, interval: int, flip: bool) -> None:
+    def require_made_by(
+        self, name: str, tokenizer, checksum: str | None, *, interval: int | tuple[int, int], flip: bool
+    ) -> None:
         """Raises DataError unless these are the latents that training would make of its clips itself.
 
         Args:
@@ -124,7 +136,8 @@ class LatentShards:
         here |= {"latent_shape": list(tokenizer.latent_shape(self.num_frames, self.height, self.width))}
         here |= {"tokenizer_sha256": checksum}
         there = {key: self.index.get(key) for key in here}
-        cut = {"interval": [interval, interval], "flip": flip}
+        drawn = not isinstance(interval, int)
+        cut = {"interval": list(interval) if drawn else [interval, interval], "dynamic": drawn, "flip": flip}
         for key in cut.keys() & self.index["settings"].keys():
             here[key], there[key] = cut[key], self.index["settings"][key]
         differing = [f"{key} {there[key]!r}, training has {here[key]!r}" for key in here if here[key] != there[key]]
@@ -132,12 +145,20 @@ class LatentShards:
             raise DataError(f"{self.path}: was encoded with {'; '.join(differing)}")
 
     def check_readable(self) -> None:
-        """Raises DataError naming the first shard that is missing or cut short."""
+        """Raises DataError naming the first shard that is missing or cut short, or clip whose label or action is too high."""
         for number in range(len(self._ends)):
             try:
-                self.open_shard(number)
+                shard = self.open_shard(number)
             except UnreadableVideo as error:
-                raise DataError(str(error)) from None
+                raise DataError(f"{error}: run mimo encode again, which makes only this shard anew") from None
+            for key, count in (("label", self.num_classes), ("actions", self.num_actions)):
+                if count is None or key not in shard.keys():  # noqa: SIM118
+                    continue
+                values = shard.get_tensor(key).flatten(1 if key == "actions" else 0).numpy()
+                outside = np.argwhere((values < 0) | (values >= count))
+                if len(outside):
+                    name, first = self.path / self.index["shards"][number]["name"], tuple(outside[0])
+                    raise DataError(f"{name}: clip {first[0]} has {key} {values[first]}, expected 0..{count - 1}")
 
     def evaluation_order(self) -> list[int]:
         return list(range(len(self)))

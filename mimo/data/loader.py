@@ -1,8 +1,13 @@
 """Batches in an endless, repeatable order: batch number i is a pure function of (dataset, seed, i).
 
-The clips are walked in epochs, each a permutation drawn from (seed, epoch). Clip number g of that walk goes to batch
-g // (batch_size * world_size); the ranks take consecutive parts of it. So the ranks never share a clip within an epoch, R
-ranks see together what one rank with R times the batch sees, and a run resumed at step i reads nothing of steps before i.
+The clips are walked in epochs, each a permutation drawn from (seed, epoch). Step i of a training with global batch G takes
+the places i * G .. i * G + G - 1 of that walk: clip j of step i depends on (seed, i * G + j) alone, whatever the ranks and
+accumulation that G is split over. Micro batch m of rank r, with W ranks and micro batches of b clips, is part m * W + r:
+
+    G = accumulate * W * b          part = m * W + r          clips part * b .. part * b + b - 1 of the global batch
+
+So the ranks share no place of the walk, every clip comes once per epoch over all of them, any split trains on the same
+global batches in the same order, and a run resumed at step i, on as many ranks as it likes, reads nothing of earlier steps.
 """
 
 from __future__ import annotations
@@ -40,16 +45,15 @@ class _Batches(Dataset):
 
     def __getitem__(self, step: int):
         unreadable: list[tuple[str, str]] = []
-        first = (step * self.world_size + self.rank) * self.batch_size
+        first = (step * self.world_size + self.rank) * self.batch_size  # see the top of this file
         samples = []
         for position in range(first, first + self.batch_size):
-            sample = self._read(position, unreadable)
+            try:
+                sample = self._read(position, unreadable)
+            except DataError as error:  # told as a value, since a worker's exception comes with its traceback as text
+                return None, [], str(error)
             if sample is None:
-                return (
-                    None,
-                    unreadable,
-                    f"none of the {len(self.dataset)} clips can be used",
-                )
+                return None, unreadable, f"none of the {len(self.dataset)} clips can be used"
             samples.append(sample)
         keys = [sorted(sample) for sample in samples]
         if keys.count(keys[0]) != len(keys):
@@ -104,7 +108,9 @@ def batches(
 
     Args:
         dataset: any of mimo.data.datasets.
-        batch_size: clips per batch of this rank.
+        batch_size: clips per batch of this rank; with accumulation, of one micro batch.
+        start_step: number of the first batch. With accumulation a step has `accumulate` batches, so that micro batch m of
+            step i is number i * accumulate + m.
         num_workers: processes that decode ahead; the batches are the same for every number.
         rank, world_size: this process among those that share the dataset.
 

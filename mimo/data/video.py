@@ -152,33 +152,33 @@ class VideoReader:
         """Frames start, start + interval, ... as uint8 [num_frames, H, W, 3]; see `read_clip`."""
         _check_range(self.path, self.num_frames, num_frames, start, interval)
         wanted = range(start, start + clip_span(num_frames, interval), interval)
+        places = {index: place for place, index in enumerate(wanted)}  # those not found yet
         fit = _Fit(self.height, self.width, size, crop)
         out = np.empty((num_frames, fit.height, fit.width, 3), np.uint8)
-        found = 0
         try:
-            for index, frame in self._frames(start):
-                if index != wanted[found]:
+            for index, frame in self._frames(wanted):
+                place = places.pop(index, None)
+                if place is None:
                     continue
                 if frame.is_corrupt:
                     raise UnreadableVideo(self.path, f"frame {index} is damaged")
-                out[found] = fit(frame)
-                found += 1
-                if found == num_frames:
+                out[place] = fit(frame)
+                if not places:
                     return out
         except _BROKEN as error:
             raise (
                 error if isinstance(error, UnreadableVideo) else UnreadableVideo(self.path, _reason(error))
             ) from None
-        raise UnreadableVideo(self.path, f"frame {wanted[found]} of {self.num_frames} does not decode")
+        raise UnreadableVideo(self.path, f"frame {min(places)} of {self.num_frames} does not decode")
 
-    def _frames(self, start: int) -> Iterator[tuple[int, av.VideoFrame]]:
-        """(index, frame) in showing order, from a key frame at or before `start`."""
-        index = {pts: i for i, pts in enumerate(self._pts)}
+    def _frames(self, wanted: range) -> Iterator[tuple[int, av.VideoFrame]]:
+        """(index, frame) from a key frame at or before the first wanted one; those not wanted may be missing."""
+        start, index = wanted[0], {pts: i for i, pts in enumerate(self._pts)}
         keys = self._keys[: bisect_right(self._keys, (self._pts[start], float("inf")))] if self._timed else []
         # A container may miss the key frame it was sent to (seek tables can be wrong): then the one before is tried.
         for _, dts in reversed(keys):
             self._container.seek(dts, stream=self._stream)
-            frames = self._container.decode(self._stream)
+            frames = self._decode({self._pts[i] for i in wanted})
             first = next(frames, None)
             if first is not None and first.pts is not None and first.pts <= self._pts[start]:
                 for frame in chain([first], frames):
@@ -188,6 +188,13 @@ class VideoReader:
         self._container.close()
         self._open()
         yield from enumerate(self._container.decode(self._stream))
+
+    def _decode(self, wanted: set[int]) -> Iterator[av.VideoFrame]:
+        """The frames from where the file stands; what is not wanted is decoded only if other frames refer to it."""
+        context = self._stream.codec_context
+        for packet in self._container.demux(self._stream):
+            context.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in wanted else "NONREF"
+            yield from packet.decode()
 
     def close(self) -> None:
         if self._container is not None:

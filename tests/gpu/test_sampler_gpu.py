@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-import mimo.sampler
+import mimo.denoiser
 from mimo import MiMo, MiMoConfig
 from mimo.config import SampleConfig
-from mimo.sampler import CachePolicy, Sampler
+from mimo.denoiser import CachePolicy
+from mimo.layout import make_layout
+from mimo.sampler import Sampler, Saving
 
 DEVICE = torch.device("cuda")
 
@@ -40,7 +42,7 @@ def eager(monkeypatch):
 
     def make(*args, **options):
         with monkeypatch.context() as patch:
-            patch.setattr(mimo.sampler, "_Replayed", lambda function, device: function)
+            patch.setattr(mimo.denoiser, "_Replayed", lambda function, captures: function)
             sampler = Sampler(*args, **options)
             video = draw(sampler)
         return video
@@ -48,16 +50,86 @@ def eager(monkeypatch):
     return make
 
 
+@pytest.mark.parametrize("graph", ["step", "frame"])
 @pytest.mark.parametrize("policy", [CachePolicy(), CachePolicy(3, sink=1)], ids=["whole", "window"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_graph_equals_eager(eager, policy, dtype):
-    model = network(dtype)
-    expected = eager(model, config(), policy=policy)
-    sampler = Sampler(model, config(), policy=policy)
+def test_graph_equals_eager(eager, policy, dtype, graph):
+    model, options = network(dtype), {"policy": policy, "history_noise": (0.0, 0.3)}
+    expected = eager(model, config(), **options)
+    sampler = Sampler(model, config(), graph=graph, **options)
     assert torch.equal(draw(sampler), expected)
     assert torch.equal(draw(sampler), expected)  # the same graphs, a second run
     (run,) = sampler._idle.values()
-    assert run.step.graph is not None and run.record.graph is not None
+    captured = [run.frame] if graph == "frame" else [run.step, run.record]
+    assert all(replayed.graph is not None for replayed in captured)
+
+
+def test_graphs_outlive_the_layouts_that_others_push_out(eager):
+    model = network()
+    expected = eager(model, config())
+    sampler = Sampler(model, config())
+    draw(sampler)
+    make_layout.cache_clear()
+    torch.cuda.empty_cache()
+    torch.empty(2**28, device=DEVICE).fill_(float("nan"))
+    assert torch.equal(draw(sampler), expected)
+
+
+def test_plain_pytorch_is_sampled_without_graphs():
+    """Its attention takes lengths from the host, so it is not captured."""
+    model, reference = network(), MiMo(network().config, backend="reference").eval().to(DEVICE)
+    reference.load_state_dict(model.state_dict())
+    sampler = Sampler(reference, config())
+    video = draw(sampler)
+    (run,) = sampler._idle.values()
+    assert run.step.graph is None and run.record.graph is None
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.testing.assert_close(video, draw(Sampler(model, config())), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("graph", ["step", "frame"])
+def test_continued_run_makes_the_same_frames(tmp_path, graph):
+    model = network(torch.bfloat16)
+
+    def sampler():
+        return Sampler(model, config(class_guidance=1.0), policy=CachePolicy(3, sink=1), graph=graph)
+
+    def seed():
+        return torch.Generator().manual_seed(0)
+
+    expected = list(sampler().stream(None, 10, batch=2, generator=seed()))
+    saving = Saving(tmp_path, every=4)
+    stream = sampler().stream(None, 10, batch=2, generator=seed(), saving=saving)
+    for _ in range(6):
+        next(stream)
+    stream.close()
+    continued = sampler().resume(saving)
+    assert continued.progress.done == 4
+    for frame, same in zip(continued, expected[4:], strict=True):
+        assert torch.equal(frame, same)
+
+
+def test_a_failed_capture_leaves_no_graph(monkeypatch):
+    sampler = Sampler(network(), config())
+    stream = sampler.stream(None, 6, generator=torch.Generator().manual_seed(0))
+    original, calls = MiMo.future_frame, iter(range(99))
+
+    def fails(*args, **options):
+        if next(calls) == 1:  # while it is captured
+            raise RuntimeError("out of luck")
+        return original(*args, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(MiMo, "future_frame", fails)
+        next(stream)
+    assert stream.run.step.graph is None
+    assert draw(sampler).isfinite().all()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_another_device_than_the_current_one():
+    video = draw(Sampler(network(), config()))
+    torch.testing.assert_close(draw(Sampler(network().to("cuda:1"), config())).to(DEVICE), video, rtol=0, atol=0)
 
 
 def test_equals_the_cpu_and_the_full_mask():
@@ -94,8 +166,10 @@ def test_autocast_graphs_outlive_the_context():
     assert torch.equal(*videos)
 
 
-def test_nothing_waits_for_the_device_inside_a_frame():
-    sampler = Sampler(network(torch.bfloat16), config(class_guidance=1.0), policy=CachePolicy(4, sink=1))
+@pytest.mark.parametrize("graph", ["step", "frame"])
+def test_nothing_waits_for_the_device_inside_a_frame(graph):
+    policy = CachePolicy(4, sink=1)
+    sampler = Sampler(network(torch.bfloat16), config(class_guidance=1.0), policy=policy, graph=graph)
     stream = sampler.stream(None, 12, batch=2, generator=torch.Generator().manual_seed(0))
     for _ in range(3):  # captures both graphs
         next(stream)

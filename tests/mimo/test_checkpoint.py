@@ -10,6 +10,8 @@ from torch import nn
 from mimo import checkpoint
 from mimo.errors import InputError
 
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
+
 
 def save(run, step, *, value=0.0, **options):
     tensors = {"model": {"weight": torch.full((4, 3), value), "bias": torch.arange(4.0)}}
@@ -77,7 +79,7 @@ def test_unfinished_folder_is_ignored_and_deleted(tmp_path):
 
 def test_damaged_newest_is_passed_over_with_its_reason(tmp_path):
     whole, newest = save(tmp_path, 1), save(tmp_path, 2)
-    file = newest / "model.safetensors"
+    file = newest / "model" / SHARD
     file.write_bytes(file.read_bytes()[:-5])
     folder, reasons = checkpoint.latest(tmp_path)
     assert folder == whole
@@ -102,25 +104,25 @@ def damage_broken_state(folder):
 
 
 def damage_missing_file(folder):
-    (folder / "model.safetensors").unlink()
+    (folder / "model" / SHARD).unlink()
 
 
 def damage_short_data(folder):
-    file = folder / "model.safetensors"
+    file = folder / "model" / SHARD
     file.write_bytes(file.read_bytes()[:-1])
 
 
 def damage_short_header(folder):
-    file = folder / "model.safetensors"
+    file = folder / "model" / SHARD
     file.write_bytes(file.read_bytes()[:20])
 
 
 def damage_empty(folder):
-    (folder / "model.safetensors").write_bytes(b"")
+    (folder / "model" / SHARD).write_bytes(b"")
 
 
 def damage_text(folder):
-    (folder / "model.safetensors").write_bytes(b"not tensors at all, just a text file")
+    (folder / "model" / SHARD).write_bytes(b"not tensors at all, just a text file")
 
 
 def damage_format(folder):
@@ -138,7 +140,7 @@ def damage_format(folder):
         (damage_short_header, "is truncated"),
         (damage_empty, "is truncated"),
         (damage_text, "not a safetensors file"),
-        (damage_format, "format 99"),
+        (damage_format, "format 99; this version reads format 2"),
     ],
 )
 def test_each_damage_has_its_own_message(tmp_path, damage, words):
@@ -163,7 +165,7 @@ class Bomb:
 @pytest.mark.parametrize("how", ["torch", "torch-legacy", "pickle"])
 def test_a_pickle_is_named_and_never_loaded(tmp_path, how):
     folder = save(tmp_path, 1)
-    file, trap = folder / "model.safetensors", tmp_path / "trap"
+    file, trap = folder / "model" / SHARD, tmp_path / "trap"
     if how == "pickle":
         file.write_bytes(pickle.dumps(Bomb(str(trap))))
     else:
@@ -176,11 +178,11 @@ def test_a_pickle_is_named_and_never_loaded(tmp_path, how):
 
 def test_flipped_bits_are_found_by_the_checksum(tmp_path):
     folder = save(tmp_path, 1)
-    file = folder / "model.safetensors"
+    file = folder / "model" / SHARD
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    with pytest.raises(InputError, match="checksum of model.safetensors"):
+    with pytest.raises(InputError, match="checksum of model/shard-00001"):
         checkpoint.read_tensors(folder, "model", checkpoint.read_state(folder))
 
 
@@ -191,7 +193,7 @@ def test_paths_that_are_no_checkpoint(tmp_path):
         checkpoint.find(tmp_path)
     folder = save(tmp_path, 1)
     with pytest.raises(InputError, match="is a file"):
-        checkpoint.find(folder / "model.safetensors")
+        checkpoint.find(folder / "model" / SHARD)
 
 
 def test_tensors_that_do_not_fit_the_model_are_named(tmp_path):

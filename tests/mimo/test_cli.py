@@ -170,6 +170,10 @@ def step(run):
     return run / "checkpoints" / "step_00000002"
 
 
+def shard(run, part):
+    return step(run) / part / "shard-00001-model-00001-of-00001.safetensors"
+
+
 def refused_by_both(refused, run, *more):
     """The message of `mimo sample` and of `mimo train --resume` on a run."""
     one = refused("sample", "--checkpoint", run, "--out", run.parent / "samples")
@@ -185,18 +189,18 @@ def test_missing_checkpoint(refused, tmp_path):
 
 
 def test_truncated_checkpoint(refused, own_run):
-    for name in ("ema.safetensors", "model.safetensors"):
-        file = step(own_run) / name
+    for part in ("ema", "model"):
+        file = shard(own_run, part)
         file.write_bytes(file.read_bytes()[:-100])
         for message in refused_by_both(refused, own_run):
             assert "is truncated" in message and ".safetensors" in message
 
 
 def test_pickle_where_safetensors_is_expected(refused, own_run):
-    torch.save({"weight": torch.zeros(3)}, step(own_run) / "ema.safetensors")
+    torch.save({"weight": torch.zeros(3)}, shard(own_run, "ema"))
     for message in refused_by_both(refused, own_run):
-        assert "ema.safetensors is a pickle" in message
-    assert "is a pickle" in refused("sample", "--checkpoint", step(own_run) / "ema.safetensors", "--out", own_run)
+        assert f"{shard(own_run, 'ema').name} is a pickle" in message
+    assert "is a pickle" in refused("sample", "--checkpoint", shard(own_run, "ema"), "--out", own_run)
 
 
 def test_resume_with_another_config(refused, own_run):
@@ -209,7 +213,7 @@ def test_train_over_a_finished_run(refused, own_run):
 
 
 def test_tensors_that_do_not_fit_the_recorded_config(refused, own_run):
-    file, state_file = step(own_run) / "ema.safetensors", step(own_run) / "state.json"
+    file, state_file = shard(own_run, "ema"), step(own_run) / "state.json"
     state = json.loads(state_file.read_text())
     state["configs"]["model"]["depth"] = 2
     state_file.write_text(json.dumps(state))

@@ -107,7 +107,7 @@ def test_unknown_names_are_refused_with_the_known_ones():
         (TrainConfig, {"batch_size": 10, "accumulate": 3}, "accumulate=3.*10"),
         (TrainConfig, {"lr": -1.0}, "lr=-1.0"),
         (TrainConfig, {"ema_decay": 1.0}, "ema_decay=1.0"),
-        (TrainConfig, {"precision": "fp8"}, "precision='fp8'"),
+        (TrainConfig, {"precision": "fp16"}, "precision='fp16'"),
         (TrainConfig, {"betas": (0.9, 1.0)}, "betas"),
         (SampleConfig, {"steps": 0}, "steps=0"),
         (SampleConfig, {"context_frames": 5}, "context_frames=5.*5"),

@@ -37,7 +37,7 @@ def test_two_kinds_and_actions(folder):
     videos, trajectories = check(folder)
     assert videos.files == 5 and trajectories.files == 2
     assert trajectories.actions == {0: 2, 1: 3, 2: 1} and not trajectories.rates
-    assert trajectories.unreadable == [(str(folder / "u.npz"), "holds 2 actions for 6 frames")]
+    assert trajectories.unreadable == [(str(folder / "u.npz"), "holds 2 actions for the 6 frames of u.npz")]
 
 
 def test_classes(folder):
@@ -49,6 +49,28 @@ def test_classes(folder):
     (folder / "list.json").write_text(json.dumps(entries))
     (report,) = check(folder, annotation=folder / "list.json")
     assert report.labels == {0: 1, 3: 2} and "2 (labels 0 to 3), 1 to 2 clips each" in str(report)
+
+
+def test_a_layout_says_what_training_will_ask_for(folder):
+    (folder / "train").mkdir()
+    write_video(folder / "train" / "d.mp4", np.full((20, 16, 24, 3), 80, np.uint8))
+    (report,) = check(folder, layout="kinetics600")
+    assert (report.files, report.num_frames, report.short) == (1, 17, 0) and report.path.endswith("train")
+    (report,) = check(folder, layout="kinetics600", num_frames=21)
+    assert report.short == 1
+    (folder / "list.json").write_text(json.dumps([{"video_path": "a.mp4", "label": 101}]))
+    with pytest.raises(DataError, match=r"a\.mp4: label 101, expected one below num_classes 101"):
+        check(folder / "list.json", layout="ucf101")
+    with pytest.raises(DataError, match="unknown layout 'imagenet'"):
+        check(folder, layout="imagenet")
+    np.savez(folder / "train" / "d.npz", actions=np.arange(20))
+    (report,) = check(folder / "train", layout="minecraft")
+    assert report.unreadable == [(str(folder / "train" / "d.npz"), "actions reach from 0 to 19, expected in 0..3")]
+    np.savez(folder / "train" / "d.npz", actions=np.zeros((20, 4), np.float32))  # the robot's, which are not used
+    (report,) = check(folder / "train", layout="bair")
+    assert not report.unreadable and report.short == 1
+    (report,) = check(folder / "train")
+    assert "'actions' is float32 [20, 4], expected integers [F]" in str(report)
 
 
 def test_damage_inside_is_found_by_decoding_everything(tmp_path):

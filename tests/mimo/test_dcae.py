@@ -249,7 +249,7 @@ def test_resumed_training_equals_an_undisturbed_one(tmp_path, small_network):
     train_tokenizer(shapes(), tmp_path / "parts", TokenizerTraining(**config | {"steps": 2}))
     train_tokenizer(shapes(), tmp_path / "parts", TokenizerTraining(**config), resume=True)
     for name in ("model", "ema", "disc", "optimizer", "disc_optimizer"):
-        file = f"checkpoints/step_00000004/{name}.safetensors"
+        file = f"checkpoints/step_00000004/{name}/shard-00001-model-00001-of-00001.safetensors"
         whole, parts = load_file(tmp_path / "whole" / file), load_file(tmp_path / "parts" / file)
         assert whole.keys() == parts.keys() and all(torch.equal(whole[key], parts[key]) for key in whole)
     with pytest.raises(InputError, match="another configuration: lr is"):

@@ -2,12 +2,19 @@
 
 import itertools
 import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
+import mimo.encode
 from mimo.data import DataError, LatentShards, ShapesDataset, VideoFolder, batches, open_dataset, to_float, write_video
 from mimo.data.check import check
 from mimo.encode import Encoding, encode, verify
@@ -94,6 +101,76 @@ def test_a_stopped_run_continues(tmp_path, tokenizer):
     assert (tmp_path / "out" / "shard-00000.safetensors").stat().st_mtime_ns == first, "whole shards are not made again"
 
 
+def start(*arguments, write=None, **options):
+    """encode in a process of its own, which pytest can kill; `write` takes the place of safetensors' save_file."""
+
+    def work():
+        torch.set_num_threads(1)  # threads do not survive the fork,
+        tqdm.set_lock(threading.RLock())  # and processes of their own do not share tqdm's lock, as forked ones do
+        if write is not None:
+            mimo.encode.save_file = write
+        run(*arguments, **options)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
+
+
+def test_a_process_killed_while_it_writes_leaves_nothing_wrong(tmp_path, tokenizer):
+    dataset, out = VideoFolder(videos(tmp_path / "in"), **SHAPE), tmp_path / "out"
+    whole = contents(run(dataset, tokenizer, tmp_path / "whole"))
+
+    def half(tensors, path, metadata):
+        save_file(tensors, path, metadata)
+        if "shard-00001" in path.name:
+            os.truncate(path, path.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    process = start(dataset, tokenizer, out, write=half)
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    left = sorted(set(contents(out)) - {"files.json", "plan.json", "shard-00000.safetensors"})
+    assert len(left) == 1 and left[0].startswith(".shard-00001.")
+    with pytest.raises(DataError, match="encoding is not finished"):
+        open_dataset(out, **SHAPE)
+    run(dataset, tokenizer, out)
+    assert contents(out) == whole, "the half file is gone too"
+
+
+def test_processes_killed_at_any_moment(tmp_path, tokenizer):
+    """Three processes that start at once, killed again and again: the shards come out as if nothing had happened."""
+    dataset, config = VideoFolder(videos(tmp_path / "in"), **SHAPE), Encoding(passes=8, shard_clips=2, workers=0)
+    whole = contents(run(dataset, tokenizer, tmp_path / "whole", config))
+    out, waits = tmp_path / "out", np.random.default_rng(0).uniform(0.01, 0.15, 6)
+    for wait in waits:
+        processes = [start(dataset, tokenizer, out, config, rank=rank, world_size=3) for rank in range(3)]
+        time.sleep(wait)
+        for process in processes:
+            process.kill()
+            process.join(60)
+    processes = [start(dataset, tokenizer, out, config, rank=rank, world_size=3) for rank in range(3)]
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    found = contents(out)
+    hidden = {name for name in found if name[0] == "."}  # at most some begun .json, never as much as a shard
+    assert {name: found[name] for name in found.keys() - hidden} == whole
+    assert all(name.endswith(".json") for name in hidden)
+
+
+def test_a_folder_that_is_being_begun_or_was_left_so_is_taken(tmp_path, tokenizer):
+    dataset, out = ShapesDataset(**SHAPE, length=2), tmp_path / "out"
+    out.mkdir()
+    (out / "files.json").write_text("[]")
+    (out / ".plan.1.tmp.json").write_text("{")
+    assert len(LatentShards(run(dataset, tokenizer, out))) == 4
+
+
+def test_shards_can_be_read_by_whoever_can_read_the_folder(encoded):
+    _, out = encoded
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1
+
+
 def test_training_reads_shards(tmp_path, tokenizer):
     write_video(tmp_path / "in" / "a.mp4", np.zeros((9, 16, 16, 3), np.uint8))
     write_video(tmp_path / "in" / "b.mp4", np.full((9, 16, 16, 3), 255, np.uint8))
@@ -113,6 +190,7 @@ def test_training_reads_shards(tmp_path, tokenizer):
             assert torch.equal(batch["actions"], batch["label"][:, None].expand(2, 3))
     (report,) = check(tmp_path / "out")
     assert report.files == 4 and not report.unreadable
+    assert report.labels == {0: 2, 1: 2} and report.actions == {0: 6, 1: 6}
 
 
 def test_shapes_and_other_precisions(tmp_path, tokenizer):
@@ -150,10 +228,12 @@ def test_a_shard_cut_short_is_named(encoded):
     size = file.stat().st_size
     file.write_bytes(file.read_bytes()[:-10])
     why = rf"shard-00001\.safetensors: has {size - 10} bytes, {size} were written"
-    with pytest.raises(DataError, match=why):
-        LatentShards(out).check_readable()
+    for look in (lambda: LatentShards(out).check_readable(), lambda: open_dataset(out, **SHAPE)):
+        with pytest.raises(DataError, match=why + ": run mimo encode again"):
+            look()
     (report,) = check(out)
     assert len(report.unreadable) == 4 and report.files == 10
+    assert str(report).count("shard-00001.safetensors") == 1 and "were written (4 clips)" in str(report)
     got = torch.cat([batch["index"] for batch in itertools.islice(batches(LatentShards(out), 2, seed=0), 10)])
     assert set(got.tolist()) == {0, 1, 2, 3, 8, 9}, "training goes on with the other shards"
     with pytest.raises(DataError, match=r"shard-00001\.safetensors: is .* bytes"):
@@ -173,6 +253,8 @@ def test_a_changed_byte_is_found_and_mended(encoded, tokenizer):
     (out / "shard-00000.safetensors").write_bytes(data)
     with pytest.raises(DataError, match=r"shard-00000\.safetensors: its checksum is not"):
         verify(out)
+    (quick,), (thorough,) = check(out), check(out, decode_all=True)
+    assert not quick.unreadable and len(thorough.unreadable) == 4 and "its checksum is not" in str(thorough)
     run(dataset, tokenizer, out)
     assert contents(out) == before
 
@@ -215,6 +297,19 @@ def test_other_settings_are_refused(encoded, tokenizer, tmp_path):
     for bad in ({"passes": 0}, {"dtype": "int8"}, {"seed": -1}):
         with pytest.raises(InputError, match="must be >= 1|expected one of"):
             Encoding(**bad)
+
+
+def test_labels_and_actions_out_of_range_are_named(tmp_path, tokenizer):
+    for name, label in (("a", 0), ("b", 2)):
+        write_video(tmp_path / "in" / f"{name}.mp4", np.zeros((9, 16, 16, 3), np.uint8))
+        np.savez(tmp_path / "in" / f"{name}.npz", actions=np.arange(9) % (1 + label))
+    entries = [{"video_path": f"{n}.mp4", "label": 2 * k, "action_path": f"{n}.npz"} for k, n in enumerate("ab")]
+    (tmp_path / "in" / "list.json").write_text(json.dumps(entries))
+    out = run(open_dataset(tmp_path / "in" / "list.json", **SHAPE), tokenizer, tmp_path / "out")
+    assert open_dataset(out, **SHAPE).num_classes == 3 and len(open_dataset(out, **SHAPE, num_classes=9)) == 4
+    for options, what in (({"num_classes": 2}, "label 2, expected 0..1"), ({"num_actions": 2}, "actions 2, expected")):
+        with pytest.raises(DataError, match=rf"shard-00000\.safetensors: clip 1 has {what}"):
+            open_dataset(out, **SHAPE, **options)
 
 
 def test_damaged_index(encoded):

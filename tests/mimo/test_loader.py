@@ -80,6 +80,28 @@ def test_ranks_share_no_clip_and_equal_one_rank():
     assert sorted(itertools.chain(*seen)) == list(range(24))
 
 
+@pytest.mark.parametrize(("ranks", "accumulate"), [(1, 1), (1, 12), (2, 1), (2, 3), (3, 2), (4, 3), (12, 1)])
+def test_any_split_of_the_global_batch_has_the_same_clips_in_the_same_order(ranks, accumulate):
+    """17 clips, of which one cannot be read, in global batches of 12: epochs end in the middle of a step."""
+    dataset, steps, micro = Recorder(length=17, bad=(5,)), 5, 12 // (ranks * accumulate)
+    whole = take(steps, dataset, 12, seed=5)
+    numbered = [take(steps * accumulate, dataset, micro, seed=5, rank=rank, world_size=ranks) for rank in range(ranks)]
+    for step in range(steps):
+        parts = [numbered[part % ranks][step * accumulate + part // ranks] for part in range(ranks * accumulate)]
+        assert equal([whole[step]], [{key: torch.cat([part[key] for part in parts]) for key in whole[step]}])
+    resumed = take(1, dataset, micro, seed=5, rank=ranks - 1, world_size=ranks, start_step=3 * accumulate)
+    assert equal(resumed, numbered[-1][3 * accumulate : 3 * accumulate + 1])
+
+
+@pytest.mark.parametrize("ranks", range(1, 8))
+def test_every_clip_comes_once_per_epoch_over_all_ranks(ranks):
+    dataset, per_rank = Recorder(length=13), 2 * 13  # of single clips: 2 * ranks epochs, that end on any rank
+    walks = [take(per_rank, dataset, 1, seed=2, rank=rank, world_size=ranks) for rank in range(ranks)]
+    walk = [int(walks[place % ranks][place // ranks]["index"]) for place in range(per_rank * ranks)]
+    epochs = [walk[first : first + 13] for first in range(0, len(walk), 13)]
+    assert all(sorted(epoch) == list(range(13)) for epoch in epochs) and len(epochs) == 2 * ranks
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_global_generators_are_left_alone(workers):
     before = torch.get_rng_state()
@@ -109,6 +131,17 @@ def test_bad_files_are_reported_once_and_replaced(caplog, workers):
 def test_nothing_readable(workers):
     with pytest.raises(DataError, match="none of the 10 clips can be used; the first is clip") as error:
         take(1, Recorder(bad=range(10)), 4, seed=0, num_workers=workers)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_wrong_for_all_of_a_dataset_is_told_in_one_line(workers):
+    class Wrong(Recorder):
+        def sample(self, index, seed):
+            raise DataError("label 7, expected 0..3")
+
+    with pytest.raises(DataError, match=r"Wrong object.*: label 7, expected 0\.\.3$") as error:
+        take(1, Wrong(), 4, seed=0, num_workers=workers)
     assert "\n" not in str(error.value)
 
 

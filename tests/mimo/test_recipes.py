@@ -9,7 +9,7 @@ from torch import nn
 from mimo import MiMo, MiMoConfig
 from mimo.diffusion import build_schedule, compute_loss_weight
 from mimo.model import MiMoOutput
-from mimo.recipes import Recipe, acdit, kept_tokens, make_ema, step_generator
+from mimo.recipes import EMA, Recipe, acdit, kept_tokens, step_generator
 
 CONFIG = MiMoConfig(
     depth=2,
@@ -114,14 +114,28 @@ def test_a_step_is_a_function_of_seed_and_step():
     assert not torch.equal(a.seen["noisy"], c.seen["noisy"])
 
 
-def test_generators_of_steps_and_parts_differ():
+def test_generators_of_steps_and_seeds_differ():
     draws = {
-        torch.rand((), generator=step_generator(seed, step, "cpu", part)).item()
-        for seed in (0, 1)
-        for step in (0, 1, 2)
-        for part in (0, 1)
+        torch.rand((), generator=step_generator(seed, step, "cpu")).item() for seed in (0, 1) for step in (0, 1, 2)
     }
-    assert len(draws) == 12
+    assert len(draws) == 6
+
+
+def test_a_part_of_a_batch_draws_what_the_whole_draws_for_it():
+    config = dataclasses.replace(CONFIG, num_classes=7, num_actions=3, label_dropout=0.5, **K600)
+    latents, given = clips(config, 6), {"labels": torch.arange(6), "actions": torch.arange(24).view(6, 4) % 3}
+    spies = []
+    for first, count in ((0, 6), (0, 2), (2, 2), (4, 2)):
+        spies.append(Spy(config))
+        part = {name: values[first : first + count] for name, values in given.items()}
+        generator = step_generator(0, 3, "cpu")
+        Recipe(config).loss(
+            spies[-1], latents[first : first + count], **part, generator=generator, first=first, total=6
+        )
+    for name in ("noisy", "timestep", "keep", "labels", "actions", "drop_history"):
+        parts = torch.cat([spy.seen[name] for spy in spies[1:]])
+        assert torch.equal(spies[0].seen[name], parts), name
+        assert len(parts.view(6, -1).unique(dim=0)) > 1, f"{name}: the parts differ"
 
 
 def test_masks_are_tubes_with_a_ratio_in_range():
@@ -211,17 +225,18 @@ def test_the_unmasked_phase_masks_nothing():
 def test_ema_follows_the_model():
     torch.manual_seed(0)
     model = MiMo(CONFIG)
-    ema = make_ema(model, 0.9)
+    ema = EMA(model, 0.9)
     expected = None
     for _ in range(3):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter))
-        ema.update_parameters(model)
+        ema.update(model)
         now = model.head.weight.detach().clone()
         expected = now if expected is None else 0.9 * expected + 0.1 * now
-    torch.testing.assert_close(ema.module.head.weight, expected)
-    assert not any(parameter.requires_grad for parameter in ema.parameters())
+    torch.testing.assert_close(ema.tensors["head.weight"], expected)
+    assert ema.tensors.keys() == model.state_dict().keys()
+    assert not any(tensor.requires_grad for tensor in ema.tensors.values())
 
 
 @pytest.fixture

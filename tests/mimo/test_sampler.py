@@ -10,11 +10,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import mimo.sampler
+import mimo.denoiser
+import mimo.model
 from mimo import MiMo, MiMoConfig
 from mimo.config import SampleConfig
+from mimo.denoiser import CachePolicy, guidance_branches
 from mimo.diffusion import FlowSchedule, VPredictionSchedule
-from mimo.sampler import CachePolicy, Sampler, guidance_branches
+from mimo.sampler import Sampler
 from mimo_kernels import FrameCache, paged_frame_attention
 
 TOKENS, CHANNELS, CLASSES, ACTIONS = 8, 5, 3, 4
@@ -186,7 +188,7 @@ def test_trajectories_store_their_context_once(model, monkeypatch):
             super().__init__(*args, **options)
             caches.append(self)
 
-    monkeypatch.setattr(mimo.sampler, "FrameCache", Recorded)
+    monkeypatch.setattr(mimo.denoiser, "FrameCache", Recorded)
     stream = Sampler(model, config()).stream(context(2, 4), 6, trajectories=10, generator=seed())
     next(stream)
     (cache,) = caches
@@ -234,7 +236,7 @@ class Recorded:
     """What a CUDA graph does, on the CPU: the second call is recorded operator by operator, later calls run the record
     again on the same memory and run no Python of the function."""
 
-    def __init__(self, function, device):
+    def __init__(self, function, captures):
         self.function, self.calls, self.record = function, 0, []
 
     def __call__(self):
@@ -265,23 +267,29 @@ class Recorded:
             return out
 
 
-def test_one_recording_serves_all_steps_and_frames(conditional, monkeypatch):
+@pytest.mark.parametrize("graph", ["step", "frame"])
+def test_one_recording_serves_all_steps_and_frames(conditional, monkeypatch, graph):
     """Nothing that changes from step to step, frame to frame or run to run reaches the network but through memory."""
     policy = CachePolicy(2, sink=1)  # the cache grows, then loses frames
-    guided = config(steps=2, history_guidance=1.5, class_guidance=2.0)
+    guided, noisy = config(steps=2, history_guidance=1.5, class_guidance=2.0), {"history_noise": (0.0, 0.3)}
     options = [conditions(frames=6), conditions(frames=6) | {"labels": torch.tensor([2, 0])}]
     expected = [
-        Sampler(conditional, guided, policy=policy).sample(context(), 6, generator=seed(), **o) for o in options
+        Sampler(conditional, guided, policy=policy, **noisy).sample(context(), 6, generator=seed(), **o)
+        for o in options
     ]
-    monkeypatch.setattr(mimo.sampler, "_Replayed", Recorded)
+    monkeypatch.setattr(mimo.denoiser, "_Replayed", Recorded)
     # The reference takes lengths from the host; the kernel reads them where a graph leaves them.
     kernel = partial(paged_frame_attention, backend="triton")
-    monkeypatch.setattr(mimo.sampler, "paged_frame_attention", lambda *args, backend, **rest: kernel(*args, **rest))
-    sampler = Sampler(conditional, guided, policy=policy)
+    monkeypatch.setattr(mimo.denoiser, "paged_frame_attention", lambda *args, backend, **rest: kernel(*args, **rest))
+    sampler = Sampler(conditional, guided, policy=policy, graph=graph, **noisy)
     for o, video in zip(options, expected, strict=True):
         close(sampler.sample(context(), 6, generator=seed(), **o), video)
     (run,) = sampler._idle.values()
-    assert run.step.calls == 2 * 2 * 4 and run.record.calls == 2 * 3
+    if graph == "step":
+        assert run.step.calls == 2 * 2 * 4 and run.record.calls == 2 * 3
+    else:  # one launch per frame
+        assert run.frame.calls == 2 * 4 and run.step.calls == run.record.calls == 0
+    assert run.cache.num_free_pages == run.cache.num_pages
 
 
 def test_long_video_in_constant_memory():
@@ -355,6 +363,40 @@ def test_failure_inside_a_frame_leaves_the_sampler_usable(model, monkeypatch):
     assert torch.equal(sampler.sample(context(), 5, generator=seed()), expected)
 
 
+def test_a_whole_frame_in_one_piece_is_the_same_video(model):
+    for policy in (CachePolicy(), CachePolicy(2, sink=1)):
+        videos = [
+            Sampler(model, config(history_guidance=1.5), policy=policy, graph=graph, history_noise=(0.0, 0.5)).sample(
+                [context(1, 3)[0], context(1, 1)[0]], 7, generator=seed(), trajectories=2
+            )
+            for graph in ("step", "frame")
+        ]
+        assert all(torch.equal(one, other) for one, other in zip(*videos, strict=True))
+
+
+def test_history_goes_straight_into_the_pages(model, monkeypatch):
+    """The pass of a finished frame writes each layer's keys and values once, where they stay, and nothing else does."""
+    written = []
+    original = mimo.model.qk_norm_rope_cache
+
+    def record(qkv, *args, **options):
+        *_, keys, values, rows = args
+        before = keys.clone(), values.clone()
+        q, k = original(qkv, *args, **options)
+        others = torch.ones(len(keys), dtype=torch.bool).index_fill(0, rows, False)
+        for pool, old, new in zip((keys, values), before, (k, qkv[:, 2]), strict=True):
+            assert torch.equal(pool[rows], new) and torch.equal(pool[others], old[others])
+        written.append(keys.data_ptr())
+        return q, k
+
+    monkeypatch.setattr(mimo.model, "qk_norm_rope_cache", record)
+    monkeypatch.setattr(FrameCache, "write", lambda *_: pytest.fail("keys and values were copied into the cache"))
+    Sampler(model, config()).sample(context(2, 2), 5, generator=seed())
+    assert (
+        len(written) == 2 * (2 + 2) and len(set(written)) == 2
+    )  # 2 layers, 2 frames given and 2 made; the last is not
+
+
 def test_temperature_and_history_noise_change_late_frames(model, monkeypatch):
     starts = Starts(monkeypatch)
     plain = Sampler(model, config()).sample(context(), 5, generator=seed())
@@ -421,6 +463,8 @@ def test_wrong_use_is_named(model, conditional):
     refuses("num_frames=7: learned positions end at 6", context(), 7, sampler=learned)
     with pytest.raises(ValueError, match="sampler='ddim': a 'flow' network is sampled by 'euler'"):
         Sampler(model, config(sampler="ddim"))
+    with pytest.raises(ValueError, match="graph='whole': expected 'step' or 'frame'"):
+        Sampler(model, config(), graph="whole")
     with pytest.raises(ValueError, match="window=0: expected 1 or more"):
         CachePolicy(0)
     with pytest.raises(ValueError, match="sink=-1"):

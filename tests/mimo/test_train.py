@@ -50,13 +50,13 @@ def make_trainer(model=None, **options):
 def state_of(trainer):
     return {
         **{f"model.{name}": t.clone() for name, t in trainer.model.state_dict().items()},
-        **{f"ema.{name}": t.clone() for name, t in trainer.ema.state_dict().items()},
+        **{f"ema.{name}": t.clone() for name, t in trainer.ema.tensors.items()},
         **checkpoint.optimizer_tensors(trainer.optimizer, trainer.model),
     }
 
 
 def assert_identical(one, other):
-    assert one.keys() == other.keys()
+    assert one.keys() == other.keys() and len(one) > 100
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
@@ -151,7 +151,7 @@ def test_accumulated_gradient_is_that_of_the_whole_batch():
     gradients = []
     for accumulate in (1, 2, 4):
         trainer = make_trainer(accumulate=accumulate, grad_clip=1e9)
-        trainer.recipe = MeanOfLatents()
+        trainer.objective.recipe = MeanOfLatents()
         trainer.optimizer.step = lambda trainer=trainer: gradients.append(trainer.model.embed.bias.grad.clone())
         trainer.start_data()
         trainer.train_step()
@@ -172,7 +172,7 @@ class NanAt:
 
 def test_divergence_names_its_step_and_saves_nothing(tmp_path):
     trainer = make_trainer(save_every=1)
-    trainer.recipe = NanAt(trainer.recipe, 3)
+    trainer.objective.recipe = NanAt(trainer.recipe, 3)
     with pytest.raises(
         InputError, match="diverged at step 3: diffusion loss nan, mask loss [0-9.]+, gradient norm nan"
     ):
@@ -254,7 +254,12 @@ def kill_inside_a_checkpoint_write(process, run):
 
 def final_tensors(run):
     folder = run / "checkpoints" / "step_00000040"
-    return {file.name: file.read_bytes() for file in sorted(folder.glob("*.safetensors"))}
+    state = checkpoint.read_state(folder)
+    return {
+        f"{part}.{name}": tensor.numpy().tobytes()
+        for part in ("model", "ema", "optimizer")
+        for name, tensor in checkpoint.read_tensors(folder, part, state).items()
+    }
 
 
 def test_killed_while_writing_and_stopped_by_a_signal_the_end_is_the_same(tmp_path):
@@ -281,4 +286,4 @@ def test_killed_while_writing_and_stopped_by_a_signal_the_end_is_the_same(tmp_pa
     assert main([*arguments(run), "--resume"]) == 0
     assert not list(run.glob("checkpoints/.unfinished-*"))
     expected = final_tensors(tmp_path / "undisturbed")
-    assert len(expected) == 3 and final_tensors(run) == expected
+    assert len(expected) > 100 and final_tensors(run) == expected

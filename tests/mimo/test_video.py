@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mimo.data.shapes import moving_shapes
 from mimo.data.video import (
     UnreadableVideo,
     VideoReader,
@@ -80,6 +81,28 @@ def test_variable_frame_rate_and_key_frames(tmp_path):
     with VideoReader(tmp_path / "a.mkv") as reader:
         for start in range(28):
             assert numbers(reader.read(3, start=start)) == [start, start + 1, start + 2]
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.mp4", "libx264"), ("a.mkv", "mpeg4"), ("a.webm", "libvpx-vp9")])
+def test_frames_that_nobody_needs_are_not_decoded(tmp_path, name, codec):
+    """Leaving them out changes no pixel of the others. Only the first two have frames that no other refers to."""
+    with av.open(str(tmp_path / name), "w") as container:
+        stream = container.add_stream(codec, rate=25, options={"bf": "3", "g": "20"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for frame in moving_shapes(50, 48, 64, np.random.default_rng(3), speed=(0.05, 0.1)):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+        container.mux(stream.encode(None))
+    with av.open(str(tmp_path / name)) as container:
+        everything = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(everything) == 50
+    with VideoReader(tmp_path / name) as reader:
+        for start in range(0, 47, 3):
+            for interval in (1, 2, 5):
+                wanted = range(start, min(50, start + 6 * interval), interval)
+                clip = reader.read(len(wanted), start=start, interval=interval)
+                assert all(np.array_equal(clip[i], everything[n]) for i, n in enumerate(wanted)), (start, interval)
+        decoded = len(list(reader._frames(range(18, 49, 6))))
+    assert decoded <= 40 or codec == "libvpx-vp9"
 
 
 def test_resize_covers_and_crops(tmp_path):
