@@ -27,6 +27,7 @@ from mimo_kernels.cache import CacheView, FrameSlot
 if TYPE_CHECKING:
     from mimo.sampler import Sampler
 
+MODULATION_BYTES = 2**28  # memory for what the norms are told in all steps of a frame
 SCHEDULES = {"ddim": VPredictionSchedule, "euler": FlowSchedule}
 
 
@@ -135,6 +136,10 @@ class Run:
         self.labels = torch.zeros_like(self.position) if key.labels else None
         self.actions = self.position.new_zeros(self.size, key.num_frames) if key.actions else None
         self.intervals = torch.ones_like(self.position) if c.max_interval else None
+        # A few sequences wait for weights, many for arithmetic: then every step makes its own.
+        self.modulations: Tensor | None = None  # of every step, [steps, M, G * S, D]
+        rows = self.steps * len(self.branches) * self.size
+        self.modulates_once = rows * (6 * c.depth + 2) * c.dim * 4 <= MODULATION_BYTES
 
     @property
     def conditions(self) -> dict[str, Tensor]:
@@ -151,13 +156,37 @@ class Run:
         for name, static in self.conditions.items():
             static.copy_(conditions[name])
         self.position.copy_(torch.tensor(positions))
+        if self.actions is None:
+            self._modulate()
+
+    def _modulate(self) -> None:
+        """What the norms are told in every step. Only actions change it from frame to frame."""
+        if not self.modulates_once:
+            return
+        rows = len(self.branches) * self.size
+        labels, actions = self._conditions()
+        made = self.model.modulations(
+            self.embeddings.repeat_interleave(rows),
+            labels=None if labels is None else labels.repeat(self.steps),
+            actions=None if actions is None else actions.repeat(self.steps),
+        )
+        made = made.unflatten(1, (self.steps, rows)).transpose(0, 1)
+        if self.modulations is None:
+            self.modulations = made.contiguous()
+        else:
+            self.modulations.copy_(made)
 
     def denoise(self, noise: Tensor, extra: Tensor | None = None) -> None:
         """Makes the next frame, in `x`, from noise; `extra` is added to it when it becomes history."""
         self._take(noise, extra)
-        self.index.zero_()
+        self._start_frame()
         for _ in range(self.steps):
             self.step()
+
+    def _start_frame(self) -> None:
+        self.index.zero_()
+        if self.actions is not None:
+            self._modulate()
 
     def _take(self, noise: Tensor, extra: Tensor | None) -> None:
         self.x.copy_(noise, non_blocking=True)
@@ -168,15 +197,19 @@ class Run:
 
     def step(self) -> None:
         """One denoising step of one frame, all branches of guidance in one batch."""
-        c, size, branches = self.model.config, self.size, len(self.branches)
+        size, branches = self.size, len(self.branches)
+        if self.modulates_once:
+            told = {"timestep": None, "modulations": self.modulations[self.index][0]}
+        else:
+            labels, actions = self._conditions()
+            timestep = self.embeddings[self.index].expand(branches * size)
+            told = {"timestep": timestep, "labels": labels, "actions": actions}
         v = self.model.future_frame(
             self.x.to(self.model.embed.weight.dtype).repeat(branches, 1, 1),
-            self.embeddings[self.index].expand(branches * size),
-            self.position.repeat(branches),
-            self.attend,
-            labels=self._per_branch(self.labels, c.num_classes),
-            actions=self._per_branch(self.action(), c.num_actions),
+            position=self.position.repeat(branches),
+            attend=self.attend,
             intervals=None if self.intervals is None else self.intervals.repeat(branches),
+            **told,
         )
         v = v.unflatten(0, (branches, size))
         guided_step(self.x, v, self.weights, self.coefficients, self.index, backend=self.model.backend)
@@ -185,6 +218,11 @@ class Run:
     def action(self) -> Tensor | None:
         """The actions that lead to the current frames, ``[S]``."""
         return None if self.actions is None else self.actions.gather(1, self.position[:, None])[:, 0]
+
+    def _conditions(self) -> tuple[Tensor | None, Tensor | None]:
+        """Labels and actions of the rows of a step, [G * S] each."""
+        c = self.model.config
+        return self._per_branch(self.labels, c.num_classes), self._per_branch(self.action(), c.num_actions)
 
     def _per_branch(self, given: Tensor | None, null: int) -> Tensor | None:
         return None if given is None else torch.where(self.conditioned, given, null).flatten()  # [G * S]
@@ -281,7 +319,7 @@ class CachedRun(Run):
 
     def _frame(self) -> None:
         """A whole frame: all of its steps and its pass as history."""
-        self.index.zero_()
+        self._start_frame()
         for _ in range(self.steps):
             super().step()
         self._record()

@@ -11,7 +11,6 @@ d head dimension, R packed rows, G rows of modulation (one per future frame), S 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -19,26 +18,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from mimo.blocks import Block, Modulation, Norm, Pending, Place, Positions, sinusoid
 from mimo.config import MiMoConfig
-from mimo.fp8 import Projection
 from mimo.layout import Layout, Plan, coordinates, make_layout, make_masks, make_plan
-from mimo_kernels import (
-    AxialRoPE,
-    FrameRows,
-    bias_gelu,
-    gated_residual_modulate,
-    gather_tokens,
-    modulate,
-    qk_norm_rope,
-    scatter_tokens,
-)
+from mimo_kernels import AxialRoPE, FrameRows, gather_tokens, scatter_tokens
 from mimo_kernels.attention import FrameMask, frame_attention
-from mimo_kernels.qk_norm_rope import qk_norm_rope_cache
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-Place = tuple[Tensor, Tensor, Tensor]  # keys and values [slots, h, d] of a layer, and the slot of every row, int64 [R]
 
 
 class MiMoOutput(NamedTuple):
@@ -48,170 +35,6 @@ class MiMoOutput(NamedTuple):
 
     velocity: Tensor | None
     reconstruction: dict[int, Tensor]
-
-
-def sinusoid(t: Tensor, width: int = 256) -> Tensor:
-    """Sinusoidal embedding of t in 0..1000 (Vaswani et al. 2017): [G] -> fp32 [G, width]."""
-    half = width // 2
-    frequency = torch.exp(torch.arange(half, device=t.device) * (-math.log(10_000) / half))
-    angle = t.float()[:, None] * frequency
-    return torch.cat([angle.cos(), angle.sin()], dim=-1)
-
-
-class Attention(nn.Module):
-    """Multi-head attention with RMS-normalised, rotated queries and keys."""
-
-    def __init__(self, config: MiMoConfig, backend: str) -> None:
-        super().__init__()
-        self.heads, self.backend = config.heads, backend
-        self.qkv = Projection(config.dim, 3 * config.dim)
-        self.q_norm = nn.Parameter(torch.ones(config.head_dim))
-        self.k_norm = nn.Parameter(torch.ones(config.head_dim))
-        self.proj = Projection(config.dim, config.dim)
-
-    def forward(
-        self, y: Tensor, coords: Tensor, rope: AxialRoPE | None, attend: Callable, place: Place | None = None
-    ) -> Tensor:
-        """y [R, D] -> what the rows collected, before the output projection, [R, D]. Keys and values also go to `place`."""
-        qkv = self.qkv(y).unflatten(-1, (3, self.heads, -1))  # [R, 3, h, d]
-        given = qkv, self.q_norm, self.k_norm, None if rope is None else coords, rope
-        v = qkv[:, 2]
-        if place is not None:
-            q, k = qk_norm_rope_cache(*given, *place, backend=self.backend)
-        elif qkv.requires_grad:  # a v of its own costs a copy, the backward of the view several
-            q, k, v = qk_norm_rope(*given, return_v=True, backend=self.backend)
-        else:
-            q, k = qk_norm_rope(*given, backend=self.backend)
-        return attend(q, k, v).flatten(-2)
-
-
-class MLP(nn.Module):
-    """down(gelu(up(y))); the first bias is added inside the activation, which keeps nothing but the product."""
-
-    def __init__(self, config: MiMoConfig, backend: str) -> None:
-        super().__init__()
-        hidden = int(config.dim * config.mlp_ratio)
-        self.backend = backend
-        self.up = Projection(config.dim, hidden)
-        self.down = Projection(hidden, config.dim)
-
-    def forward(self, y: Tensor) -> Tensor:
-        return self.down(bias_gelu(self.up.product(y), self.up.bias, backend=self.backend))
-
-
-class Modulation(NamedTuple):
-    """What c says about a norm and the branch behind it, [G, D] each; a final norm has no branch and no gate."""
-
-    shift: Tensor
-    scale: Tensor
-    gate: Tensor | None = None
-
-
-class Pending(NamedTuple):
-    """What a block leaves for the norm behind it to add: branch [R, D] and its gate [G, D]."""
-
-    branch: Tensor
-    gate: Tensor
-
-
-class Norm(nn.Module):
-    """LayerNorm of packed rows, in front of a branch (attention, MLP, head).
-
-        future row of frame g:  y = LN(x) (1 + scale[g]) + shift[g],  the branch comes back times gate[g]  (AdaLN-zero)
-        history row:            y = LN(x) weight + bias,              the branch comes back as it is
-
-    Args:
-        modulated: future rows occur; c gives shift, scale and gate.
-        affine: history rows occur, with a weight and bias of their own.
-        gated: a branch follows.
-    """
-
-    def __init__(self, dim: int, backend: str, *, modulated: bool, affine: bool, gated: bool = True) -> None:
-        super().__init__()
-        self.backend = backend
-        self.modulation = nn.Linear(dim, (3 if gated else 2) * dim) if modulated else None
-        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
-
-    def condition(self, c: Tensor) -> Modulation:
-        """c [G, D] -> Modulation."""
-        if self.modulation is None:
-            return Modulation(c, c, c)  # G = 0: nothing is modulated
-        return Modulation(*self.modulation(c).unflatten(-1, (-1, c.shape[-1])).unbind(1))
-
-    def forward(self, x: Tensor, pending: Pending | None, m: Modulation, rows: FrameRows) -> tuple[Tensor, Tensor]:
-        """x' = x + gate branch (x itself if nothing is pending) and y = norm(x'), in one pass."""
-        options = {"weight": self.weight, "bias": self.bias, "backend": self.backend}
-        if pending is None:
-            return x, modulate(x, m.scale, m.shift, rows, **options)
-        return gated_residual_modulate(x, pending.branch, pending.gate, m.scale, m.shift, rows, **options)
-
-
-class Block(nn.Module):
-    """A transformer block: norm1, attention, norm2, MLP.
-
-    The end of one block and the norm of the next are one fused operation. So a block leaves the product of its MLP
-    pending, and begins by adding what the block before it left: whoever shards, recomputes or compiles the network block
-    by block has all that a block needs in one call.
-    """
-
-    def __init__(self, config: MiMoConfig, backend: str, *, modulated: bool, affine1: bool, affine2: bool) -> None:
-        super().__init__()
-        self.norm1 = Norm(config.dim, backend, modulated=modulated, affine=affine1)
-        self.attention = Attention(config, backend)
-        self.norm2 = Norm(config.dim, backend, modulated=modulated, affine=affine2)
-        self.mlp = MLP(config, backend)
-        self.recompute = False  # activation checkpointing
-
-    def forward(self, *given, **options) -> tuple[Tensor, Pending | None]:
-        """`run`, keeping for the backward what it needs or, with `recompute`, no more than what comes in."""
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.run, *given, **options, use_reentrant=False, preserve_rng_state=False)
-        return self.run(*given, **options)
-
-    def run(
-        self,
-        x: Tensor,
-        pending: Pending | None,
-        c: Tensor,
-        rows: FrameRows,
-        coords: Tensor,
-        rope: AxialRoPE | None,
-        attend: Callable,
-        *,
-        ends: Layout | None = None,
-        place: Place | None = None,
-    ) -> tuple[Tensor, Pending | None]:
-        """x [R, D] -> x' [R, D] before the MLP is added, and what is pending.
-
-        Args:
-            c: silu of the conditioning, [G, D].
-            ends: history ends at its keys and values: go on with the future rows of this layout, if it has any.
-            place: where keys and values are also written.
-        """
-        m1, m2 = self.norm1.condition(c), self.norm2.condition(c)
-        x, y = self.norm1(x, pending, m1, rows)
-        out = self.attention(y, coords, rope, attend, place)
-        if ends is not None:
-            if ends.future_rows is None:
-                return x, None
-            out, x, rows = ends.future(out), ends.future(x), ends.future_rows
-        x, y = self.norm2(x, Pending(self.attention.proj(out), m1.gate), m2, rows)
-        return x, Pending(self.mlp(y), m2.gate)
-
-
-class Positions(nn.Module):
-    """Learned positions, the ablation of RoPE: a vector per frame plus a vector per place in the frame."""
-
-    def __init__(self, config: MiMoConfig) -> None:
-        super().__init__()
-        self.width = config.width
-        self.time = nn.Parameter(0.02 * torch.randn(config.frames, config.dim))
-        self.space = nn.Parameter(0.02 * torch.randn(config.tokens, config.dim))
-
-    def forward(self, coords: Tensor) -> Tensor:
-        """coords int32 [R, 3] -> [R, D]."""
-        return self.time[coords[:, 0]] + self.space[coords[:, 1] * self.width + coords[:, 2]]
 
 
 class Decoder(nn.Module):
@@ -419,16 +242,30 @@ class MiMo(nn.Module):
         x = self._embed(x.flatten(0, 1), coords, layout, None if actions is None else actions[:, None], intervals)
         self._trunk(x, None, layout, coords, attend, decode=False, place=place)
 
+    def modulations(self, timestep: Tensor, *, labels: Tensor | None = None, actions: Tensor | None = None) -> Tensor:
+        """What the norms of `future_frame` are told, [M, G, D]: the shift, scale and gate of each, in the order of use.
+
+        It depends on no token. So a sampler can make it for all steps of a frame at once, and each norm's matrix (a third of
+        the network's weights) is read once instead of in every step.
+
+        Args:
+            timestep, labels, actions: [G] each, as in `future_frame`.
+        """
+        c = F.silu(self._condition(timestep, labels, actions))
+        norms = *(norm for block in self.blocks for norm in (block.norm1, block.norm2)), self.norm
+        return torch.cat([norm.modulation(c).unflatten(-1, (-1, self.config.dim)).transpose(0, 1) for norm in norms])
+
     def future_frame(
         self,
         x: Tensor,
-        timestep: Tensor,
+        timestep: Tensor | None,
         position: int | Tensor,
         attend: Attend,
         *,
         labels: Tensor | None = None,
         actions: Tensor | None = None,
         intervals: Tensor | None = None,
+        modulations: Tensor | None = None,
     ) -> Tensor:
         """Velocity of one noisy frame per sequence, [S, N, C] -> [S, N, C].
 
@@ -437,13 +274,15 @@ class MiMo(nn.Module):
             timestep: [S] in 0..1000.
             position, attend: as in `history_frame`; q attends to the kept frames and to its own k, v.
             labels, actions, intervals: int64 [S]; no label or action is the null one.
+            modulations: [M, S, D], instead of the timestep, labels and actions that they were made of.
         """
         sequences, tokens, _ = x.shape
         layout = make_layout(sequences, 1, 0, tokens, self.config.separate_ln)
         coords = self._coords(position, sequences, x.device)
         x = self._embed(x.flatten(0, 1), coords, layout, None, intervals)
-        c = self._condition(timestep, labels, actions)
-        return self._trunk(x, c, layout, coords, attend, decode=False)[0].view(sequences, tokens, -1)
+        c = self._condition(timestep, labels, actions) if modulations is None else None
+        v, _ = self._trunk(x, c, layout, coords, attend, decode=False, modulations=modulations)
+        return v.view(sequences, tokens, -1)
 
     def parameter_report(self) -> str:
         """A table of parameter counts by part; the decoder is needed in training only."""
@@ -474,21 +313,28 @@ class MiMo(nn.Module):
         *,
         decode: bool,
         place: Callable[[int], Place] | None = None,
+        modulations: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """x [R, D], c [G, D] -> velocity rows [future rows, C] (None without future), history features after layer l
-        [B, T * k, D] (None unless `decode`)."""
-        config, rows, features = self.config, layout.rows, None
-        has_future = c is not None
-        if c is None:
-            c = x.new_empty(0, config.dim)
-        if not config.separate_ln and layout.history_len > 0:
-            c = torch.cat([c, self._time(torch.zeros(1, device=x.device))])
-        c, pending = F.silu(c), None
+        """x [R, D], c [G, D] (None without future, or with `modulations`) -> velocity rows [future rows, C] (None without
+        future), history features after layer l [B, T * k, D] (None unless `decode`)."""
+        config, rows, features, pending = self.config, layout.rows, None, None
+        has_future = layout.future_rows is not None
+        if modulations is None:
+            c = x.new_empty(0, config.dim) if c is None else c
+            if not config.separate_ln and layout.history_len > 0:
+                c = torch.cat([c, self._time(torch.zeros(1, device=x.device))])
+            c = F.silu(c)
+            told = [c] * config.depth
+        else:
+            m = [Modulation(*three) for three in modulations[:-2].unflatten(0, (-1, 3))]
+            told = list(zip(m[::2], m[1::2], strict=True))
         for i, block in enumerate(self.blocks):
             last, read = i + 1 == config.depth, decode and i + 1 == config.decoder_layer
             ends = layout if last and not read else None  # history's keys and values are all that is wanted of it
             stored = None if place is None else place(i)
-            x, pending = block(x, pending, c, rows, coords, self.rope, partial(attend, i), ends=ends, place=stored)
+            x, pending = block(
+                x, pending, told[i], rows, coords, self.rope, partial(attend, i), ends=ends, place=stored
+            )
             if read:
                 gate = 1 if config.separate_ln else pending.gate[-1]
                 features = layout.history(x) + gate * layout.history(pending.branch)
@@ -498,7 +344,8 @@ class MiMo(nn.Module):
                 rows = layout.future_rows
                 if read:
                     x, pending = layout.future(x), Pending(layout.future(pending.branch), pending.gate)
-        _, y = self.norm(x, pending, self.norm.condition(c), rows)
+        last = self.norm.condition(c) if modulations is None else Modulation(*modulations[-2:])
+        _, y = self.norm(x, pending, last, rows)
         return self.head(y), features
 
     def _pack(self, history: Tensor, noisy: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import mimo.blocks
 import mimo.denoiser
-import mimo.model
 from mimo import MiMo, MiMoConfig
 from mimo.config import SampleConfig
 from mimo.denoiser import CachePolicy, guidance_branches
@@ -377,7 +377,7 @@ def test_a_whole_frame_in_one_piece_is_the_same_video(model):
 def test_history_goes_straight_into_the_pages(model, monkeypatch):
     """The pass of a finished frame writes each layer's keys and values once, where they stay, and nothing else does."""
     written = []
-    original = mimo.model.qk_norm_rope_cache
+    original = mimo.blocks.qk_norm_rope_cache
 
     def record(qkv, *args, **options):
         *_, keys, values, rows = args
@@ -389,12 +389,32 @@ def test_history_goes_straight_into_the_pages(model, monkeypatch):
         written.append(keys.data_ptr())
         return q, k
 
-    monkeypatch.setattr(mimo.model, "qk_norm_rope_cache", record)
+    monkeypatch.setattr(mimo.blocks, "qk_norm_rope_cache", record)
     monkeypatch.setattr(FrameCache, "write", lambda *_: pytest.fail("keys and values were copied into the cache"))
     Sampler(model, config()).sample(context(2, 2), 5, generator=seed())
     assert (
         len(written) == 2 * (2 + 2) and len(set(written)) == 2
     )  # 2 layers, 2 frames given and 2 made; the last is not
+
+
+@pytest.mark.parametrize("told", [(), ("labels",), ("labels", "actions")])
+def test_norms_are_told_once_per_frame_what_every_step_would_tell_them(conditional, monkeypatch, told):
+    """And a run that is used again is told anew: weights and conditions may have changed."""
+    given = {name: conditions(2, 5)[name] for name in told}
+    sampler = Sampler(conditional, config(class_guidance=1.5))
+    sampler.sample(context(), 5, generator=seed(), **{name: (x + 1) % 3 for name, x in given.items()})
+    calls, original = [], type(conditional).modulations
+
+    def count(model, *args, **options):
+        calls.append(1)
+        return original(model, *args, **options)
+
+    monkeypatch.setattr(type(conditional), "modulations", count)
+    once = sampler.sample(context(), 5, generator=seed(), **given)
+    assert len(calls) == (3 if "actions" in told else 1)  # an action belongs to a frame, and 3 are made
+    monkeypatch.setattr(mimo.denoiser, "MODULATION_BYTES", 0)
+    close(once, Sampler(conditional, config(class_guidance=1.5)).sample(context(), 5, generator=seed(), **given))
+    assert len(calls) <= 3
 
 
 def test_temperature_and_history_noise_change_late_frames(model, monkeypatch):

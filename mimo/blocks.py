@@ -1,0 +1,186 @@
+"""The parts that the network and its decoder are made of: attention, MLP, norms, and the block of the three.
+
+Letters: R packed rows, G rows of modulation (one per future frame), D width, h heads, d head dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mimo.config import MiMoConfig
+from mimo.fp8 import Projection
+from mimo.layout import Layout
+from mimo_kernels import AxialRoPE, FrameRows, bias_gelu, gated_residual_modulate, modulate, qk_norm_rope
+from mimo_kernels.qk_norm_rope import qk_norm_rope_cache
+
+Place = tuple[Tensor, Tensor, Tensor]  # keys and values [slots, h, d] of a layer, and the slot of every row, int64 [R]
+
+
+def sinusoid(t: Tensor, width: int = 256) -> Tensor:
+    """Sinusoidal embedding of t in 0..1000 (Vaswani et al. 2017): [G] -> fp32 [G, width]."""
+    half = width // 2
+    frequency = torch.exp(torch.arange(half, device=t.device) * (-math.log(10_000) / half))
+    angle = t.float()[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with RMS-normalised, rotated queries and keys."""
+
+    def __init__(self, config: MiMoConfig, backend: str) -> None:
+        super().__init__()
+        self.heads, self.backend = config.heads, backend
+        self.qkv = Projection(config.dim, 3 * config.dim)
+        self.q_norm = nn.Parameter(torch.ones(config.head_dim))
+        self.k_norm = nn.Parameter(torch.ones(config.head_dim))
+        self.proj = Projection(config.dim, config.dim)
+
+    def forward(
+        self, y: Tensor, coords: Tensor, rope: AxialRoPE | None, attend: Callable, place: Place | None = None
+    ) -> Tensor:
+        """y [R, D] -> what the rows collected, before the output projection, [R, D]. Keys and values also go to `place`."""
+        qkv = self.qkv(y).unflatten(-1, (3, self.heads, -1))  # [R, 3, h, d]
+        given = qkv, self.q_norm, self.k_norm, None if rope is None else coords, rope
+        v = qkv[:, 2]
+        if place is not None:
+            q, k = qk_norm_rope_cache(*given, *place, backend=self.backend)
+        elif qkv.requires_grad:  # a v of its own costs a copy, the backward of the view several
+            q, k, v = qk_norm_rope(*given, return_v=True, backend=self.backend)
+        else:
+            q, k = qk_norm_rope(*given, backend=self.backend)
+        return attend(q, k, v).flatten(-2)
+
+
+class MLP(nn.Module):
+    """down(gelu(up(y))); the first bias is added inside the activation, which keeps nothing but the product."""
+
+    def __init__(self, config: MiMoConfig, backend: str) -> None:
+        super().__init__()
+        hidden = int(config.dim * config.mlp_ratio)
+        self.backend = backend
+        self.up = Projection(config.dim, hidden)
+        self.down = Projection(hidden, config.dim)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.down(bias_gelu(self.up.product(y), self.up.bias, backend=self.backend))
+
+
+class Modulation(NamedTuple):
+    """What c says about a norm and the branch behind it, [G, D] each; a final norm has no branch and no gate."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor | None = None
+
+
+class Pending(NamedTuple):
+    """What a block leaves for the norm behind it to add: branch [R, D] and its gate [G, D]."""
+
+    branch: Tensor
+    gate: Tensor
+
+
+class Norm(nn.Module):
+    """LayerNorm of packed rows, in front of a branch (attention, MLP, head).
+
+        future row of frame g:  y = LN(x) (1 + scale[g]) + shift[g],  the branch comes back times gate[g]  (AdaLN-zero)
+        history row:            y = LN(x) weight + bias,              the branch comes back as it is
+
+    Args:
+        modulated: future rows occur; c gives shift, scale and gate.
+        affine: history rows occur, with a weight and bias of their own.
+        gated: a branch follows.
+    """
+
+    def __init__(self, dim: int, backend: str, *, modulated: bool, affine: bool, gated: bool = True) -> None:
+        super().__init__()
+        self.backend = backend
+        self.modulation = nn.Linear(dim, (3 if gated else 2) * dim) if modulated else None
+        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
+
+    def condition(self, c: Tensor) -> Modulation:
+        """c [G, D] -> Modulation."""
+        if self.modulation is None:
+            return Modulation(c, c, c)  # G = 0: nothing is modulated
+        return Modulation(*self.modulation(c).unflatten(-1, (-1, c.shape[-1])).unbind(1))
+
+    def forward(self, x: Tensor, pending: Pending | None, m: Modulation, rows: FrameRows) -> tuple[Tensor, Tensor]:
+        """x' = x + gate branch (x itself if nothing is pending) and y = norm(x'), in one pass."""
+        options = {"weight": self.weight, "bias": self.bias, "backend": self.backend}
+        if pending is None:
+            return x, modulate(x, m.scale, m.shift, rows, **options)
+        return gated_residual_modulate(x, pending.branch, pending.gate, m.scale, m.shift, rows, **options)
+
+
+class Block(nn.Module):
+    """A transformer block: norm1, attention, norm2, MLP.
+
+    The end of one block and the norm of the next are one fused operation. So a block leaves the product of its MLP
+    pending, and begins by adding what the block before it left: whoever shards, recomputes or compiles the network block
+    by block has all that a block needs in one call.
+    """
+
+    def __init__(self, config: MiMoConfig, backend: str, *, modulated: bool, affine1: bool, affine2: bool) -> None:
+        super().__init__()
+        self.norm1 = Norm(config.dim, backend, modulated=modulated, affine=affine1)
+        self.attention = Attention(config, backend)
+        self.norm2 = Norm(config.dim, backend, modulated=modulated, affine=affine2)
+        self.mlp = MLP(config, backend)
+        self.recompute = False  # activation checkpointing
+
+    def forward(self, *given, **options) -> tuple[Tensor, Pending | None]:
+        """`run`, keeping for the backward what it needs or, with `recompute`, no more than what comes in."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.run, *given, **options, use_reentrant=False, preserve_rng_state=False)
+        return self.run(*given, **options)
+
+    def run(
+        self,
+        x: Tensor,
+        pending: Pending | None,
+        c: Tensor | tuple[Modulation, Modulation],
+        rows: FrameRows,
+        coords: Tensor,
+        rope: AxialRoPE | None,
+        attend: Callable,
+        *,
+        ends: Layout | None = None,
+        place: Place | None = None,
+    ) -> tuple[Tensor, Pending | None]:
+        """x [R, D] -> x' [R, D] before the MLP is added, and what is pending.
+
+        Args:
+            c: silu of the conditioning, [G, D]; or what norm1 and norm2 make of it.
+            ends: history ends at its keys and values: go on with the future rows of this layout, if it has any.
+            place: where keys and values are also written.
+        """
+        m1, m2 = c if isinstance(c, tuple) else (self.norm1.condition(c), self.norm2.condition(c))
+        x, y = self.norm1(x, pending, m1, rows)
+        out = self.attention(y, coords, rope, attend, place)
+        if ends is not None:
+            if ends.future_rows is None:
+                return x, None
+            out, x, rows = ends.future(out), ends.future(x), ends.future_rows
+        x, y = self.norm2(x, Pending(self.attention.proj(out), m1.gate), m2, rows)
+        return x, Pending(self.mlp(y), m2.gate)
+
+
+class Positions(nn.Module):
+    """Learned positions, the ablation of RoPE: a vector per frame plus a vector per place in the frame."""
+
+    def __init__(self, config: MiMoConfig) -> None:
+        super().__init__()
+        self.width = config.width
+        self.time = nn.Parameter(0.02 * torch.randn(config.frames, config.dim))
+        self.space = nn.Parameter(0.02 * torch.randn(config.tokens, config.dim))
+
+    def forward(self, coords: Tensor) -> Tensor:
+        """coords int32 [R, 3] -> [R, D]."""
+        return self.time[coords[:, 0]] + self.space[coords[:, 1] * self.width + coords[:, 2]]
