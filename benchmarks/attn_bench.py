@@ -1,8 +1,9 @@
 """frame_attention against its peers: forward and backward, on every shape that matters, each row after a correctness check.
 
-    python benchmarks/attn_bench.py [--out bench_results] [--shapes k600-xl wan-tf] [--seconds 0.3]
+    python benchmarks/attn_bench.py [--out bench_results] [--shapes k600-xl wan-tf] [--seconds 0.3] [--minutes 5]
 
-Writes attention.json, attention.csv and attention.png under --out and prints a table last. Without a GPU it runs small shapes on the CPU, where
+Writes attention.json and attention.csv under --out after every shape, attention.png at the end, and prints a table last. With --minutes it begins no
+shape that would not fit; the first ones matter most. Exits with status 1 if frame_attention failed or was wrong on a shape. Without a GPU it runs small shapes on the CPU, where
 there is no fused FlexAttention backward and no Triton.
 
 Useful TFLOP/s count the allowed query-key pairs at the true head dim, 4 FLOPs per pair and channel forward and 2.5 times that backward; executed
@@ -11,6 +12,7 @@ ones count what the kernel computes for it: whole tiles (ours 128 x 64, FlexAtte
 
 import argparse
 import random
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from attn_peers import Unavailable, candidates, exact_attention
 from mimo_kernels.attention import FrameMask
 
 OURS = "frame_attention"
+PREPARE_SECONDS = 90  # for an implementation to make its mask, compile and run once
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-5}  # relative root mean square deviation from fp32
 COLUMNS = {
     "shape": "shape",
@@ -97,11 +100,11 @@ def ragged(name, what, clips, frames, tokens, kept, heads, head_dim) -> Shape:
 def gpu_shapes() -> list[Shape]:
     return [
         teacher_forcing("k600-xl", "MiMo-XL training", 32, 5, 256, 160, 16, 72),
-        teacher_forcing("k600-b", "MiMo-B training", 32, 5, 256, 160, 12, 64),
-        teacher_forcing("ucf-xl", "MiMo-XL training", 32, 16, 64, 40, 16, 72),
-        ragged("ragged", "k600-xl, 128..192 kept per clip, 2..5 frames", 32, (2, 5), 256, (128, 192), 16, 72),
-        teacher_forcing("minecraft-b", "long clips", 1, 300, 64, 40, 12, 64),
         teacher_forcing("wan-tf", "teacher forcing of a 1.3B video DiT", 1, 21, 1560, 1560, 12, 128),
+        teacher_forcing("minecraft-b", "long clips", 1, 300, 64, 40, 12, 64),
+        ragged("ragged", "k600-xl, 128..192 kept per clip, 2..5 frames", 32, (2, 5), 256, (128, 192), 16, 72),
+        teacher_forcing("ucf-xl", "MiMo-XL training", 32, 16, 64, 40, 16, 72),
+        teacher_forcing("k600-b", "MiMo-B training", 32, 5, 256, 160, 12, 64),
         block_causal("far-xl", "block causal, one copy", 32, 16, 64, 18, 64),
     ]
 
@@ -128,12 +131,11 @@ def bench(shape: Shape, device: torch.device, ceiling_tflops: float, seconds: fl
     rows, running = {}, {}
     for label, make in candidates(device, shape.mask_mod).items():
         try:
-            running[label], rows[label] = _prepare(make, label, shape, inputs, dout, exact, device)
+            with common.at_most(PREPARE_SECONDS):
+                running[label], rows[label] = _prepare(make, shape, inputs, dout, exact, device)
         except Unavailable as reason:
             rows[label] = {"implementation": label, "note": str(reason)}
-        except Exception as error:  # a peer that fails is a result; ours is a fault
-            if label == OURS:
-                raise
+        except Exception as error:  # that a peer fails is a result; that ours does, main tells
             rows[label] = {"implementation": label, "note": f"failed: {common.one_line(error)}"}
     del exact
 
@@ -149,7 +151,8 @@ def bench(shape: Shape, device: torch.device, ceiling_tflops: float, seconds: fl
             row = {"shape": shape.name, "direction": direction, "head_dim": head_dim, "tokens": mask.num_tokens, **row}
             if label in timings:
                 row |= _figures(timings[label], running[label], direction, dtype, mask.num_pairs, ceiling_tflops)
-                row["speedup_of_ours"] = timings[label].median / timings[OURS].median
+                if OURS in timings:
+                    row["speedup_of_ours"] = timings[label].median / timings[OURS].median
             elif label in running:
                 row["note"] = "forward only"
             table.append(row)
@@ -157,7 +160,7 @@ def bench(shape: Shape, device: torch.device, ceiling_tflops: float, seconds: fl
     return table
 
 
-def _prepare(make, label, shape: Shape, inputs, dout, exact, device) -> tuple:
+def _prepare(make, shape: Shape, inputs, dout, exact, device) -> tuple:
     """The implementation, checked against fp32, and what its row says beside the times."""
     peer = make(shape.mask, device, shape.heads, shape.head_dim)
     start = time.perf_counter()
@@ -209,13 +212,15 @@ def _figures(timing, peer, direction, dtype, pairs, ceiling_tflops) -> dict:
     }
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("bench_results"))
     parser.add_argument("--shapes", nargs="+", help="names; all by default")
     parser.add_argument("--seconds", type=float, default=0.3, help="timed per implementation and direction")
+    parser.add_argument("--minutes", type=float, help="begin no shape that would end later")
     arguments = parser.parse_args()
 
+    budget = common.Budget(arguments.minutes)
     device = common.default_device()
     torch.manual_seed(0)
     torch._functorch.config.donated_buffer = False  # the backward is timed alone, again and again
@@ -230,27 +235,20 @@ def main() -> None:
     common.print_header("frame_attention benchmark", header, limits)
     if device.type != "cuda":
         print("  no GPU: small shapes in fp32 on the CPU; the figures say nothing about the GPU kernels")
-    rows = []
-    for shape in shapes:
+    rows, sizes, result = [], {}, None
+    for shape in budget.of(shapes):
         mask = shape.mask
         print(
             f"{shape.name}: {shape.what}; {mask.num_clips} clips, {mask.num_tokens} tokens, {mask.num_pairs} pairs, {shape.heads} x {shape.head_dim}",
             flush=True,
         )
         rows += bench(shape, device, limits["matmul_tflops"], arguments.seconds)
+        table = repr(mask).splitlines()[0]
+        sizes[shape.name] = {"what": shape.what, "mask": table, "heads": shape.heads, "head_dim": shape.head_dim}
+        result = common.save_results(arguments.out, "attention", header, limits, rows, PLOT, shapes=sizes)
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
-    sizes = {
-        shape.name: {
-            "what": shape.what,
-            "mask": repr(shape.mask).splitlines()[0],
-            "heads": shape.heads,
-            "head_dim": shape.head_dim,
-        }
-        for shape in shapes
-    }
-    path = common.write_results(arguments.out, "attention", header, limits, rows, PLOT, shapes=sizes)
     measured = [row for row in rows if "ms" in row]
     print("\nseconds spent once per mask or per length (the first call compiles):")
     print(common.format_table([row for row in measured if row["direction"] == "forward"], ONCE))
@@ -261,9 +259,21 @@ def main() -> None:
     print()
     for what, where in absent.items():
         print(f"not measured: {what} ({', '.join(where)})")
+    if budget.left_out:
+        print(
+            f"not measured within {arguments.minutes:g} minutes: {', '.join(shape.name for shape in budget.left_out)}"
+        )
     print("\n" + common.format_table(measured, COLUMNS))
-    print(f"{path}, {path.with_suffix('.csv')}, {path.with_suffix('.png')}")
+    if result is not None:
+        common.draw(arguments.out, result)
+        print(", ".join(str(arguments.out / f"attention.{kind}") for kind in ("json", "csv", "png")))
+    wrong = sorted(
+        {f"{row['shape']}: {row['note']}" for row in rows if row["implementation"] == OURS and "note" in row}
+    )
+    for line in wrong:
+        print(line)
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -19,7 +19,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from mimo_kernels.attention import FrameMask, frame_attention
 
-MAX_DENSE_BYTES = 12 * 2**30
+MAX_DENSE_BYTES = 8 * 2**30
+MAX_GATHERED_BYTES = 16 * 2**30
 
 
 class Unavailable(Exception):
@@ -117,7 +118,7 @@ class DenseSDPA(Implementation):
         if size > MAX_DENSE_BYTES:
             raise Unavailable(f"a dense mask of {rows} x {rows} takes {size / 2**30:.0f} GiB")
         start = time.perf_counter()
-        self.dense = (mask if self.packed else self.one_clip()).to_dense().to(device)
+        self.dense = dense(mask if self.packed else self.one_clip(), device)
         _synchronize(device)
         self.prepare_seconds["mask"] = time.perf_counter() - start
         self.pairs = rows * mask.num_tokens
@@ -163,7 +164,7 @@ class VarlenCalls(Implementation):
         _synchronize(device)
         self.prepare_seconds["metadata"] = time.perf_counter() - start
         gathered = sum(call.key_rows.numel() for call in self.calls)
-        if 4 * gathered * heads * head_dim > MAX_DENSE_BYTES:
+        if 4 * gathered * heads * head_dim > MAX_GATHERED_BYTES:
             raise Unavailable(
                 f"gathering {gathered} overlapping keys takes {4 * gathered * heads * head_dim / 2**30:.0f} GiB"
             )
@@ -348,6 +349,15 @@ def exact_attention(mask: FrameMask, q: Tensor, k: Tensor, v: Tensor, dout: Tens
         dk.index_add_(2, keys, gradients[1])
         dv.index_add_(2, keys, gradients[2])
     return totals
+
+
+def dense(mask: FrameMask, device: torch.device) -> Tensor:
+    """`mask.to_dense()`, made on the device."""
+    seen = torch.zeros(mask.num_tokens, mask.num_tokens, dtype=torch.bool, device=device)
+    for row_start, row_end, *bounds in mask.frames.tolist():
+        for start, end in zip(bounds[::2], bounds[1::2]):
+            seen[row_start:row_end, start:end] = True
+    return seen
 
 
 def touched_pairs(mask: FrameMask, rows_per_tile: int, keys_per_tile: int) -> int:

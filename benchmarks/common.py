@@ -1,14 +1,18 @@
 """What every benchmark shares: the machine's name and ceilings, interleaved timing, and results as JSON, CSV, a table and a plot."""
 
+import contextlib
 import csv
 import datetime
 import json
+import math
+import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.metadata import PackageNotFoundError, version
@@ -20,7 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if any((ROOT / "mimo_kernels" / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
     sys.path.insert(0, str(ROOT))  # measure the checkout the benchmark lies in, where it is built
 
-FLUSH_BYTES = 512 * 2**20  # larger than any L2; clearing it also lets the host run ahead of the device
+FLUSH_BYTES = 512 * 2**20  # larger than any L2
+LEAD_CYCLES = 10**6  # about half a millisecond in which the host runs ahead, so that launching is not timed
 
 
 def default_device() -> torch.device:
@@ -82,7 +87,7 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Times every function in turn, round after round, so that clocks and neighbours hit all alike. `seconds` per function.
 
-    On a GPU between CUDA events, after the L2 cache was overwritten; nothing waits for the device inside a round.
+    On a GPU between CUDA events, after the L2 cache was overwritten, and with the host ahead; nothing waits for the device inside a round.
     """
     for function in functions.values():
         function()
@@ -106,6 +111,7 @@ def _timed(function: Callable, flush: torch.Tensor | None) -> tuple:
         function()
         return start, time.perf_counter()
     flush.zero_()
+    torch.cuda._sleep(LEAD_CYCLES)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     function()
@@ -120,6 +126,41 @@ def _milliseconds(start, end) -> float:
 def _summary(times: list[float]) -> Timing:
     fifths = statistics.quantiles(times, n=5, method="inclusive")
     return Timing(statistics.median(times), fifths[0], fifths[3], len(times))
+
+
+class Budget:
+    """What a benchmark may take. `of(pieces)` gives one piece after the other as long as another one like the longest so far fits; the others are in
+    `left_out`. Most important pieces first."""
+
+    def __init__(self, minutes: float | None = None):
+        self.end = math.inf if minutes is None else time.perf_counter() + 60 * minutes
+        self.longest = 0.0
+        self.left_out: list = []
+
+    def of(self, pieces: Sequence) -> Iterator:
+        for piece in pieces:
+            start = time.perf_counter()
+            if start + self.longest > self.end:
+                self.left_out.append(piece)
+                continue
+            yield piece
+            self.longest = max(self.longest, time.perf_counter() - start)
+
+
+@contextlib.contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """TimeoutError in the main thread where what is inside takes longer: some peers compile for minutes."""
+
+    def stop(*_) -> None:
+        raise TimeoutError(f"took more than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def peak_memory(function: Callable, device: torch.device) -> float | None:
@@ -140,19 +181,32 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:160]}"
 
 
-def write_results(out: Path, name: str, header: dict, limits: dict, rows: list[dict], plot: dict, **extra) -> Path:
-    """out/name.json (everything), out/name.csv (the rows) and out/name.png. plot: what `bar_plot` draws (group, bar, value, panel, unit)."""
+def save_results(out: Path, name: str, header: dict, limits: dict, rows: list[dict], plot: dict, **extra) -> dict:
+    """out/name.json (everything) and out/name.csv (the rows), either the old file or the new one whenever the process is stopped: a benchmark saves
+    after every shape. plot: what `bar_plot` draws (group, bar, value, panel, unit)."""
     out.mkdir(parents=True, exist_ok=True)
     result = {"benchmark": name, "machine": header, "ceilings": limits, "plot": plot, **extra, "rows": rows}
-    path = out / f"{name}.json"
-    path.write_text(json.dumps(result, indent=1))
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with open(out / f"{name}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
+    with _replaced(out / f"{name}.json") as file:
+        json.dump(result, file, indent=1)
+    with _replaced(out / f"{name}.csv") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
-    draw(out, result)
-    return path
+    return result
+
+
+@contextlib.contextmanager
+def _replaced(path: Path) -> Iterator:
+    temporary = path.with_suffix(path.suffix + ".new")
+    with open(temporary, "w", newline="") as file:
+        yield file
+    os.replace(temporary, path)
+
+
+def write_results(out: Path, name: str, header: dict, limits: dict, rows: list[dict], plot: dict, **extra) -> Path:
+    """`save_results` and the plot, out/name.png."""
+    draw(out, save_results(out, name, header, limits, rows, plot, **extra))
+    return out / f"{name}.json"
 
 
 def draw(out: Path, result: dict) -> None:
@@ -239,6 +293,9 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
+    if given := os.environ.get("BENCH_COMMIT"):  # for a copy of the tree without its .git
+        return given
+
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 

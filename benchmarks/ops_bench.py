@@ -1,8 +1,9 @@
 """The memory-bound operators as a fraction of the speed of a copy, against eager PyTorch, torch.compile, Liger and QuACK.
 
-    python benchmarks/ops_bench.py [--out bench_results] [--shapes k600-xl wan-tf] [--ops modulate] [--seconds 0.3]
+    python benchmarks/ops_bench.py [--out bench_results] [--shapes k600-xl wan-tf] [--ops modulate] [--seconds 0.3] [--minutes 4]
 
-Writes ops.json, ops.csv and ops.png under --out and prints a table last. On a GPU every time is that of a captured graph, so it holds no host
+Writes ops.json and ops.csv under --out after every operator, ops.png at the end, and prints a table last. With --minutes it begins no operator that
+would not fit. Exits with status 1 if a kernel of ours failed or was wrong. On a GPU every time is that of a captured graph, so it holds no host
 time; the graph goes through copies of the inputs that together exceed any L2 cache. Bytes are those that have to move: every input read
 once, every output written once. Without a GPU it runs a small shape on the CPU, where the compiled kernels do not run.
 
@@ -12,6 +13,7 @@ operands and results; once with plain PyTorch, once with the kernels of this pac
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +40,8 @@ from mimo_kernels.losses import weighted_squared_error
 
 ROTATION_BYTES = 256 * 2**20  # inputs and outputs of one round, at least; no L2 cache is as large
 LATENT_CHANNELS = 16
+OURS = "mimo_kernels"
+PREPARE_SECONDS = 60  # for an implementation to compile and run once
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}  # relative root mean square deviation from fp32
 COLUMNS = {
     "shape": "shape",
@@ -86,16 +90,16 @@ class Shape:
 
 GPU_SHAPES = [
     Shape("k600-xl", 32, 5, 256, 160, 16, 72),
-    Shape("k600-b", 32, 5, 256, 160, 12, 64),
-    Shape("ucf-xl", 32, 16, 64, 40, 16, 72),
     Shape("wan-tf", 1, 21, 1560, 1560, 12, 128),
+    Shape("ucf-xl", 32, 16, 64, 40, 16, 72),
+    Shape("k600-b", 32, 5, 256, 160, 12, 64),
 ]
 CPU_SHAPES = [Shape("cpu-small", 2, 4, 64, 40, 4, 72)]
 
 
 @dataclass
 class Op:
-    """inputs: a set of tensors, one of them or more with gradients. forward_bytes, backward_bytes: what has to move."""
+    """inputs: a new set of tensors, in which the differentiable ones have gradients. forward_bytes, backward_bytes: what has to move."""
 
     name: str
     inputs: Callable[[], list[torch.Tensor]]
@@ -120,8 +124,9 @@ def operators(shape: Shape, device: torch.device, dtype: torch.dtype) -> list[Op
     spatial = sample_tube_mask(groups, shape.tokens, shape.kept, generator=generator, device=device)
     full = groups * shape.tokens
     index = (spatial + torch.arange(groups, device=device)[:, None] * shape.tokens).flatten()
-    latents = random(shape.clips, shape.frames, shape.tokens, LATENT_CHANNELS).detach()
-    frame_weight = torch.rand(shape.clips, shape.frames, generator=generator, device=device) / latents.numel()
+    latents = (shape.clips, shape.frames, shape.tokens, LATENT_CHANNELS)
+    latent_unit = full * LATENT_CHANNELS * dtype.itemsize
+    frame_weight = torch.rand(shape.clips, shape.frames, generator=generator, device=device) / (full * LATENT_CHANNELS)
     kept_unit, full_unit = (n * dim * dtype.itemsize for n in (index.numel(), full))
 
     def tokens_and_modulation(gated: bool) -> Callable:
@@ -185,10 +190,10 @@ def operators(shape: Shape, device: torch.device, dtype: torch.dtype) -> list[Op
         ),
         Op(
             "weighted_squared_error",
-            lambda: [random(shape.clips, shape.frames, shape.tokens, LATENT_CHANNELS)],
-            lambda backend, x: weighted_squared_error(x, latents.to(x.dtype), frame_weight, backend=backend),
-            2 * latents.nbytes,
-            3 * latents.nbytes,
+            lambda: [random(*latents), random(*latents).detach()],
+            lambda backend, x, target: weighted_squared_error(x, target, frame_weight, backend=backend),
+            2 * latent_unit,
+            3 * latent_unit,
         ),
     ]
 
@@ -217,7 +222,11 @@ def as_tuple(outputs) -> tuple[torch.Tensor, ...]:
 
 def results(function: Callable, inputs: list[torch.Tensor], grads: list[torch.Tensor]) -> list[torch.Tensor]:
     outputs = as_tuple(function(*inputs))
-    return [*(out.detach() for out in outputs), *torch.autograd.grad(outputs, inputs, grads)]
+    return [*(out.detach() for out in outputs), *torch.autograd.grad(outputs, differentiable(inputs), grads)]
+
+
+def differentiable(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [t for t in inputs if t.requires_grad]
 
 
 def deviation(actual: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
@@ -247,7 +256,7 @@ def implementations(op: Op, device: torch.device) -> dict[str, Callable]:
     def eager(*inputs):
         return op.call("reference", *inputs)
 
-    ours = {"mimo_kernels": lambda *inputs: op.call("cuda", *inputs)} if device.type == "cuda" else {}
+    ours = {OURS: lambda *inputs: op.call("cuda", *inputs)} if device.type == "cuda" else {}
     return ours | {"eager": eager, "torch.compile": torch.compile(eager, fullgraph=True, dynamic=False)} | op.peers
 
 
@@ -259,24 +268,25 @@ def bench(
     grads = [torch.randn_like(out) for out in as_tuple(op.call("reference", *sets[0]))]
     exact = results(
         lambda *inputs: op.call("reference", *inputs),
-        [t.detach().float().requires_grad_() for t in sets[0]],
+        [t.detach().float().requires_grad_(t.requires_grad) for t in sets[0]],
         [g.float() for g in grads],
     )
     rows, forward, backward = {}, {}, {}
     for name, function in implementations(op, device).items():
         rows[name] = {"implementation": name}
         try:
-            if name not in op.peers:
-                rows[name]["error"] = deviation(results(function, sets[0], grads), exact)
-                if not rows[name]["error"] <= TOLERANCE[dtype]:
-                    raise AssertionError(f"wrong: rms error {rows[name]['error']:.2e}, allowed {TOLERANCE[dtype]:.0e}")
-            plain = [[t.detach() for t in inputs] for inputs in sets]
-            forward[name] = graphed([lambda i=i, f=function: f(*i) for i in plain], device)
-            outputs = [(as_tuple(function(*inputs)), inputs) for inputs in sets]
-            backward[name] = graphed([lambda o=o, i=i: gradient(o, i, grads) for o, i in outputs], device)
-        except Exception as error:  # a peer that fails is a result; ours is a fault
-            if name == "mimo_kernels":
-                raise
+            with common.at_most(PREPARE_SECONDS):
+                if name not in op.peers:
+                    rows[name]["error"] = deviation(results(function, sets[0], grads), exact)
+                    if not rows[name]["error"] <= TOLERANCE[dtype]:
+                        raise AssertionError(
+                            f"wrong: rms error {rows[name]['error']:.2e}, allowed {TOLERANCE[dtype]:.0e}"
+                        )
+                plain = [[t.detach() for t in inputs] for inputs in sets]
+                forward[name] = graphed([lambda i=i, f=function: f(*i) for i in plain], device)
+                outputs = [(as_tuple(function(*inputs)), inputs) for inputs in sets]
+                backward[name] = graphed([lambda o=o, i=i: gradient(o, i, grads) for o, i in outputs], device)
+        except Exception as error:  # that a peer fails is a result; that ours does, main tells
             forward.pop(name, None)
             rows[name]["note"] = f"failed: {common.one_line(error)}"
     del exact
@@ -297,14 +307,14 @@ def bench(
                 speed = moved / median * 1e-3
                 row |= {"us": median, "us_p20": p20, "us_p80": p80, "runs": timings[name].runs, "gb_per_s": speed}
                 row["percent_of_copy"] = 100 * speed / copy_gb_per_s
-                if "mimo_kernels" in timings:
-                    row["speedup_of_ours"] = timings[name].median / timings["mimo_kernels"].median
+                if OURS in timings:
+                    row["speedup_of_ours"] = timings[name].median / timings[OURS].median
             table.append(row)
     return table
 
 
 def gradient(outputs: tuple[torch.Tensor, ...], inputs: list[torch.Tensor], grads: list[torch.Tensor]) -> None:
-    torch.autograd.grad(outputs, inputs, grads[: len(outputs)], retain_graph=True, allow_unused=True)
+    torch.autograd.grad(outputs, differentiable(inputs), grads[: len(outputs)], retain_graph=True, allow_unused=True)
 
 
 class Traffic(TorchDispatchMode):
@@ -353,7 +363,7 @@ def block_traffic(device: torch.device, dtype: torch.dtype) -> list[dict]:
     return rows
 
 
-def main() -> None:
+def main() -> int:
     device = common.default_device()
     shapes = GPU_SHAPES if device.type == "cuda" else CPU_SHAPES
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -362,11 +372,12 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=[shape.name for shape in shapes], metavar="NAME")
     parser.add_argument("--ops", nargs="+", metavar="NAME", help="operators; all by default")
     parser.add_argument("--seconds", type=float, default=0.3, help="timed per implementation and direction")
+    parser.add_argument("--minutes", type=float, help="begin no operator that would end later")
     arguments = parser.parse_args()
+    budget = common.Budget(arguments.minutes)
     torch.manual_seed(0)
-    if (
-        device.type == "cuda"
-    ):  # a graph cannot be captured on the default stream, and a backward runs on its forward's stream
+    if device.type == "cuda":
+        # A graph cannot be captured on the default stream, and a backward runs on its forward's stream.
         torch.cuda.set_stream(torch.cuda.Stream(device))
     torch._functorch.config.donated_buffer = False  # the backward is timed alone, again and again
 
@@ -376,28 +387,43 @@ def main() -> None:
         print(
             "  no GPU: a small shape in fp32 on the CPU without the compiled kernels; the figures say nothing about them"
         )
+    pieces = [
+        (shape, op)
+        for shape in shapes
+        if not arguments.shapes or shape.name in arguments.shapes
+        for op in operators(shape, device, dtype)
+        if not arguments.ops or op.name in arguments.ops
+    ]
     rows = []
-    for shape in shapes:
-        if arguments.shapes and shape.name not in arguments.shapes:
-            continue
-        for op in operators(shape, device, dtype):
-            if arguments.ops and op.name not in arguments.ops:
-                continue
-            print(f"{shape.name}: {op.name}", flush=True)
-            torch.compiler.reset()
-            rows += bench(op, shape, device, dtype, limits["copy_gb_per_s"], arguments.seconds)
-
+    for shape, op in budget.of(pieces):
+        print(f"{shape.name}: {op.name}", flush=True)
+        torch.compiler.reset()
+        rows += bench(op, shape, device, dtype, limits["copy_gb_per_s"], arguments.seconds)
+        common.save_results(arguments.out, "ops", header, limits, rows, PLOT)
     traffic = block_traffic(device, dtype)
-    path = common.write_results(arguments.out, "ops", header, limits, rows, PLOT, block_traffic=traffic)
+    result = common.save_results(arguments.out, "ops", header, limits, rows, PLOT, block_traffic=traffic)
+    common.draw(arguments.out, result)
+
     measured = [row for row in rows if "us" in row]
     for note in dict.fromkeys(f"{row['implementation']}: {row['note']}" for row in rows if "note" in row):
         print(f"not measured: {note}")
+    if budget.left_out:
+        names = ", ".join(f"{op.name} of {shape.name}" for shape, op in budget.left_out)
+        print(f"not measured within {arguments.minutes:g} minutes: {names}")
     print("\none MiMo block, forward and backward; a pass is all its tokens read or written once:")
     columns = {"block": "", "calls": "operator calls", "mib": "MiB moved", "passes": "passes"}
     print(common.format_table(traffic, columns))
     print("\n" + common.format_table(measured, COLUMNS))
-    print(f"{path}, {path.with_suffix('.csv')}, {path.with_suffix('.png')}")
+    print(", ".join(str(arguments.out / f"ops.{kind}") for kind in ("json", "csv", "png")))
+    wrong = dict.fromkeys(
+        f"{row['case']}: {row['note']}".replace("\n", " of ")
+        for row in rows
+        if row["implementation"] == OURS and "note" in row
+    )
+    for line in wrong:
+        print(line)
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

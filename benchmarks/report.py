@@ -1,15 +1,24 @@
 """Everything that wants a GPU in one command: build, GPU tests, all benchmarks; one JSON and one Markdown page with plots.
 
-    python benchmarks/report.py [--out bench_results] [--skip-build] [--skip-tests] [--readme README.md] [--only-page]
+    python benchmarks/report.py [--out bench_results] [--minutes 8] [--skip-build] [--skip-tests] [--only NAME ...] [--readme README.md] [--only-page]
+    python benchmarks/report.py --sanitize
 
-Builds the module in place, runs the tests that need a device and the kernel tests, then every benchmark of this folder, each in a process of its own
-and none beyond its limit; under 8 minutes on the reference GPU. Writes report.json and report.md beside the benchmarks' own files under --out, and
-exits with status 1 if anything failed. Without a GPU the same runs with what each part does there. --readme writes the summary table between the
-markers <!-- benchmarks --> and <!-- /benchmarks --> of that file. --only-page runs nothing: page, plots and table from the results under --out.
+Builds the module in place, runs the tests that need a device and the kernel tests, then every benchmark of this folder, each in a process of its own.
+What --minutes leaves after build and tests is shared out to the benchmarks, which begin nothing that would not fit and write what they have after
+every shape; one that overruns all the same is stopped. Writes report.json and report.md beside the benchmarks' own files under --out, anew after every
+step, and exits with status 1 if anything failed. Without a GPU the same runs with what each part does there. --only: these steps alone, beside the
+results that are there. --readme writes the summary table between the markers <!-- benchmarks --> and <!-- /benchmarks --> of that file.
+--only-page runs nothing: page, plots and table from the results under --out.
+
+--sanitize runs every kernel once, small, under compute-sanitizer: memcheck, and racecheck and synccheck for the kernels of csrc/.
 """
 
 import argparse
+import importlib.util
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,52 +26,82 @@ from pathlib import Path
 
 import common
 
-LIMIT_SECONDS = {"build": 120, "tests": 150, "attn_bench": 240, "train_bench": 180}
-DEFAULT_LIMIT = 120
+LIMIT_SECONDS = {"build": 120, "tests": 240}
+SHARES = {"attn_bench": 4, "ops_bench": 3, "sample_bench": 3, "train_bench": 3}
+DEFAULT_SHARE = 1
+GRACE_SECONDS = 30  # beyond its share, before a benchmark is stopped
+TEST_WORKERS = 8
 MARKERS = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 OFF_THE_PAGE = {"runs", "tokens", "head_dim", "note"}  # in the CSV
+OURS = (
+    "frame_attention",
+    "paged",
+    "guided_step",
+)  # in the names of our Triton kernels; those of csrc/ are in namespace mimo
+SANITIZER = {"memcheck": ("mimo", *OURS), "racecheck": ("mimo",), "synccheck": ("mimo",)}
 
 
-def steps(out: Path, skip_build: bool, skip_tests: bool) -> dict[str, list[str]]:
-    found = {}
-    if not skip_build:
-        found["build"] = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    if not skip_tests:
-        found["tests"] = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "--continue-on-collection-errors",
-            "tests/gpu",
-            "tests/kernels",
-        ]
+def steps(out: Path) -> dict[str, list[str]]:
+    """Name -> command, in order."""
+    tests = [sys.executable, "-m", "pytest", "-q", "--continue-on-collection-errors", "tests/gpu", "tests/kernels"]
+    if importlib.util.find_spec("xdist") and (os.cpu_count() or 1) >= TEST_WORKERS:
+        tests += ["-n", str(TEST_WORKERS), "--dist", "worksteal"]
+    found = {"build": [sys.executable, "setup.py", "build_ext", "--inplace"], "tests": tests}
     for path in sorted((common.ROOT / "benchmarks").glob("*_bench.py")):
         found[path.stem] = [sys.executable, str(path), "--out", str(out)]
     return found
 
 
-def run(name: str, command: list[str], out: Path) -> dict:
-    """Runs one step with its output on the screen and in out/NAME.log."""
-    print(f"== {name}: {' '.join(command)}", flush=True)
-    limit, start = LIMIT_SECONDS.get(name, DEFAULT_LIMIT), time.perf_counter()
-    lines = []
-    try:
-        process = subprocess.run(
-            command, cwd=common.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit
-        )
-        lines, status = process.stdout.splitlines(), process.returncode
-    except subprocess.TimeoutExpired as error:
-        lines, status = (error.stdout or b"").decode(errors="replace").splitlines(), None
-        lines.append(f"stopped after {limit} s")
-    (out / f"{name}.log").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines), flush=True)
+def sanitizer_steps() -> dict[str, list[str]]:
+    """Every tool over the same small launches. Without the caching allocator, so that tensors do not lie in one another's memory."""
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "tests/gpu/test_every_kernel.py"]
+    found = {}
+    for name, kernels in SANITIZER.items():
+        wanted = [part for kernel in kernels for part in ("--kernel-name", f"kernel_substring={kernel}")]
+        padding = ["--padding", "256"] if name == "memcheck" else []
+        found[name] = [tool, "--tool", name, *padding, "--error-exitcode", "9", "--print-limit", "20", *wanted, *tests]
+    return found
+
+
+def run(name: str, command: list[str], out: Path, limit: float, environment: dict | None = None) -> dict:
+    """Runs one step, its output in out/NAME.log as it comes and on the screen at the end."""
+    print(f"== {name}, at most {limit:.0f} s: {' '.join(command)}", flush=True)
+    start, log = time.perf_counter(), out / f"{name}.log"
+    with open(log, "w") as file:
+        try:
+            process = subprocess.Popen(
+                command,
+                cwd=common.ROOT,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=os.environ | (environment or {}),
+            )
+            status = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with its own workers
+            process.wait()
+            status = None
+        except OSError as error:
+            status = 127
+            file.write(f"{error}\n")
+        if status is None:
+            file.write(f"\nstopped after {limit:.0f} s\n")
+    text = log.read_text(errors="replace").rstrip()
+    print(text, flush=True)
     return {
         "step": name,
         "status": status,
         "seconds": round(time.perf_counter() - start, 1),
-        "last_line": lines[-1] if lines else "",
+        "last_line": text.splitlines()[-1] if text else "",
     }
+
+
+def seconds_for(name: str, later: list[str], left: float) -> float:
+    """A benchmark's part of the seconds that are left for it and those after it."""
+    shares = {other: SHARES.get(other, DEFAULT_SHARE) for other in (name, *later)}
+    return max(30.0, left * shares[name] / sum(shares.values()))
 
 
 def load_results(out: Path) -> list[dict]:
@@ -131,11 +170,50 @@ def write_readme(path: Path, table: str) -> None:
     path.write_text(f"{text[: begin + len(MARKERS[0])]}\n{table}\n{text[end:]}")
 
 
+def write_page(done: list[dict], out: Path) -> list[dict]:
+    results = load_results(out)
+    (out / "report.json").write_text(json.dumps({"steps": done, "results": results}, indent=1))
+    (out / "report.md").write_text(page(done, results, out))
+    return results
+
+
+def run_all(arguments: argparse.Namespace, out: Path) -> list[dict]:
+    end, done = time.perf_counter() + 60 * arguments.minutes, []
+    if arguments.sanitize:
+        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        for name, command in sanitizer_steps().items():
+            done.append(run(name, command, out, end - time.perf_counter(), environment))
+        return done
+    commands = steps(out)
+    if unknown := [name for name in arguments.only or () if name not in commands]:
+        raise SystemExit(f"report.py: unknown step {unknown[0]!r}; expected some of {', '.join(commands)}")
+    skipped = {"build": arguments.skip_build, "tests": arguments.skip_tests}
+    names = [name for name in commands if name in (arguments.only or commands) and not skipped.get(name)]
+    if not arguments.only:
+        for stale in load_results(out):
+            (out / f"{stale['benchmark']}.json").unlink()  # a page shows one run
+    for i, name in enumerate(names):
+        command, limit = commands[name], LIMIT_SECONDS.get(name)
+        if limit is None:
+            share = seconds_for(name, names[i + 1 :], end - time.perf_counter())
+            command, limit = [*command, "--minutes", f"{share / 60:.2f}"], share + GRACE_SECONDS
+        done.append(run(name, command, out, limit))
+        write_page(done, out)
+    return done
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("bench_results"))
+    parser.add_argument("--minutes", type=float, default=8.0, help="for everything together")
     parser.add_argument("--skip-build", action="store_true")
     parser.add_argument("--skip-tests", action="store_true")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="build, tests or names of benchmarks, such as attn_bench"
+    )
+    parser.add_argument(
+        "--sanitize", action="store_true", help="every kernel once under compute-sanitizer, nothing else"
+    )
     parser.add_argument("--readme", type=Path, help="write the summary table into this file")
     parser.add_argument("--only-page", action="store_true", help="run nothing, take the results under --out")
     arguments = parser.parse_args()
@@ -144,23 +222,18 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     if arguments.only_page:
         done = json.loads((out / "report.json").read_text())["steps"] if (out / "report.json").exists() else []
-        for result in load_results(out):
-            common.draw(out, result)
     else:
-        for stale in load_results(out):
-            (out / f"{stale['benchmark']}.json").unlink()  # a page shows one run
-        done = [
-            run(name, command, out) for name, command in steps(out, arguments.skip_build, arguments.skip_tests).items()
-        ]
-    results = load_results(out)
-    (out / "report.json").write_text(json.dumps({"steps": done, "results": results}, indent=1))
-    (out / "report.md").write_text(page(done, results, out))
-    print(f"\n{out / 'report.json'}\n{out / 'report.md'}")
-    if arguments.readme:
-        try:
-            write_readme(arguments.readme, readme_table(results))
-        except ValueError as error:
-            parser.error(str(error))
+        done = run_all(arguments, out)
+    if not arguments.sanitize:
+        for result in load_results(out):
+            common.draw(out, result)  # of a benchmark that was stopped, too
+        results = write_page(done, out)
+        print(f"\n{out / 'report.json'}\n{out / 'report.md'}")
+        if arguments.readme:
+            try:
+                write_readme(arguments.readme, readme_table(results))
+            except ValueError as error:
+                parser.error(str(error))
     print(
         common.format_table(done, {"step": "step", "status": "status", "seconds": "seconds", "last_line": "last line"})
     )

@@ -77,14 +77,14 @@ __global__ void __launch_bounds__(kThreads)
 // The columns of a row over blocks of nearly equal size.
 dim3 threads_for(int dim) {
     const int vectors = dim / 8, blocks = divide_up(vectors, kThreads);
-    return dim3(round_up(divide_up(vectors, blocks > 0 ? blocks : 1), kWarp));
+    return dim3(round_up(divide_up(vectors, blocks), kWarp));
 }
 
 }  // namespace
 
 int bias_gelu_forward(void* y, const void* x, const void* bias, bool bias_float, int64_t rows, int dim, int dtype, int device,
                       void* stream) {
-    if (dim % 8) return 1;  // cudaErrorInvalidValue
+    if (dim < 8 || dim % 8) return 1;  // cudaErrorInvalidValue
     OnDevice guard(device);
     return with_dtype(dtype, [&](auto type) {
         using T = decltype(type);
@@ -97,7 +97,7 @@ int bias_gelu_forward(void* y, const void* x, const void* bias, bool bias_float,
 
 int bias_gelu_backward(void* dx, void* dbias, float* partial, const void* dy, const void* x, const void* bias, bool bias_float,
                        int64_t rows, int dim, int rows_per_block, int dtype, int device, void* stream) {
-    if (dim % 8) return 1;  // cudaErrorInvalidValue
+    if (dim < 8 || dim % 8) return 1;  // cudaErrorInvalidValue
     OnDevice guard(device);
     return with_dtype(dtype, [&](auto type) {
         using T = decltype(type);

@@ -94,8 +94,8 @@ def _refusals(device: torch.device, dtype: torch.dtype, dim: int) -> dict[str, l
     reasons = device_refusals(device)
     if dtype not in DTYPES:
         reasons.append(f"x is {dtype}, expected {DTYPE_NAMES}")
-    if dim % 8:
-        reasons.append(f"x has {dim} columns, expected a multiple of 8")
+    if dim % 8 or not dim:
+        reasons.append(f"x has {dim} columns, expected a multiple of 8 of at least 8")
     return {"cuda": reasons, "reference": []}
 
 

@@ -1,5 +1,7 @@
 """Guidance and one sampler step in one pass: the velocities of all branches are combined and the latents updated in place."""
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,10 @@ BLOCK = 1024
 @torch.library.custom_op("mimo_kernels::guided_step_triton", mutates_args=("x",))
 def _triton_op(x: Tensor, v: Tensor, weights: Tensor, coefficients: Tensor, index: Tensor) -> None:
     blocks = triton.cdiv(x.numel(), BLOCK)
-    guided_step_kernel[(blocks,)](x, v, weights, coefficients, index, x.numel(), G=len(weights), BM=BLOCK, num_warps=4)
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():  # a launch goes to the current device
+        guided_step_kernel[(blocks,)](
+            x, v, weights, coefficients, index, x.numel(), G=len(weights), BM=BLOCK, num_warps=4
+        )
 
 
 @_triton_op.register_fake

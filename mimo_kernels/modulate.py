@@ -88,6 +88,11 @@ class FrameRows:
         key = str(device)
         if key not in self._devices:
             pin = device.type == "cuda" and not torch.compiler.is_compiling()
+            if pin and torch.cuda.is_current_stream_capturing():
+                raise ValueError(
+                    f"FrameRows: these rows were not used on {device} before and cannot be uploaded inside a CUDA graph capture;"
+                    " run the operators once before capturing"
+                )
             hosts = (host.pin_memory() if pin else host for host in self._host)
             self._devices[key] = tuple(host.to(device, non_blocking=True) for host in hosts)
         return self._devices[key]

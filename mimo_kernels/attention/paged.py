@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -31,9 +32,10 @@ def _triton_op(
     scale: float,
     splits: int | None = None,
 ) -> Tensor:
-    return triton_paged.launch(
-        q, k_self, v_self, k_pages, v_pages, page_table, page_rows, num_pages, scale, splits=splits
-    )
+    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():  # a launch goes to the current device
+        return triton_paged.launch(
+            q, k_self, v_self, k_pages, v_pages, page_table, page_rows, num_pages, scale, splits=splits
+        )
 
 
 @torch.library.custom_op("mimo_kernels::paged_frame_attention_reference", mutates_args=())

@@ -1,6 +1,7 @@
 """frame_attention on Triton kernels, as operators of torch.library: `mimo_kernels::frame_attention_triton` and its `_backward`."""
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -9,6 +10,8 @@ from .. import _dispatch
 from . import triton_bwd, triton_fwd
 from .operator import register
 from .triton_plan import PASSES, Plan, plan_for
+
+MAX_BATCH = 65535  # what the third dimension of a grid holds
 
 
 def refusals(q: Tensor, k: Tensor, v: Tensor, mask) -> list[str]:
@@ -35,6 +38,9 @@ def plans(q: Tensor, mask) -> dict[str, Plan]:
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, frames: Tensor, repeats: int, scale: float) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, head_dim = q.shape
+    if batch > MAX_BATCH:
+        parts = [_forward(*part, frames, repeats, scale) for part in _in_parts(q, k, v)]
+        return tuple(torch.cat(results) for results in zip(*parts))
     out = q.new_empty(q.shape)
     lse = q.new_empty((batch, heads, tokens), dtype=torch.float32)
     if out.numel():
@@ -57,6 +63,10 @@ def _backward(
     repeats: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if len(q) > MAX_BATCH:
+        inputs = (dout, torch.zeros_like(lse) if dlse is None else dlse, q, k, v, out, lse)
+        parts = [_backward(*part, frames, repeats, scale) for part in _in_parts(*inputs)]
+        return tuple(torch.cat(results) for results in zip(*parts))
     gradients = tuple(x.new_empty(x.shape) for x in (q, k, v))
     if out.numel():
         dout, q, k, v = (_addressable(x) for x in (dout, q, k, v))
@@ -67,6 +77,10 @@ def _backward(
                 dout, dlse, q, k, v, out.contiguous(), lse.contiguous(), *gradients, row_plan, key_plan, scale
             )
     return gradients
+
+
+def _in_parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(x.split(MAX_BATCH) for x in tensors))
 
 
 def _addressable(x: Tensor) -> Tensor:

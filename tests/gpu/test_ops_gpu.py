@@ -150,7 +150,9 @@ def everything(compiled: bool = False):
 
     def step():
         back, loss = run()
-        return back, loss, *torch.autograd.grad(loss, [*t.values(), weight])
+        gradients = torch.autograd.grad(loss, [*t.values(), weight])
+        # Detached: a graph that lives on ties the next step's gradients to the stream of this one.
+        return back.detach(), loss.detach(), *gradients
 
     return step
 
@@ -176,6 +178,13 @@ def test_in_a_cuda_graph_and_on_another_stream():
     graph.replay()
     for results in (streamed, captured):
         assert all(torch.equal(a, b) for a, b in zip(results, expected))
+
+
+def test_rows_are_not_uploaded_inside_a_capture():
+    rows, x = FrameRows([5], [0]), random(5, 8)
+    modulate(x, x[:1], x[:1], FrameRows([5], [0]))
+    with pytest.raises(ValueError, match="before capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        modulate(x, x[:1], x[:1], rows)
 
 
 def test_compiled_by_inductor():

@@ -53,6 +53,13 @@ def test_far_from_zero(emulated):
     torch.testing.assert_close(slope, torch.tensor([[0.0, 0, 0, 0.5, 0.5, 1, 1, 1]]), rtol=1e-6, atol=1e-10)
 
 
+def test_rows_of_no_columns(emulated):
+    x, bias = torch.zeros(5, 0), torch.zeros(0)
+    assert bias_gelu(x, bias).shape == x.shape
+    with pytest.raises(ValueError, match="x has 0 columns"):
+        bias_gelu(x, bias, backend="cuda")
+
+
 def test_any_leading_shape_and_alignment(emulated):
     x = torch.randn(2 * 3 * 16 + 1)[1:].view(2, 3, 16)
     bias = torch.randn(17)[1:]

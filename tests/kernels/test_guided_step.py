@@ -1,4 +1,4 @@
-"""guided_step, reference and interpreted Triton kernel, against the formula and the schedules."""
+"""guided_step, reference and Triton kernel (interpreted on the CPU), against the formula and the schedules."""
 
 import pytest
 import torch
@@ -7,12 +7,15 @@ from mimo.diffusion import FlowSchedule, VPredictionSchedule
 from mimo_kernels.guided_step import _triton_op, guided_step, guided_step_ref
 from mimo_kernels.testing import assert_within_budget, between_nans
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-def draw(branches: int, *shape: int, dtype: torch.dtype = torch.float32):
+
+def draw(branches: int, *shape: int, dtype: torch.dtype = torch.float32, device: str = DEVICE):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator)
     v = torch.randn(branches, *shape, generator=generator).to(dtype)
-    return x, v, torch.randn(branches, generator=generator), torch.randn(7, 2, generator=generator)
+    weights, coefficients = torch.randn(branches, generator=generator), torch.randn(7, 2, generator=generator)
+    return [tensor.to(device) for tensor in (x, v, weights, coefficients)]
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -23,7 +26,7 @@ def test_equals_the_formula(backend, dtype, branches, shape):
     for i in (0, 6):
         a, b = coefficients[i].double()
         exact = a * x.double() + b * torch.einsum("g,g...->...", weights.double(), v.double())
-        index = torch.tensor([i])
+        index = torch.tensor([i], device=DEVICE)
         plain = guided_step_ref(x, v, weights, coefficients, index)
         here = between_nans(x)
         out = guided_step(here, between_nans(v), weights, coefficients, index, backend=backend)
@@ -38,7 +41,7 @@ def test_equals_the_schedules_step(schedule):
     every = torch.arange(steps)
     zero, one = torch.zeros(steps), torch.ones(steps)
     coefficients = torch.stack([schedule.step(zero, one, every), schedule.step(one, zero, every)], 1)
-    x, v, weights, _ = draw(2, 3, 4)
+    x, v, weights, _ = draw(2, 3, 4, device="cpu")
     for i in range(steps):
         guided = weights[0] * v[0] + weights[1] * v[1]
         out = guided_step(x.clone(), v, weights, coefficients, torch.tensor([i]))
@@ -47,13 +50,13 @@ def test_equals_the_schedules_step(schedule):
 
 def test_operator_is_registered_in_full():
     x, v, weights, coefficients = draw(2, 3, 4)
-    arguments = (x, v, weights, coefficients, torch.tensor([1]))
+    arguments = (x, v, weights, coefficients, torch.tensor([1], device=DEVICE))
     torch.library.opcheck(_triton_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_wrong_use_is_named():
     x, v, weights, coefficients = draw(2, 3, 4)
-    index = torch.tensor([1])
+    index = torch.tensor([1], device=DEVICE)
     with pytest.raises(ValueError, match=r"x must be contiguous torch.float32 \[3, 4\], got torch.float64"):
         guided_step(x.double(), v, weights, coefficients, index)
     with pytest.raises(ValueError, match=r"v must be contiguous torch.float32 \[2, 3, 4\], got .* \[1, 3, 4\]"):

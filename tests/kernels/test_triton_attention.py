@@ -89,6 +89,11 @@ def test_batch():
     check(FrameMask.block_causal([[10, 20, 7]]), heads=2, batch=3)
 
 
+def test_a_batch_larger_than_a_grid(monkeypatch):
+    monkeypatch.setattr(triton_op, "MAX_BATCH", 2)
+    check(FrameMask.block_causal([[5, 4]]), batch=5)
+
+
 def test_scale():
     mask = FrameMask.block_causal([[10, 7]])
     for scale in (2.0, -0.7, 0.0):
