@@ -76,6 +76,13 @@ def train_arguments(out, data="shapes"):
 # Help ----------------------------------------------------------------------------------------------------------------
 
 
+def test_help_may_be_cut_short():
+    command = [sys.executable, "-m", "mimo", "train", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 0
+
+
 def test_help_needs_no_torch():
     code = (
         "import sys; from mimo.cli import main\n"
