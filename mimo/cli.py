@@ -199,6 +199,10 @@ class Sample:
         steps: denoising steps per frame.
         history_guidance: 1 is none.
         class_guidance: 1 is none.
+        window: latent frames that a frame sees, the latest, itself included: long videos in constant memory.
+        sink: the first frames, which stay visible beside the window.
+        temperature: factor on the noise that the first and the last frame start from, linear in between.
+        history_noise: standard deviation of the noise on the first and the last frame as the history of later ones.
         weights: the averaged weights, or those of the last step.
         tokenizer_weights: where the tokenizer's weights lie, if not where they lay when the model was trained.
         trust_pickle: read tokenizer weights that hold pickled objects, which can run any code.
@@ -223,6 +227,10 @@ class Sample:
     steps: int | None = None
     history_guidance: float | None = None
     class_guidance: float | None = None
+    window: int | None = None
+    sink: int | None = None
+    temperature: tuple[float, float] | None = None
+    history_noise: tuple[float, float] | None = None
     weights: Literal["ema", "model"] = "ema"
     tokenizer_weights: Path | None = None
     trust_pickle: bool = False
@@ -241,11 +249,17 @@ class Sample:
             trust_pickle=self.trust_pickle,
             device=find_device(self.device),
         )
-        chosen = {
-            name: getattr(self, name)
-            for name in ("sampler", "steps", "history_guidance", "class_guidance")
-            if getattr(self, name) is not None
-        }
+        options = (
+            "sampler",
+            "steps",
+            "history_guidance",
+            "class_guidance",
+            "window",
+            "sink",
+            "temperature",
+            "history_noise",
+        )
+        chosen = {name: getattr(self, name) for name in options if getattr(self, name) is not None}
         sample(
             loaded,
             user_input(replace, loaded.sample_config, **chosen),

@@ -279,6 +279,12 @@ class SampleConfig(_Record):
         class_guidance: w of (1 - w) v(null) + w v(class or action); 1 is none.
         context_frames: latent frames given when a clip is predicted; 0 generates from nothing.
         num_frames: latent frames of the result, context included.
+        window: how many latent frames a frame sees, the latest, itself included; None: all. Memory no longer grows then.
+        sink: the first frames of the video, which stay visible beside the window.
+        temperature: factor on the noise that a frame starts from, for the first and the last frame made, linear in
+            between: cooler late frames gather less error (VideoMAR, Sec. 3.3: 1 to 0.9).
+        history_noise: standard deviation of the noise added to a finished frame before it becomes history, for the
+            first and the last frame made, linear in between.
     """
 
     sampler: Literal["ddim", "euler"] = "ddim"
@@ -287,10 +293,18 @@ class SampleConfig(_Record):
     class_guidance: float = 1.0
     context_frames: int = 0
     num_frames: int = 5
+    window: int | None = None
+    sink: int = 0
+    temperature: tuple[float, float] = (1.0, 1.0)
+    history_noise: tuple[float, float] = (0.0, 0.0)
 
-    _MAY_BE_ZERO = ("history_guidance", "class_guidance", "context_frames")
+    _MAY_BE_ZERO = ("history_guidance", "class_guidance", "context_frames", "sink")
 
     def _check(self) -> None:
+        _require(self.window is None or self.window >= 1, "window", self.window, "1 or more frames, or None")
+        for name in ("temperature", "history_noise"):
+            ends = getattr(self, name)
+            _require(len(ends) == 2 and all(x >= 0 for x in ends), name, ends, "two numbers of zero or more")
         fewer = self.context_frames < self.num_frames
         _require(fewer, "context_frames", self.context_frames, f"fewer than num_frames={self.num_frames}")
 

@@ -33,15 +33,11 @@ class Sampler:
 
     Args:
         model: the network; its dtype and device are those of the computation, under autocast the cache has its dtype.
-        config: sampler, steps and guidance.
-        policy: which earlier frames a frame sees; default all.
+        config: sampler, steps, guidance, window, temperature.
+        policy: which earlier frames a frame sees, where the config's window and sink do not say all.
         use_cache: False computes the history anew in every step, with the full mask: for comparison.
         page_size: tokens per cache page; default the largest divisor of a frame's tokens in 16..64, else 64 or a
             frame, whichever is less.
-        temperature: factor on the noise that a frame starts from, for the first and the last frame made, linear in
-            between: lower late frames accumulate less error (VideoMAR, Sec. 3.3, uses 1 to 0.9).
-        history_noise: standard deviation of the noise added to a finished frame before it becomes history, for the
-            first and the last frame made, linear in between.
         graph: what one CUDA graph holds on a GPU: a denoising "step", replayed for every step, or a whole "frame" with
             its pass as history, which is launched once, but takes longer to capture.
 
@@ -56,8 +52,6 @@ class Sampler:
         policy: CachePolicy | None = None,
         use_cache: bool = True,
         page_size: int | None = None,
-        temperature: tuple[float, float] = (1.0, 1.0),
-        history_noise: tuple[float, float] = (0.0, 0.0),
         graph: Literal["step", "frame"] = "step",
     ):
         expected = {"v": "ddim", "flow": "euler"}[model.config.parameterization]
@@ -66,14 +60,15 @@ class Sampler:
                 f"sampler={config.sampler!r}: a {model.config.parameterization!r} network is sampled by {expected!r}"
             )
         self.model, self.config = model, config
-        self.policy = policy or CachePolicy()
+        if policy is not None and config.window is not None:
+            raise ValueError(f"window={config.window} and a policy: expected one of them")
+        self.policy = policy or CachePolicy(window=config.window, sink=config.sink)
         if not use_cache and self.policy.coarse is not None:
             raise ValueError("a coarse policy needs the cache, got use_cache=False")
         if graph not in ("step", "frame"):
             raise ValueError(f"graph={graph!r}: expected 'step' or 'frame'")
         self.graph = graph
         self.run_type: type[Run] = CachedRun if use_cache else UncachedRun
-        self.temperature, self.history_noise = temperature, history_noise
         tokens = model.config.tokens
         divisors = [size for size in range(16, 65) if tokens % size == 0]
         self.page_size = page_size or max(divisors, default=min(tokens, 64))

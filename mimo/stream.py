@@ -107,9 +107,11 @@ class Stream(Iterator[Tensor]):
                 clock = _Clock(run.device)
                 share = now.done / max(1, now.total - 1)
                 last = now.done + 1 == now.total
-                scale = 0.0 if last else _between(sampler.history_noise, share)
+                scale = 0.0 if last else _between(sampler.config.history_noise, share)
                 run.denoise(
-                    sampler._noise(now.seed, now.ids, now.positions, "start", _between(sampler.temperature, share)),
+                    sampler._noise(
+                        now.seed, now.ids, now.positions, "start", _between(sampler.config.temperature, share)
+                    ),
                     sampler._noise(now.seed, now.ids, now.positions, "history", scale) if scale else None,
                 )
                 frame = run.x.clone()
@@ -150,10 +152,10 @@ def identity(sampler: Sampler, request: dict) -> dict:
     from mimo.tokenizers.weights import checksum
 
     config, policy = sampler.config, sampler.policy
-    sampling = {name: getattr(config, name) for name in ("sampler", "steps", "history_guidance", "class_guidance")}
+    lengths = ("context_frames", "num_frames")  # of a preset; a run has its own
+    sampling = {name: value for name, value in config.to_dict().items() if name not in lengths}
     sampling |= {name: getattr(policy, name) for name in ("window", "sink", "coarse_tokens")}
-    sampling |= {name: getattr(sampler, name) for name in ("page_size", "temperature", "history_noise")}
-    sampling["dtype"] = str(sampler._dtype)
+    sampling |= {"page_size": sampler.page_size, "dtype": str(sampler._dtype)}
     network = sampler.model.config.to_dict()
     return {"network": network, "weights": checksum(sampler.model), "sampling": sampling, "request": request}
 

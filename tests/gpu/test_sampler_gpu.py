@@ -54,9 +54,9 @@ def eager(monkeypatch):
 @pytest.mark.parametrize("policy", [CachePolicy(), CachePolicy(3, sink=1)], ids=["whole", "window"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_graph_equals_eager(eager, policy, dtype, graph):
-    model, options = network(dtype), {"policy": policy, "history_noise": (0.0, 0.3)}
-    expected = eager(model, config(), **options)
-    sampler = Sampler(model, config(), graph=graph, **options)
+    model, noisy = network(dtype), config(history_noise=(0.0, 0.3))
+    expected = eager(model, noisy, policy=policy)
+    sampler = Sampler(model, noisy, graph=graph, policy=policy)
     assert torch.equal(draw(sampler), expected)
     assert torch.equal(draw(sampler), expected)  # the same graphs, a second run
     (run,) = sampler._idle.values()

@@ -251,6 +251,8 @@ def test_tensors_that_do_not_fit_the_recorded_config(refused, own_run):
         ("--count 0", "--count 0"),
         ("--steps 0", "steps=0"),
         ("--sampler ddim", "sampler='ddim'"),
+        ("--window 0", "window=0: expected 1 or more frames"),
+        ("--temperature 1 -1", "temperature=(1.0, -1.0)"),
     ],
 )
 def test_bad_sampling(refused, run, clip, tmp_path, words, message):
@@ -336,6 +338,13 @@ def test_averaged_and_last_weights_differ(tmp_path):
     run = tmp_path / "run"
     assert train(run, "--train.lr", "0.1", "--train.lr-end", "0.1", "--train.ema-decay", "0.9", "--steps", "8") == 0
     assert sample(run, tmp_path / "a") != sample(run, tmp_path / "b", "--weights", "model")
+
+
+@pytest.mark.parametrize("words", ["--window 1", "--temperature 0.5 0.4", "--history-noise 0.5 0.5"])
+def test_options_of_long_videos_reach_the_sampler(tmp_path, words):
+    run = tmp_path / "run"
+    assert train(run, "--train.lr", "0.1", "--train.lr-end", "0.1", "--train.ema-decay", "0", "--steps", "8") == 0
+    assert sample(run, tmp_path / "a", "--frames", 6) != sample(run, tmp_path / "b", "--frames", 6, *words.split())
 
 
 def test_classes_and_actions(tmp_path):

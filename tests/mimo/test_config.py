@@ -112,6 +112,10 @@ def test_unknown_names_are_refused_with_the_known_ones():
         (SampleConfig, {"steps": 0}, "steps=0"),
         (SampleConfig, {"context_frames": 5}, "context_frames=5.*5"),
         (SampleConfig, {"sampler": "heun"}, "sampler='heun'"),
+        (SampleConfig, {"window": 0}, "window=0: expected 1 or more"),
+        (SampleConfig, {"sink": -1}, "sink=-1"),
+        (SampleConfig, {"temperature": (1.0, -0.5)}, "temperature=.*zero or more"),
+        (SampleConfig, {"history_noise": (0.1,)}, "history_noise=.*two numbers"),
     ],
 )
 def test_bad_values_are_one_line_with_the_value(kind, changes, message):

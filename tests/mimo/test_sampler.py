@@ -271,17 +271,16 @@ class Recorded:
 def test_one_recording_serves_all_steps_and_frames(conditional, monkeypatch, graph):
     """Nothing that changes from step to step, frame to frame or run to run reaches the network but through memory."""
     policy = CachePolicy(2, sink=1)  # the cache grows, then loses frames
-    guided, noisy = config(steps=2, history_guidance=1.5, class_guidance=2.0), {"history_noise": (0.0, 0.3)}
+    guided = config(steps=2, history_guidance=1.5, class_guidance=2.0, history_noise=(0.0, 0.3))
     options = [conditions(frames=6), conditions(frames=6) | {"labels": torch.tensor([2, 0])}]
     expected = [
-        Sampler(conditional, guided, policy=policy, **noisy).sample(context(), 6, generator=seed(), **o)
-        for o in options
+        Sampler(conditional, guided, policy=policy).sample(context(), 6, generator=seed(), **o) for o in options
     ]
     monkeypatch.setattr(mimo.denoiser, "_Replayed", Recorded)
     # The reference takes lengths from the host; the kernel reads them where a graph leaves them.
     kernel = partial(paged_frame_attention, backend="triton")
     monkeypatch.setattr(mimo.denoiser, "paged_frame_attention", lambda *args, backend, **rest: kernel(*args, **rest))
-    sampler = Sampler(conditional, guided, policy=policy, graph=graph, **noisy)
+    sampler = Sampler(conditional, guided, policy=policy, graph=graph)
     for o, video in zip(options, expected, strict=True):
         close(sampler.sample(context(), 6, generator=seed(), **o), video)
     (run,) = sampler._idle.values()
@@ -292,9 +291,17 @@ def test_one_recording_serves_all_steps_and_frames(conditional, monkeypatch, gra
     assert run.cache.num_free_pages == run.cache.num_pages
 
 
+def test_window_comes_from_the_config_or_from_a_policy(model):
+    one = Sampler(model, config(window=2, sink=1)).sample(context(), 6, generator=seed())
+    other = Sampler(model, config(), policy=CachePolicy(2, sink=1)).sample(context(), 6, generator=seed())
+    assert torch.equal(one, other)
+    with pytest.raises(ValueError, match="window=2 and a policy: expected one of them"):
+        Sampler(model, config(window=2), policy=CachePolicy(3))
+
+
 def test_long_video_in_constant_memory():
     model = network(depth=1)
-    sampler = Sampler(model, config(steps=1), policy=CachePolicy(4, sink=2))
+    sampler = Sampler(model, config(steps=1, window=4, sink=2))
     video = sampler.sample(context(1), 300, generator=seed())
     assert video.shape == (1, 300, TOKENS, CHANNELS) and video.isfinite().all()
     (run,) = sampler._idle.values()
@@ -366,7 +373,7 @@ def test_failure_inside_a_frame_leaves_the_sampler_usable(model, monkeypatch):
 def test_a_whole_frame_in_one_piece_is_the_same_video(model):
     for policy in (CachePolicy(), CachePolicy(2, sink=1)):
         videos = [
-            Sampler(model, config(history_guidance=1.5), policy=policy, graph=graph, history_noise=(0.0, 0.5)).sample(
+            Sampler(model, config(history_guidance=1.5, history_noise=(0.0, 0.5)), policy=policy, graph=graph).sample(
                 [context(1, 3)[0], context(1, 1)[0]], 7, generator=seed(), trajectories=2
             )
             for graph in ("step", "frame")
@@ -420,14 +427,14 @@ def test_norms_are_told_once_per_frame_what_every_step_would_tell_them(condition
 def test_temperature_and_history_noise_change_late_frames(model, monkeypatch):
     starts = Starts(monkeypatch)
     plain = Sampler(model, config()).sample(context(), 5, generator=seed())
-    cool = Sampler(model, config(), temperature=(1.0, 0.5)).sample(context(), 5, generator=seed())
+    cool = Sampler(model, config(temperature=(1.0, 0.5))).sample(context(), 5, generator=seed())
     for noise, scaled, factor in zip(starts.noise[:3], starts.noise[3:], (1.0, 0.75, 0.5), strict=True):
         close(scaled, factor * noise)
     close(cool[:, 2], plain[:, 2])
     assert not torch.allclose(cool[:, 3], plain[:, 3], atol=1e-2)
     videos = []
     for use_cache in (True, False):
-        sampler = Sampler(model, config(), history_noise=(0.0, 0.5), use_cache=use_cache)
+        sampler = Sampler(model, config(history_noise=(0.0, 0.5)), use_cache=use_cache)
         videos.append(sampler.sample(context(), 5, generator=seed()))
     close(*videos)
     close(videos[0][:, :4], plain[:, :4])  # frame 2 joins the history without noise, frame 3 with

@@ -42,8 +42,8 @@ def pooled(cache, seq, index):
 
 OPTIONS = {
     "whole": {},
-    "window and sink": {"policy": CachePolicy(3, sink=1), "temperature": (1.0, 0.5), "history_noise": (0.1, 0.5)},
-    "alone": {"policy": CachePolicy(1)},  # an empty cache
+    "window and sink": {"window": 3, "sink": 1, "temperature": (1.0, 0.5), "history_noise": (0.1, 0.5)},
+    "alone": {"window": 1},  # an empty cache
     "multi-level": {"policy": CachePolicy(2, sink=1, coarse=pooled, coarse_tokens=2), "page_size": 2},
     "frame graph": {"graph": "frame"},
 }
@@ -52,6 +52,12 @@ OPTIONS = {
 @pytest.fixture(scope="module")
 def model() -> MiMo:
     return network()
+
+
+def sampler_of(model: MiMo, name: str) -> Sampler:
+    options = dict(OPTIONS[name])
+    sampling = {field: options.pop(field) for field in tuple(options) if field in SampleConfig().to_dict()}
+    return Sampler(model, config(**sampling), **options)
 
 
 def start(sampler: Sampler, saving: Saving | None = None, seed: int = 1):
@@ -66,13 +72,14 @@ def start(sampler: Sampler, saving: Saving | None = None, seed: int = 1):
 @pytest.mark.parametrize("stop", [2, 3, 5])
 def test_continued_frames_are_the_same_bit_for_bit(model, tmp_path, name, stop):
     """Stopped after `stop` frames, saved after the second and the fourth."""
-    expected = list(start(Sampler(model, config(), **OPTIONS[name])))
-    stream = start(Sampler(model, config(), **OPTIONS[name]), Saving(tmp_path, every=2))
+    expected = list(start(sampler_of(model, name)))
+    stream = start(sampler_of(model, name), Saving(tmp_path, every=2))
     for frame in expected[:stop]:
         assert torch.equal(next(stream), frame)
     stream.close()
     torch.manual_seed(99)  # the state of everything else does not matter
-    sampler, done = Sampler(network(), config(), **OPTIONS[name]), []
+    done = []
+    sampler = sampler_of(network(), name)
     continued = sampler.resume(Saving(tmp_path, every=3), progress=lambda *now: done.append(now))
     saved = stop // 2 * 2
     assert continued.progress.done == saved
