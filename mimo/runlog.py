@@ -49,22 +49,27 @@ class RunLog:
     def advance(self) -> None:
         self.bar.update()
 
-    def write(self, step: int, means: dict[str, float | int], tokens: int, lr: float) -> dict[str, float]:
-        """means: since the last record; tokens: latent positions seen since then. Returns the whole record."""
+    def write(
+        self, step: int, means: dict[str, float | int], tokens: int, lr: float, waited: float
+    ) -> dict[str, float]:
+        """means: since the last record; tokens: latent positions seen since then; waited: seconds for data. Returns the
+        whole record."""
         now = time.monotonic()
-        per_step = (now - self.clock) / max(1, step - self.step)
+        seconds = max(1e-9, now - self.clock)
+        per_step = seconds / max(1, step - self.step)
         record = {
             "step": step,
             **means,
             "lr": lr,
-            "tokens_per_second": tokens / max(1e-9, now - self.clock),
+            "tokens_per_second": tokens / seconds,
+            "data_wait": min(1.0, waited / seconds),  # share of the time
             "memory_gib": self._memory() / 2**30,
         }
         self.step, self.clock = step, now
         self.say(
             f"step {step}/{self.steps}  diffusion {means['diffusion']:.4f}  mask {means['mask']:.4f}  "
             f"grad norm {means['grad_norm']:.3f}  lr {lr:.2e}  {record['tokens_per_second']:,.0f} tokens/s  "
-            f"{record['memory_gib']:.2f} GiB  ETA {duration(per_step * (self.steps - step))}"
+            f"data {record['data_wait']:.1%}  {record['memory_gib']:.2f} GiB  ETA {duration(per_step * (self.steps - step))}"
             + (f"  skipped {means['skipped']} (gradient not finite)" if means["skipped"] else "")
         )
         if self.file is not None:

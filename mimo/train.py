@@ -7,6 +7,7 @@ numbers and use their own part: how a global batch is split changes nothing but 
 
 import math
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,7 @@ class Trainer:
         )
         self.step = 0
         self.sums = Sums(self.device, self.world, train_config.max_skipped)
+        self.waited = 0.0  # seconds in which this process waited for data, since the last record
 
     def _prepare(self, tokenizer_weights: str | Path | None, trust_pickle: bool, compile: bool) -> None:
         """What a rank does for itself: tokenizer, network, objective."""
@@ -139,7 +141,9 @@ class Trainer:
 
     def fetch(self) -> list[dict[str, Tensor]]:
         """This rank's micro batches of the step, as the loader gives them; InputError if they do not fit the network."""
+        start = time.monotonic()
         micro_batches = [next(self.stream) for _ in range(self.config.accumulate)]
+        self.waited += time.monotonic() - start
         for batch in micro_batches:
             check_conditions(batch, self.model_config)
         return micro_batches
@@ -256,8 +260,8 @@ def train(
             if logs or saves or trainer.device.type == "cpu":  # on a GPU this waits for the device
                 trainer.sums.require_finite()
             if logs:
-                records.append(log.write(step, *trainer.sums.take(), learning_rate(step - 1, config)))
-                logged = step
+                records.append(log.write(step, *trainer.sums.take(), learning_rate(step - 1, config), trainer.waited))
+                logged, trainer.waited = step, 0.0
             with log.aside():
                 if saves:
                     log.say(f"saved {trainer.save(out, keep_every=keep_every)}")

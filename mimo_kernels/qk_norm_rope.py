@@ -73,6 +73,11 @@ class AxialRoPE:
         key = str(device)
         kept = self._tables.setdefault(key, [])  # replaced tables stay: a captured CUDA graph may point to them
         if not kept or kept[-1].shape[0] <= max_position:
+            if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+                raise ValueError(
+                    f"AxialRoPE: there is no table up to position {max_position} on {device} yet, and none can be made inside a"
+                    f" CUDA graph capture; call tables_on({str(device)!r}, {max_position}) before capturing"
+                )
             positions = 1 << max(10, max_position.bit_length())
             angle = torch.arange(positions, dtype=torch.float64, device=device)[:, None] * self.frequencies(device)
             kept.append(torch.stack([angle.cos(), angle.sin()], dim=-1).float())

@@ -187,6 +187,14 @@ def test_rows_are_not_uploaded_inside_a_capture():
         modulate(x, x[:1], x[:1], rows)
 
 
+def test_rotation_tables_are_not_made_inside_a_capture():
+    qkv, weight = random(4, 3, 2, 16), torch.ones(16, device="cuda")
+    coords = torch.zeros(4, 3, dtype=torch.int32, device="cuda")
+    qk_norm_rope(qkv, weight, weight, coords, AxialRoPE(16))
+    with pytest.raises(ValueError, match="before capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        qk_norm_rope(qkv, weight, weight, coords, AxialRoPE(16))
+
+
 def test_compiled_by_inductor():
     for a, b in zip(everything(compiled=True)(), everything()()):
         assert (a - b).float().norm() <= 0.03 * b.float().norm()  # the additions in between are rounded differently

@@ -119,12 +119,24 @@ def test_log_repeats_no_step_after_a_resume(tmp_path):
     assert [row["step"] for row in read_log(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
+def test_log_tells_how_long_data_was_waited_for():
+    class Slow(ShapesDataset):
+        def sample(self, index, seed):
+            time.sleep(0.1)
+            return super().sample(index, seed)
+
+    fast, slow = make_trainer(steps=2), make_trainer(steps=2)
+    slow.dataset = Slow(**{name: getattr(fast.dataset, name) for name in ("num_frames", "height", "width", "length")})
+    (fast,), (slow,) = train(fast), train(slow)
+    assert 0 < fast["data_wait"] < slow["data_wait"] <= 1 and slow["data_wait"] > 0.5
+
+
 def test_status_line_says_everything(tmp_path, capsys):
     train(make_trainer(), tmp_path)
     number = r"[\d.e+-]+"
     line = (
         rf"step 4/6  diffusion {number}  mask {number}  grad norm {number}  lr {number}  "
-        rf"[\d,]+ tokens/s  [\d.]+ GiB  ETA \d+:\d\d"
+        rf"[\d,]+ tokens/s  data [\d.]+%  [\d.]+ GiB  ETA \d+:\d\d"
     )
     assert re.search(line, capsys.readouterr().out)
     assert list((tmp_path / "tensorboard").glob("events.*"))
