@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 from mimo import MiMoConfig
 from mimo_kernels.attention import FrameMask
 
-NAMES = ("common", "attn_peers", "attn_bench", "sample_bench", "train_bench", "data_pipeline", "report")
+NAMES = ("common", "attn_peers", "attn_bench", "attn_configs", "sample_bench", "train_bench", "data_pipeline", "report")
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
@@ -160,5 +162,67 @@ def test_waiting_is_what_the_loop_waits_for(modules):
     slow.delay = 0.05
     quick = pipeline._train("quick", Clips(), size, 0, torch.device("cpu"))
     waits = pipeline._train("slow", slow, size, 0, torch.device("cpu"))
-    waited = waits["wait_percent"] / 100 * waits["ms_per_step"]
-    assert 100 <= waited < 200 and quick["wait_percent"] / 100 * quick["ms_per_step"] < 50
+    waited, hardly = (row["wait_percent"] / 100 * row["ms_per_step"] for row in (waits, quick))
+    assert 100 <= waited and hardly < waited
+
+
+def tune(*arguments, cache):
+    """attn_tune.py in a process of its own, where Triton compiles instead of interpreting."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    command = [sys.executable, str(FOLDER / "attn_tune.py"), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_tiles_are_compiled_ahead_without_a_gpu(tmp_path):
+    run = tune("--dry-run", "--passes", "dq", "--head-dims", "64", "--configs", "64x32x4x2", cache=tmp_path)
+    assert run.returncode == 0, run.stderr
+    _, heading, present, other = run.stdout.splitlines()
+    assert present.split()[:4] == ["dq", "64", "64x64x4x3", "*"] and other.split()[:3] == ["dq", "64", "64x32x4x2"]
+    columns = heading[heading.index("registers") :].split("  ")
+    assert [
+        column.strip() for column in columns if column
+    ] == "registers,shared KiB,programs/SM,spill stores,HGMMA,note".split(",")
+    for line in (present, other):
+        registers, shared, programs, stores, hgmma, note = line.split()[-6:]
+        assert 0 < int(registers) <= 255 and 0 < float(shared) < 227 and int(programs) > 0
+        assert stores == "0" and int(hgmma) > 0 and note == "-"
+    assert len(list(tmp_path.glob("*/frame_attention_dq_kernel.cubin"))) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure on")
+def test_tuning_needs_a_gpu(tmp_path):
+    run = tune(cache=tmp_path)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1 and "no CUDA GPU to measure on" in run.stderr
+
+
+def test_suggested_tiles_are_the_fastest_by_the_rule_of_the_plans(modules):
+    """Large tiles are quicker per pair; on one of two shapes small ones compute so many fewer that they win: both, with the cost that says so."""
+    configs = modules["attn_configs"]
+    measured = {
+        "128x64x8x3": ((1.0, 100), (2.0, 200)),
+        "64x64x4x3": ((1.2, 100), (1.2, 100)),
+        "64x32x4x2": ((2.0, 100), (3.0, 90)),
+    }
+    rows = [
+        {
+            "sweep": "tiles",
+            "pass": "dq",
+            "head_dim": 64,
+            "candidate": name,
+            "shape": f"shape {i}",
+            "ms": ms,
+            "executed_pairs": pairs,
+        }
+        for name, figures in measured.items()
+        for i, (ms, pairs) in enumerate(figures)
+    ]
+    best, gain, shapes = configs.suggestion(rows, "dq", 64, 90)
+    assert configs.written(best) == "(Config(128, 64, 8, 3), Config(64, 64, 4, 3, 1.2))" and shapes == [
+        "shape 0",
+        "shape 1",
+    ]
+    assert gain == pytest.approx((1.2 * 1.2 / (1.0 * 1.2)) ** 0.5)  # the present choice is 64 x 64 alone
+    one, gain, _ = configs.suggestion([row for row in rows if row["shape"] == "shape 1"], "dq", 64, 90)
+    assert configs.written(one) == "(Config(64, 64, 4, 3),)" and gain == 1
+    assert configs.suggestion(rows[:2], "dq", 64, 90) is None  # nothing to compare with

@@ -137,11 +137,11 @@ def plan_for(name: str, frames: Tensor, repeats: int, device: torch.device, dtyp
     plan = plans.get(key)
     if plan is None:
         choices = configs(name, architecture(device), dtype, head_dim)
-        plan = plans[key] = _make(plans, name, frames, repeats, device, choices)
+        plan = plans[key] = make_plan(plans, name, frames, repeats, device, choices)
     return plan
 
 
-def _make(
+def make_plan(
     plans: dict, name: str, frames: Tensor, repeats: int, device: torch.device, choices: tuple[Config, ...]
 ) -> Plan:
     """The choice that computes the fewest pairs, weighed by their cost. Schedules are kept in `plans` too: passes with the same tiles share them."""
