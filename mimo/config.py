@@ -403,7 +403,8 @@ _UCF = {"frames": 16, "height": 8, "width": 8, "channels": 32, "compression": (1
     "parameterization": "flow"
 }
 _MINECRAFT = _UCF | {"frames": 300, "compression": (1, 16, 16), "video_frames": 300, "num_actions": 4}
-# 24 of the 192 numbers of an 8x8 patch: a little blurred, and little enough to be learnt by a CPU in minutes.
+# 24 of the 192 numbers of an 8x8 patch: a little blurred, and little enough to be learnt by a CPU in minutes. A frame has 36
+# tokens, and a small shape covers one or two: masks as large as the papers' would often hide it altogether.
 _TINY = {"depth": 4, "dim": 96, "heads": 4, "decoder_depth": 1, "decoder_layer": 3, "parameterization": "flow"} | {
     "frames": 8,
     "height": 6,
@@ -411,6 +412,7 @@ _TINY = {"depth": 4, "dim": 96, "heads": 4, "decoder_depth": 1, "decoder_layer":
     "channels": 24,
     "compression": (1, 8, 8),
     "video_frames": 8,
+    "mask_ratio": (0.1, 0.25),
 }
 
 MiMoConfig._PRESETS = {
@@ -423,7 +425,7 @@ MiMoConfig._PRESETS = {
 }
 
 _UCF_TRAINING = {"batch_size": 128, "steps": 180_000, "lr": 4e-4, "ema_decay": 0.9999, "interval": 3, "flip": True}
-_TINY_TRAINING = {"batch_size": 4, "steps": 800, "lr": 5e-3, "warmup": 30, "ema_decay": 0.99, "precision": "fp32"} | {
+_TINY_TRAINING = {"batch_size": 4, "steps": 1000, "lr": 5e-3, "warmup": 30, "ema_decay": 0.99, "precision": "fp32"} | {
     "workers": 0,
     "log_every": 20,
     "save_every": 100,
@@ -448,7 +450,7 @@ SampleConfig._PRESETS = {
     "mimo-xl-ucf101": _UCF_SAMPLING | {"class_guidance": 2.0},
     "mimo-xl-ucf101-uncond": _UCF_SAMPLING,
     "mimo-b-minecraft": _UCF_SAMPLING | {"class_guidance": 1.5, "context_frames": 144, "num_frames": 300},
-    "mimo-tiny": {"sampler": "euler", "steps": 6, "context_frames": 3, "num_frames": 8},
+    "mimo-tiny": {"sampler": "euler", "steps": 4, "context_frames": 3, "num_frames": 8},
 }
 
 PRESETS = tuple(MiMoConfig._PRESETS)

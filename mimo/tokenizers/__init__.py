@@ -2,7 +2,7 @@
 
 Every tokenizer is a module with
 
-    encode(video [B, F, 3, H, W] in [-1, 1]) -> latents [B, T, H', W', C], about unit variance
+    encode(video [B, F, 3, H, W] in [-1, 1]) -> latents [B, T, H', W', C], of about unit scale
     decode(latents) -> video
     latent_shape(frames, height, width) -> (T, H', W', C), ValueError for sizes that do not fit
     num_frames(latent_frames) -> F
