@@ -114,14 +114,14 @@ def page(done: list[dict], results: list[dict], out: Path) -> str:
     lines = ["# Benchmarks", ""]
     if results:
         machine = results[0]["machine"]
-        lines += [f"- {key}: {machine[key]}" for key in machine if key != "kind"]
+        lines += [f"- {key}: {machine[key]}" for key in machine if key not in ("kind", "commit", "date")]
         if machine["kind"] != "cuda":
             lines += ["", "**No GPU: small shapes on the CPU. These figures say nothing about the GPU kernels.**"]
     if done:
         lines += ["", common.format_table(done, {key: key.replace("_", " ") for key in done[0]}, markdown=True)]
     for result in results:
-        limits = result["ceilings"]
-        lines += ["", f"## {result['benchmark']}", ""]
+        limits, machine = result["ceilings"], result["machine"]
+        lines += ["", f"## {result['benchmark']}", "", f"Commit {machine['commit']}, {machine['date']}.", ""]
         lines.append(
             f"Ceilings in the same run: {limits['matmul']} matrix product {limits['matmul_tflops']:.4g} TFLOP/s, "
             f"copy {limits['copy_gb_per_s']:.4g} GB/s."
