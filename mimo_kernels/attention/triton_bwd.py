@@ -5,15 +5,16 @@
     dq[i] = scale * sum_j dS[i, j] k[j]      dk[j] = scale * sum_i dS[i, j] q[i]      dv[j] = sum_i P[i, j] dout[i]
 
 dQ runs over tiles of rows like the forward; dK and dV run over tiles of keys, with S transposed so that P and dS stay in registers. The price is that
-S and dP are computed twice. What the schedule holds and how the head dimension is split is told in triton_fwd.py.
+S and dP are computed twice. What the schedule holds is told in triton_fwd.py, how the head dimension is split in triton_parts.py.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_fwd import LOG2E, STRIDES, VARYING, find_tile, load_part, options, row_bounds, store_part, strides
-from .triton_plan import Plan, split_head_dim
+from .triton_fwd import LOG2E, STRIDES, VARYING, find_tile, next_block, options, row_bounds, strides
+from .triton_parts import add_parts, dot_parts, load_parts, split_head_dim, store_parts, zero_parts
+from .triton_plan import Plan
 
 DELTA_ROWS = 64
 
@@ -30,7 +31,6 @@ def frame_attention_rows_kernel(
     stride_m_dout,
     stride_h_dout,
     D: tl.constexpr,
-    WIDTH: tl.constexpr,
     BM: tl.constexpr,
     HAS_DLSE: tl.constexpr,
 ):
@@ -42,11 +42,12 @@ def frame_attention_rows_kernel(
     m_m = row + o_m < num_tokens
     stride_m_dout *= 8
     stride_out = num_heads * D
-    b_out = load_part(
-        p_out + (batch * num_tokens + row) * stride_out + head * D, o_m, stride_out, m_m, True, 0, WIDTH, D
-    )
+    o_d = tl.arange(0, triton.next_power_of_2(D))
+    m_x = m_m[:, None] & (o_d < D)[None, :]
+    p_out += (batch * num_tokens + row) * stride_out + head * D
+    b_out = tl.load(p_out + (o_m[:, None] * stride_out + o_d[None, :]), mask=m_x, other=0.0)
     p_dout += (batch * stride_b_dout + head * stride_h_dout) * 8 + row * stride_m_dout
-    b_dout = load_part(p_dout, o_m, stride_m_dout, m_m, True, 0, WIDTH, D)
+    b_dout = tl.load(p_dout + (o_m[:, None] * stride_m_dout + o_d[None, :]), mask=m_x, other=0.0)
     b_delta = tl.sum(b_out.to(tl.float32) * b_dout.to(tl.float32), 1)
     o_lse = (batch * num_heads + head) * num_tokens + row + o_m
     if HAS_DLSE:
@@ -84,9 +85,7 @@ def frame_attention_dq_kernel(
     stride_m_dout,
     stride_h_dout,
     D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    D2: tl.constexpr,
+    PARTS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -116,49 +115,22 @@ def frame_attention_dq_kernel(
     scale_log2 = scale * LOG2E
     b_lse = tl.load(p_rows + o_m, mask=m_m, other=float("inf"))
     b_delta = tl.load(p_rows + num_tokens + o_m, mask=m_m, other=0.0)
-    b_q0 = load_part(p_q, o_m, stride_m_q, m_m, True, 0, D0, D)
-    b_do0 = load_part(p_dout, o_m, stride_m_dout, m_m, True, 0, D0, D)
-    b_dq0 = tl.zeros([BM, D0], tl.float32)
-    if D1 > 0:
-        b_q1 = load_part(p_q, o_m, stride_m_q, m_m, True, D0, D1, D)
-        b_do1 = load_part(p_dout, o_m, stride_m_dout, m_m, True, D0, D1, D)
-        b_dq1 = tl.zeros([BM, D1], tl.float32)
-    if D2 > 0:
-        b_q2 = load_part(p_q, o_m, stride_m_q, m_m, True, D0 + D1, D2, D)
-        b_do2 = load_part(p_dout, o_m, stride_m_dout, m_m, True, D0 + D1, D2, D)
-        b_dq2 = tl.zeros([BM, D2], tl.float32)
+    b_q = load_parts(p_q, o_m, stride_m_q, m_m, PARTS, D)
+    b_do = load_parts(p_dout, o_m, stride_m_dout, m_m, PARTS, D)
+    b_dq = zero_parts(BM, PARTS)
 
     p_segment = p_plan + tl.load(p_tile + 2)
     start = tl.load(p_segment)
     end = tl.load(p_segment + 1)
     for _ in range(tl.load(p_tile + 3)):
-        p_kb = p_k + start.to(tl.int64) * stride_m_k
-        p_vb = p_v + start.to(tl.int64) * stride_m_v
-        b_k0 = load_part(p_kb, o_n, stride_m_k, o_n, False, 0, D0, D)
-        b_v0 = load_part(p_vb, o_n, stride_m_v, o_n, False, 0, D0, D)
-        b_s = tl.dot(b_q0, b_k0.T, input_precision=PRECISION)
-        b_dp = tl.dot(b_do0, b_v0.T, input_precision=PRECISION)
-        if D1 > 0:
-            b_k1 = load_part(p_kb, o_n, stride_m_k, o_n, False, D0, D1, D)
-            b_v1 = load_part(p_vb, o_n, stride_m_v, o_n, False, D0, D1, D)
-            b_s = tl.dot(b_q1, b_k1.T, b_s, input_precision=PRECISION)
-            b_dp = tl.dot(b_do1, b_v1.T, b_dp, input_precision=PRECISION)
-        if D2 > 0:
-            b_k2 = load_part(p_kb, o_n, stride_m_k, o_n, False, D0 + D1, D2, D)
-            b_v2 = load_part(p_vb, o_n, stride_m_v, o_n, False, D0 + D1, D2, D)
-            b_s = tl.dot(b_q2, b_k2.T, b_s, input_precision=PRECISION)
-            b_dp = tl.dot(b_do2, b_v2.T, b_dp, input_precision=PRECISION)
+        b_k = load_parts(p_k + start.to(tl.int64) * stride_m_k, o_n, stride_m_k, None, PARTS, D)
+        b_v = load_parts(p_v + start.to(tl.int64) * stride_m_v, o_n, stride_m_v, None, PARTS, D)
+        b_s = dot_parts(b_q, b_k, PRECISION)
+        b_dp = dot_parts(b_do, b_v, PRECISION)
         b_p = tl.exp2(b_s * scale_log2 - b_lse[:, None])
         b_ds = (b_p * (b_dp - b_delta[:, None])).to(p_k.dtype.element_ty)
-        b_dq0 = tl.dot(b_ds, b_k0, b_dq0, input_precision=PRECISION)
-        if D1 > 0:
-            b_dq1 = tl.dot(b_ds, b_k1, b_dq1, input_precision=PRECISION)
-        if D2 > 0:
-            b_dq2 = tl.dot(b_ds, b_k2, b_dq2, input_precision=PRECISION)
-        done = start + BN >= end
-        p_segment += tl.where(done, 2, 0)
-        start = tl.where(done, tl.load(p_segment), start + BN)
-        end = tl.load(p_segment + 1)
+        b_dq = add_parts(b_dq, b_ds, b_k, PRECISION)
+        p_segment, start, end = next_block(p_segment, start, end, BN, 2)
 
     # The masked segments follow the bare ones.
     first_group = tl.load(p_segment + 1)
@@ -171,42 +143,22 @@ def frame_attention_dq_kernel(
         p_segment += 2
         b_lo, b_hi = row_bounds(p_groups, first_group, end_group, row_start + o_m, segment_start, segment_end)
         for block in tl.range(segment_start, segment_end, BN, num_stages=2):
-            p_kb = p_k + tl.cast(block, tl.int64) * stride_m_k
-            p_vb = p_v + tl.cast(block, tl.int64) * stride_m_v
             o_key = block + o_n
             m_n = o_key < segment_end
-            b_k0 = load_part(p_kb, o_n, stride_m_k, m_n, True, 0, D0, D)
-            b_v0 = load_part(p_vb, o_n, stride_m_v, m_n, True, 0, D0, D)
-            b_s = tl.dot(b_q0, b_k0.T, input_precision=PRECISION)
-            b_dp = tl.dot(b_do0, b_v0.T, input_precision=PRECISION)
-            if D1 > 0:
-                b_k1 = load_part(p_kb, o_n, stride_m_k, m_n, True, D0, D1, D)
-                b_v1 = load_part(p_vb, o_n, stride_m_v, m_n, True, D0, D1, D)
-                b_s = tl.dot(b_q1, b_k1.T, b_s, input_precision=PRECISION)
-                b_dp = tl.dot(b_do1, b_v1.T, b_dp, input_precision=PRECISION)
-            if D2 > 0:
-                b_k2 = load_part(p_kb, o_n, stride_m_k, m_n, True, D0 + D1, D2, D)
-                b_v2 = load_part(p_vb, o_n, stride_m_v, m_n, True, D0 + D1, D2, D)
-                b_s = tl.dot(b_q2, b_k2.T, b_s, input_precision=PRECISION)
-                b_dp = tl.dot(b_do2, b_v2.T, b_dp, input_precision=PRECISION)
+            b_k = load_parts(p_k + tl.cast(block, tl.int64) * stride_m_k, o_n, stride_m_k, m_n, PARTS, D)
+            b_v = load_parts(p_v + tl.cast(block, tl.int64) * stride_m_v, o_n, stride_m_v, m_n, PARTS, D)
+            b_s = dot_parts(b_q, b_k, PRECISION)
+            b_dp = dot_parts(b_do, b_v, PRECISION)
             b_seen = (o_key[None, :] >= b_lo[:, None]) & (o_key[None, :] < b_hi[:, None])
             b_p = tl.where(b_seen, tl.exp2(b_s * scale_log2 - b_lse[:, None]), 0.0)
             b_ds = (b_p * (b_dp - b_delta[:, None])).to(p_k.dtype.element_ty)
-            b_dq0 = tl.dot(b_ds, b_k0, b_dq0, input_precision=PRECISION)
-            if D1 > 0:
-                b_dq1 = tl.dot(b_ds, b_k1, b_dq1, input_precision=PRECISION)
-            if D2 > 0:
-                b_dq2 = tl.dot(b_ds, b_k2, b_dq2, input_precision=PRECISION)
+            b_dq = add_parts(b_dq, b_ds, b_k, PRECISION)
 
     row_start = tl.load(p_segment)
     m_m = row_start + o_m < tl.load(p_segment + 1)
     stride_dq = num_heads * D
     p_dq += (batch * num_tokens + clip_row + row_start) * stride_dq + head * D
-    store_part(p_dq, o_m, stride_dq, m_m, b_dq0 * scale, 0, D0, D)
-    if D1 > 0:
-        store_part(p_dq, o_m, stride_dq, m_m, b_dq1 * scale, D0, D1, D)
-    if D2 > 0:
-        store_part(p_dq, o_m, stride_dq, m_m, b_dq2 * scale, D0 + D1, D2, D)
+    store_parts(p_dq, o_m, stride_dq, m_m, b_dq, scale, PARTS, D)
 
 
 @triton.jit
@@ -249,9 +201,7 @@ def frame_attention_dkv_kernel(
     stride_m_dout,
     stride_h_dout,
     D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    D2: tl.constexpr,
+    PARTS: tl.constexpr,
     BN: tl.constexpr,  # keys
     BM: tl.constexpr,  # rows
     PRECISION: tl.constexpr,
@@ -278,61 +228,27 @@ def frame_attention_dkv_kernel(
     o_n = tl.arange(0, BN)
     m_n = key_start + o_n < key_end
     scale_log2 = scale * LOG2E
-    b_k0 = load_part(p_k, o_n, stride_m_k, m_n, True, 0, D0, D)
-    b_v0 = load_part(p_v, o_n, stride_m_v, m_n, True, 0, D0, D)
-    b_dk0 = tl.zeros([BN, D0], tl.float32)
-    b_dv0 = tl.zeros([BN, D0], tl.float32)
-    if D1 > 0:
-        b_k1 = load_part(p_k, o_n, stride_m_k, m_n, True, D0, D1, D)
-        b_v1 = load_part(p_v, o_n, stride_m_v, m_n, True, D0, D1, D)
-        b_dk1 = tl.zeros([BN, D1], tl.float32)
-        b_dv1 = tl.zeros([BN, D1], tl.float32)
-    if D2 > 0:
-        b_k2 = load_part(p_k, o_n, stride_m_k, m_n, True, D0 + D1, D2, D)
-        b_v2 = load_part(p_v, o_n, stride_m_v, m_n, True, D0 + D1, D2, D)
-        b_dk2 = tl.zeros([BN, D2], tl.float32)
-        b_dv2 = tl.zeros([BN, D2], tl.float32)
+    b_k = load_parts(p_k, o_n, stride_m_k, m_n, PARTS, D)
+    b_v = load_parts(p_v, o_n, stride_m_v, m_n, PARTS, D)
+    b_dk = zero_parts(BN, PARTS)
+    b_dv = zero_parts(BN, PARTS)
 
     # A block is bare when all its rows see all keys of the tile; keys past the end of the tile are zeros and are not stored.
     p_segment = p_plan + tl.load(p_tile + 2)
     start = tl.load(p_segment)
     end = tl.load(p_segment + 1)
     for _ in range(tl.load(p_tile + 3)):
-        p_qb = p_q + start.to(tl.int64) * stride_m_q
-        p_dob = p_dout + start.to(tl.int64) * stride_m_dout
         b_lse = tl.load(p_rows + start + o_m)
         b_delta = tl.load(p_rows + num_tokens + start + o_m)
-        b_q0 = load_part(p_qb, o_m, stride_m_q, o_m, False, 0, D0, D)
-        b_do0 = load_part(p_dob, o_m, stride_m_dout, o_m, False, 0, D0, D)
-        b_st = tl.dot(b_k0, b_q0.T, input_precision=PRECISION)  # [BN, BM]
-        if D1 > 0:
-            b_q1 = load_part(p_qb, o_m, stride_m_q, o_m, False, D0, D1, D)
-            b_do1 = load_part(p_dob, o_m, stride_m_dout, o_m, False, D0, D1, D)
-            b_st = tl.dot(b_k1, b_q1.T, b_st, input_precision=PRECISION)
-        if D2 > 0:
-            b_q2 = load_part(p_qb, o_m, stride_m_q, o_m, False, D0 + D1, D2, D)
-            b_do2 = load_part(p_dob, o_m, stride_m_dout, o_m, False, D0 + D1, D2, D)
-            b_st = tl.dot(b_k2, b_q2.T, b_st, input_precision=PRECISION)
+        b_q = load_parts(p_q + start.to(tl.int64) * stride_m_q, o_m, stride_m_q, None, PARTS, D)
+        b_do = load_parts(p_dout + start.to(tl.int64) * stride_m_dout, o_m, stride_m_dout, None, PARTS, D)
+        b_st = dot_parts(b_k, b_q, PRECISION)  # [BN, BM]
         b_pt = tl.exp2(b_st * scale_log2 - b_lse[None, :])
-        b_dpt = tl.dot(b_v0, b_do0.T, input_precision=PRECISION)
-        if D1 > 0:
-            b_dpt = tl.dot(b_v1, b_do1.T, b_dpt, input_precision=PRECISION)
-        if D2 > 0:
-            b_dpt = tl.dot(b_v2, b_do2.T, b_dpt, input_precision=PRECISION)
-        b_w = b_pt.to(p_q.dtype.element_ty)
-        b_dst = (b_pt * (b_dpt - b_delta[None, :])).to(p_q.dtype.element_ty)
-        b_dv0 = tl.dot(b_w, b_do0, b_dv0, input_precision=PRECISION)
-        b_dk0 = tl.dot(b_dst, b_q0, b_dk0, input_precision=PRECISION)
-        if D1 > 0:
-            b_dv1 = tl.dot(b_w, b_do1, b_dv1, input_precision=PRECISION)
-            b_dk1 = tl.dot(b_dst, b_q1, b_dk1, input_precision=PRECISION)
-        if D2 > 0:
-            b_dv2 = tl.dot(b_w, b_do2, b_dv2, input_precision=PRECISION)
-            b_dk2 = tl.dot(b_dst, b_q2, b_dk2, input_precision=PRECISION)
-        done = start + BM >= end
-        p_segment += tl.where(done, 2, 0)
-        start = tl.where(done, tl.load(p_segment), start + BM)
-        end = tl.load(p_segment + 1)
+        b_dpt = dot_parts(b_v, b_do, PRECISION)
+        b_dst = b_pt * (b_dpt - b_delta[None, :])
+        b_dv = add_parts(b_dv, b_pt.to(p_q.dtype.element_ty), b_do, PRECISION)
+        b_dk = add_parts(b_dk, b_dst.to(p_q.dtype.element_ty), b_q, PRECISION)
+        p_segment, start, end = next_block(p_segment, start, end, BM, 2)
 
     # Masked blocks, whose segments follow the bare ones, in the same way.
     o_key = key_start + o_n
@@ -341,58 +257,28 @@ def frame_attention_dkv_kernel(
     start = tl.load(p_segment)
     end = tl.load(p_segment + 1)
     for _ in tl.range(num_blocks, num_stages=1):
-        p_qb = p_q + start.to(tl.int64) * stride_m_q
-        p_dob = p_dout + start.to(tl.int64) * stride_m_dout
         o_row = start + o_m
         m_m = o_row < end
         b_lse = tl.load(p_rows + o_row, mask=m_m, other=float("inf"))
         b_delta = tl.load(p_rows + num_tokens + o_row, mask=m_m, other=0.0)
-        b_q0 = load_part(p_qb, o_m, stride_m_q, m_m, True, 0, D0, D)
-        b_do0 = load_part(p_dob, o_m, stride_m_dout, m_m, True, 0, D0, D)
-        b_st = tl.dot(b_k0, b_q0.T, input_precision=PRECISION)  # [BN, BM]
-        if D1 > 0:
-            b_q1 = load_part(p_qb, o_m, stride_m_q, m_m, True, D0, D1, D)
-            b_do1 = load_part(p_dob, o_m, stride_m_dout, m_m, True, D0, D1, D)
-            b_st = tl.dot(b_k1, b_q1.T, b_st, input_precision=PRECISION)
-        if D2 > 0:
-            b_q2 = load_part(p_qb, o_m, stride_m_q, m_m, True, D0 + D1, D2, D)
-            b_do2 = load_part(p_dob, o_m, stride_m_dout, m_m, True, D0 + D1, D2, D)
-            b_st = tl.dot(b_k2, b_q2.T, b_st, input_precision=PRECISION)
+        b_q = load_parts(p_q + start.to(tl.int64) * stride_m_q, o_m, stride_m_q, m_m, PARTS, D)
+        b_do = load_parts(p_dout + start.to(tl.int64) * stride_m_dout, o_m, stride_m_dout, m_m, PARTS, D)
+        b_st = dot_parts(b_k, b_q, PRECISION)
         b_lo, b_hi = segment_bounds(p_segment, o_row)
         b_seen = (o_key[:, None] - b_lo[None, :]).to(tl.uint32) < (b_hi - b_lo).to(tl.uint32)[None, :]
         b_pt = tl.where(b_seen, tl.exp2(b_st * scale_log2 - b_lse[None, :]), 0.0)
-        b_dpt = tl.dot(b_v0, b_do0.T, input_precision=PRECISION)
-        if D1 > 0:
-            b_dpt = tl.dot(b_v1, b_do1.T, b_dpt, input_precision=PRECISION)
-        if D2 > 0:
-            b_dpt = tl.dot(b_v2, b_do2.T, b_dpt, input_precision=PRECISION)
-        b_w = b_pt.to(p_q.dtype.element_ty)
-        b_dst = (b_pt * (b_dpt - b_delta[None, :])).to(p_q.dtype.element_ty)
-        b_dv0 = tl.dot(b_w, b_do0, b_dv0, input_precision=PRECISION)
-        b_dk0 = tl.dot(b_dst, b_q0, b_dk0, input_precision=PRECISION)
-        if D1 > 0:
-            b_dv1 = tl.dot(b_w, b_do1, b_dv1, input_precision=PRECISION)
-            b_dk1 = tl.dot(b_dst, b_q1, b_dk1, input_precision=PRECISION)
-        if D2 > 0:
-            b_dv2 = tl.dot(b_w, b_do2, b_dv2, input_precision=PRECISION)
-            b_dk2 = tl.dot(b_dst, b_q2, b_dk2, input_precision=PRECISION)
-        done = start + BM >= end
-        p_segment += tl.where(done, 16, 0)
-        start = tl.where(done, tl.load(p_segment), start + BM)
-        end = tl.load(p_segment + 1)
+        b_dpt = dot_parts(b_v, b_do, PRECISION)
+        b_dst = b_pt * (b_dpt - b_delta[None, :])
+        b_dv = add_parts(b_dv, b_pt.to(p_q.dtype.element_ty), b_do, PRECISION)
+        b_dk = add_parts(b_dk, b_dst.to(p_q.dtype.element_ty), b_q, PRECISION)
+        p_segment, start, end = next_block(p_segment, start, end, BM, 16)
 
     key_start = tl.load(p_segment)
     m_n = key_start + o_n < tl.load(p_segment + 1)
     stride_dk = num_heads * D
     row = (batch * num_tokens + clip_row + key_start) * stride_dk + head * D
-    store_part(p_dk + row, o_n, stride_dk, m_n, b_dk0 * scale, 0, D0, D)
-    store_part(p_dv + row, o_n, stride_dk, m_n, b_dv0, 0, D0, D)
-    if D1 > 0:
-        store_part(p_dk + row, o_n, stride_dk, m_n, b_dk1 * scale, D0, D1, D)
-        store_part(p_dv + row, o_n, stride_dk, m_n, b_dv1, D0, D1, D)
-    if D2 > 0:
-        store_part(p_dk + row, o_n, stride_dk, m_n, b_dk2 * scale, D0 + D1, D2, D)
-        store_part(p_dv + row, o_n, stride_dk, m_n, b_dv2, D0 + D1, D2, D)
+    store_parts(p_dk + row, o_n, stride_dk, m_n, b_dk, scale, PARTS, D)
+    store_parts(p_dv + row, o_n, stride_dk, m_n, b_dv, 1.0, PARTS, D)
 
 
 def backward(
@@ -412,7 +298,6 @@ def backward(
 ) -> None:
     """Inputs as for `forward`, dout strided like them, dlse fp32 [B, H, L] contiguous; writes dq, dk, dv [B, L, H, D], contiguous."""
     batch, tokens, heads, dim = q.shape
-    d0, d1, d2 = split_head_dim(dim)
     rows = lse.new_empty((batch, heads, 2, tokens))
     frame_attention_rows_kernel[(triton.cdiv(tokens, DELTA_ROWS), heads, batch)](
         out,
@@ -423,10 +308,10 @@ def backward(
         tokens,
         *strides(dout),
         D=dim,
-        WIDTH=triton.next_power_of_2(dim),
         BM=DELTA_ROWS,
         HAS_DLSE=dlse is not None,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     for kernel, plan, gradients, tile, block in (
         (frame_attention_dkv_kernel, key_plan, (dk, dv), "BN", "BM"),
@@ -447,9 +332,7 @@ def backward(
             plan.band,
             *strides(q, k, v, dout),
             D=dim,
-            D0=d0,
-            D1=d1,
-            D2=d2,
+            PARTS=split_head_dim(dim),
             **{tile: plan.config.tile, block: plan.config.block},
             **options(plan, q),
         )

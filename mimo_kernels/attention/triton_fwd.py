@@ -5,9 +5,8 @@
 One program computes one tile of rows of one head. The schedule (csrc/plan.cpp) gives it two lists: *bare* segments, whole blocks of keys that all its
 rows see, run in one loop without any test; and *masked* segments, where every row has two bounds. Softmax does not care about the order.
 
-The head dimension is split into powers of two, D = D0 + D1 + D2 with the last one padded (72 = 64 + 16, 8 of them zero): matrix units want powers of
-two, and 80 / 72 is cheaper than 128 / 72. Rows, keys and bounds count from the first row of the clip, strides in steps of 8 elements (so that the
-compiler sees that loads are aligned), and addresses are 64 bits wide.
+Tiles hold the head dimension in parts (triton_parts.py). Rows, keys and bounds count from the first row of the clip, strides in steps of 8 elements (so
+that the compiler sees that loads are aligned), and addresses are 64 bits wide.
 """
 
 import torch
@@ -15,13 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_plan import Plan, split_head_dim
+from .triton_parts import add_parts, dot_parts, load_parts, scale_parts, split_head_dim, store_parts, zero_parts
+from .triton_plan import Plan
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-NEVER = tl.constexpr(
-    -1.0e38
-)  # running maximum of a row that has seen no key: finite, so that differences with -inf are no NaN
+# The running maximum of a row that has seen no key: finite, so that differences with -inf are no NaN.
+NEVER = tl.constexpr(-1.0e38)
 
 # What changes from call to call: no value of these may compile the kernel anew.
 VARYING = ("num_tokens", "num_tiles", "repeats", "band")
@@ -40,29 +39,12 @@ def find_tile(p_plan, num_tiles, repeats, band):
 
 
 @triton.jit
-def load_part(
-    p_x, o_row, stride, m_row, MASKED: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr
-):
-    """Channels FIRST .. FIRST + WIDTH of rows o_row [R], 0 beyond D and, if MASKED, outside m_row -> [R, WIDTH]."""
-    o_d = FIRST + tl.arange(0, WIDTH)
-    p = p_x + (o_row[:, None] * stride + o_d[None, :])
-    if FIRST + WIDTH > D:
-        if MASKED:
-            return tl.load(p, mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)
-        else:
-            return tl.load(p, mask=(o_d < D)[None, :], other=0.0)
-    else:
-        if MASKED:
-            return tl.load(p, mask=m_row[:, None], other=0.0)
-        else:
-            return tl.load(p)
-
-
-@triton.jit
-def store_part(p_x, o_row, stride, m_row, b_x, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
-    o_d = FIRST + tl.arange(0, WIDTH)
-    p = p_x + (o_row[:, None] * stride + o_d[None, :])
-    tl.store(p, b_x.to(p_x.dtype.element_ty), mask=m_row[:, None] & (o_d < D)[None, :])
+def next_block(p_segment, start, end, BLOCK: tl.constexpr, SEGMENT: tl.constexpr):
+    """Steps to the next block of keys or rows, and to the next segment behind the last one. No branch: it would stop the pipelining."""
+    done = start + BLOCK >= end
+    p_segment += tl.where(done, SEGMENT, 0)
+    start = tl.where(done, tl.load(p_segment), start + BLOCK)
+    return p_segment, start, tl.load(p_segment + 1)
 
 
 @triton.jit
@@ -94,12 +76,13 @@ def row_bounds(p_groups, first, last, rows, start, end):
 
 
 @triton.jit
-def softmax_block(b_s, b_max, b_sum, scale_log2):
-    """One step of the running softmax. b_s [BM, BN] -> weights, factor for what was accumulated [BM], new maximum and sum [BM]."""
+def softmax_step(b_s, b_v, b_acc, b_max, b_sum, scale_log2, PRECISION: tl.constexpr):
+    """One step of the running softmax with the products b_s [BM, BN] and the values b_v."""
     b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2)
     b_p = tl.exp2(b_s * scale_log2 - b_new[:, None])
     b_decay = tl.exp2(b_max - b_new)
-    return b_p, b_decay, b_new, b_sum * b_decay + tl.sum(b_p, 1)
+    b_acc = add_parts(scale_parts(b_acc, b_decay[:, None]), b_p.to(b_v[0].dtype), b_v, PRECISION)
+    return b_acc, b_new, b_sum * b_decay + tl.sum(b_p, 1)
 
 
 @triton.jit(do_not_specialize=[*VARYING, *(f"{name}_{x}" for name in STRIDES for x in "qkv")])
@@ -125,9 +108,7 @@ def frame_attention_fwd_kernel(
     stride_m_v,
     stride_h_v,
     D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    D2: tl.constexpr,
+    PARTS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -151,46 +132,21 @@ def frame_attention_fwd_kernel(
     o_m = tl.arange(0, BM)
     o_n = tl.arange(0, BN)
     m_m = row_start + o_m < row_end
-    b_q0 = load_part(p_q, o_m, stride_m_q, m_m, True, 0, D0, D)
-    b_acc0 = tl.zeros([BM, D0], tl.float32)
-    if D1 > 0:
-        b_q1 = load_part(p_q, o_m, stride_m_q, m_m, True, D0, D1, D)
-        b_acc1 = tl.zeros([BM, D1], tl.float32)
-    if D2 > 0:
-        b_q2 = load_part(p_q, o_m, stride_m_q, m_m, True, D0 + D1, D2, D)
-        b_acc2 = tl.zeros([BM, D2], tl.float32)
+    b_q = load_parts(p_q, o_m, stride_m_q, m_m, PARTS, D)
+    b_acc = zero_parts(BM, PARTS)
     b_max = tl.full([BM], NEVER, tl.float32)
     b_sum = tl.zeros([BM], tl.float32)
 
-    # Bare blocks: one loop over all of them. The step to the next segment is no branch, which would stop the pipelining.
+    # Bare blocks: one loop over all of them.
     p_segment = p_plan + tl.load(p_tile + 2)
     start = tl.load(p_segment)
     end = tl.load(p_segment + 1)
     for _ in range(tl.load(p_tile + 3)):
-        p_kb = p_k + start.to(tl.int64) * stride_m_k
-        p_vb = p_v + start.to(tl.int64) * stride_m_v
-        b_k0 = load_part(p_kb, o_n, stride_m_k, o_n, False, 0, D0, D)
-        b_s = tl.dot(b_q0, b_k0.T, input_precision=PRECISION)
-        if D1 > 0:
-            b_k1 = load_part(p_kb, o_n, stride_m_k, o_n, False, D0, D1, D)
-            b_s = tl.dot(b_q1, b_k1.T, b_s, input_precision=PRECISION)
-        if D2 > 0:
-            b_k2 = load_part(p_kb, o_n, stride_m_k, o_n, False, D0 + D1, D2, D)
-            b_s = tl.dot(b_q2, b_k2.T, b_s, input_precision=PRECISION)
-        b_p, b_decay, b_max, b_sum = softmax_block(b_s, b_max, b_sum, scale_log2)
-        b_p = b_p.to(p_v.dtype.element_ty)
-        b_v0 = load_part(p_vb, o_n, stride_m_v, o_n, False, 0, D0, D)
-        b_acc0 = tl.dot(b_p, b_v0, b_acc0 * b_decay[:, None], input_precision=PRECISION)
-        if D1 > 0:
-            b_v1 = load_part(p_vb, o_n, stride_m_v, o_n, False, D0, D1, D)
-            b_acc1 = tl.dot(b_p, b_v1, b_acc1 * b_decay[:, None], input_precision=PRECISION)
-        if D2 > 0:
-            b_v2 = load_part(p_vb, o_n, stride_m_v, o_n, False, D0 + D1, D2, D)
-            b_acc2 = tl.dot(b_p, b_v2, b_acc2 * b_decay[:, None], input_precision=PRECISION)
-        done = start + BN >= end
-        p_segment += tl.where(done, 2, 0)
-        start = tl.where(done, tl.load(p_segment), start + BN)
-        end = tl.load(p_segment + 1)
+        b_k = load_parts(p_k + start.to(tl.int64) * stride_m_k, o_n, stride_m_k, None, PARTS, D)
+        b_v = load_parts(p_v + start.to(tl.int64) * stride_m_v, o_n, stride_m_v, None, PARTS, D)
+        b_s = dot_parts(b_q, b_k, PRECISION)
+        b_acc, b_max, b_sum = softmax_step(b_s, b_v, b_acc, b_max, b_sum, scale_log2, PRECISION)
+        p_segment, start, end = next_block(p_segment, start, end, BN, 2)
 
     # The masked segments follow the bare ones.
     first_group = tl.load(p_segment + 1)
@@ -203,45 +159,23 @@ def frame_attention_fwd_kernel(
         p_segment += 2
         b_lo, b_hi = row_bounds(p_groups, first_group, end_group, row_start + o_m, segment_start, segment_end)
         for block in tl.range(segment_start, segment_end, BN, num_stages=2):
-            p_kb = p_k + tl.cast(block, tl.int64) * stride_m_k
-            p_vb = p_v + tl.cast(block, tl.int64) * stride_m_v
             o_key = block + o_n
             m_n = o_key < segment_end
-            b_k0 = load_part(p_kb, o_n, stride_m_k, m_n, True, 0, D0, D)
-            b_s = tl.dot(b_q0, b_k0.T, input_precision=PRECISION)
-            if D1 > 0:
-                b_k1 = load_part(p_kb, o_n, stride_m_k, m_n, True, D0, D1, D)
-                b_s = tl.dot(b_q1, b_k1.T, b_s, input_precision=PRECISION)
-            if D2 > 0:
-                b_k2 = load_part(p_kb, o_n, stride_m_k, m_n, True, D0 + D1, D2, D)
-                b_s = tl.dot(b_q2, b_k2.T, b_s, input_precision=PRECISION)
+            b_k = load_parts(p_k + tl.cast(block, tl.int64) * stride_m_k, o_n, stride_m_k, m_n, PARTS, D)
+            b_v = load_parts(p_v + tl.cast(block, tl.int64) * stride_m_v, o_n, stride_m_v, m_n, PARTS, D)
+            b_s = dot_parts(b_q, b_k, PRECISION)
             b_seen = (o_key[None, :] >= b_lo[:, None]) & (o_key[None, :] < b_hi[:, None])
             b_s = tl.where(b_seen, b_s, float("-inf"))
-            b_p, b_decay, b_max, b_sum = softmax_block(b_s, b_max, b_sum, scale_log2)
-            b_p = b_p.to(p_v.dtype.element_ty)
-            b_v0 = load_part(p_vb, o_n, stride_m_v, m_n, True, 0, D0, D)
-            b_acc0 = tl.dot(b_p, b_v0, b_acc0 * b_decay[:, None], input_precision=PRECISION)
-            if D1 > 0:
-                b_v1 = load_part(p_vb, o_n, stride_m_v, m_n, True, D0, D1, D)
-                b_acc1 = tl.dot(b_p, b_v1, b_acc1 * b_decay[:, None], input_precision=PRECISION)
-            if D2 > 0:
-                b_v2 = load_part(p_vb, o_n, stride_m_v, m_n, True, D0 + D1, D2, D)
-                b_acc2 = tl.dot(b_p, b_v2, b_acc2 * b_decay[:, None], input_precision=PRECISION)
+            b_acc, b_max, b_sum = softmax_step(b_s, b_v, b_acc, b_max, b_sum, scale_log2, PRECISION)
 
     # Read again, not kept: registers are short.
     row_start = tl.load(p_segment)
     m_m = row_start + o_m < tl.load(p_segment + 1)
     b_any = b_sum > 0.0
     b_sum = tl.where(b_any, b_sum, 1.0)
-    b_norm = 1.0 / b_sum
     row = batch * num_tokens + clip_row + row_start
     stride_out = num_heads * D
-    p_out += row * stride_out + head * D
-    store_part(p_out, o_m, stride_out, m_m, b_acc0 * b_norm[:, None], 0, D0, D)
-    if D1 > 0:
-        store_part(p_out, o_m, stride_out, m_m, b_acc1 * b_norm[:, None], D0, D1, D)
-    if D2 > 0:
-        store_part(p_out, o_m, stride_out, m_m, b_acc2 * b_norm[:, None], D0 + D1, D2, D)
+    store_parts(p_out + row * stride_out + head * D, o_m, stride_out, m_m, b_acc, (1.0 / b_sum)[:, None], PARTS, D)
     p_lse += (batch * num_heads + head) * num_tokens + clip_row + row_start
     tl.store(p_lse + o_m, tl.where(b_any, (b_max + tl.log2(b_sum)) * LN2, float("-inf")), mask=m_m)
 
@@ -260,6 +194,7 @@ def options(plan: Plan, q: Tensor) -> dict:
     config = plan.config
     return {
         "PRECISION": precision(q.dtype == torch.float32),
+        "enable_fp_fusion": True,  # Triton stops fusing products and sums in 3.10 unless asked
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
@@ -268,7 +203,6 @@ def options(plan: Plan, q: Tensor) -> dict:
 def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan, scale: float) -> None:
     """q, k, v [B, L, H, D] with strides in whole steps of 8 elements; writes out [B, L, H, D] and lse fp32 [B, H, L], both contiguous."""
     batch, tokens, heads, dim = q.shape
-    d0, d1, d2 = split_head_dim(dim)
     frame_attention_fwd_kernel[(plan.num_tiles * plan.repeats, heads, batch)](
         q,
         k,
@@ -283,9 +217,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Pla
         plan.band,
         *strides(q, k, v),
         D=dim,
-        D0=d0,
-        D1=d1,
-        D2=d2,
+        PARTS=split_head_dim(dim),
         BM=plan.config.tile,
         BN=plan.config.block,
         **options(plan, q),

@@ -59,7 +59,7 @@ def compiled(name: str, arch: int, dtype: str, head_dim: int, config) -> dict:
     from triton.compiler import ASTSource
 
     from mimo_kernels.attention import triton_bwd, triton_fwd
-    from mimo_kernels.attention.triton_plan import split_head_dim
+    from mimo_kernels.attention.triton_parts import split_head_dim
 
     kernel = {
         "forward": triton_fwd.frame_attention_fwd_kernel,
@@ -68,13 +68,12 @@ def compiled(name: str, arch: int, dtype: str, head_dim: int, config) -> dict:
         "rows": triton_bwd.frame_attention_rows_kernel,
     }[name]
     if name == "rows":
-        width = triton.next_power_of_2(head_dim)
-        constants = {"D": head_dim, "WIDTH": width, "BM": config.tile, "HAS_DLSE": True}
+        constants = {"D": head_dim, "BM": config.tile, "HAS_DLSE": True}
     else:
         tile, block = ("BN", "BM") if name == "dkv" else ("BM", "BN")
         constants = {
             "D": head_dim,
-            **dict(zip(("D0", "D1", "D2"), split_head_dim(head_dim))),
+            "PARTS": split_head_dim(head_dim),
             tile: config.tile,
             block: config.block,
             "PRECISION": triton_fwd.precision(dtype == "fp32"),
