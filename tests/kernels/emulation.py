@@ -5,6 +5,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -13,12 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 EMULATOR = Path(__file__).parent / "emulate"
 FLAGS = [
     "-std=c++17",
-    "-O1",
+    "-g1",
+    "-gdwarf-4",  # addr2line of older binutils mixes up the files of later versions
     "-fPIC",
     "-fvisibility=hidden",
     "-DMIMO_EMULATE",
@@ -26,7 +29,12 @@ FLAGS = [
     "-U_FORTIFY_SOURCE",
     "-w",
 ]
+# The kernels: before every access to memory a call, which the emulator answers itself; the compiler's own library stays out.
+WATCHED = ["-O1", "-fsanitize=thread"]
+PLAIN = ["-O2"]
 SOURCES = ["tokens.cu", "modulate.cu", "qk_norm_rope.cu", "gelu.cu", "losses.cu", "bind_ops.cpp"]
+# Outputs of which a call writes some rows and leaves the others as they are.
+WRITTEN_IN_PART = {"k_cache", "v_cache"}
 
 
 @functools.cache
@@ -34,10 +42,15 @@ def module():
     """The emulated module, built once per state of the sources, by the first of several processes that want it."""
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
-    sources = [ROOT / "csrc" / name for name in SOURCES] + [EMULATOR / "module.cpp"]
-    headers = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc").glob("*.cuh"), EMULATOR / "emulate.h"]
-    state = hashlib.sha256(repr((compiler, FLAGS, suffix)).encode())
-    for path in sorted([*sources, *headers]):
+    # The emulator first: of an inline function that several files hold the linker takes the first, and these must not be watched.
+    sources = [
+        *sorted(EMULATOR.glob("*.cpp")),
+        *sorted(EMULATOR.glob("*.cu")),
+        *(ROOT / "csrc" / name for name in SOURCES),
+    ]
+    headers = sorted([*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc").glob("*.cuh"), *EMULATOR.glob("*.h")])
+    state = hashlib.sha256(repr((compiler, FLAGS, WATCHED, PLAIN, suffix)).encode())
+    for path in [*sources, *headers]:
         state.update(path.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"mimo-emulated-{os.getuid()}-{state.hexdigest()[:16]}"
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -61,7 +74,8 @@ def build(compiler: str, sources: list[Path], target: Path) -> None:
 
         def compile_one(source: Path) -> str:
             out = f"{scratch}/{source.name}.o"
-            subprocess.run([*command, "-x", "c++", "-c", str(source), "-o", out], check=True)
+            options = WATCHED if source.suffix == ".cu" else PLAIN
+            subprocess.run([*command, *options, "-x", "c++", "-c", str(source), "-o", out], check=True)
             return out
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -71,12 +85,81 @@ def build(compiler: str, sources: list[Path], target: Path) -> None:
         os.replace(linked, target)  # whole or not there
 
 
+class Address(int):
+    """What Tensor.data_ptr gives while kernels are emulated: a number that knows its tensor, so that an operator's call tells how far
+    each of its pointers reaches."""
+
+    tensor: Tensor
+
+
+_data_ptr = Tensor.data_ptr
+
+
+def data_ptr(tensor: Tensor) -> Address:
+    address = Address(_data_ptr(tensor))
+    address.tensor = tensor
+    return address
+
+
+@functools.cache
+def pointers() -> dict[str, list[tuple[str, bool] | None]]:
+    """Operator of csrc/ops.h -> per parameter None, or for a pointer its name and whether the kernels may write there."""
+    declarations = re.findall(r"^int (\w+)\((.*?)\);", (ROOT / "csrc/ops.h").read_text(), re.DOTALL | re.MULTILINE)
+    return {
+        name: [
+            (parameter.split("*")[-1].strip(), not parameter.strip().startswith("const")) if "*" in parameter else None
+            for parameter in parameters.split(",")
+        ]
+        for name, parameters in declarations
+    }
+
+
+class Emulated:
+    """The emulated module as operators see it. For the time of a call the kernels may touch the tensors that it was given and no
+    byte beside them: what is const in csrc/ops.h to read, the rest to write, and to read what is written. Afterwards the rest has
+    to be full. RuntimeError for what a kernel does, AssertionError for what it leaves empty."""
+
+    def __init__(self, module):
+        self._module = module
+
+    def __getattr__(self, name: str):
+        function = getattr(self._module, name)
+        return functools.partial(self._call, name, function) if name in pointers() else function
+
+    def _call(self, name: str, function, *arguments) -> None:
+        try:
+            for pointer, address in zip(pointers()[name], arguments, strict=True):
+                if pointer and address:
+                    assert isinstance(address, Address), f"{name}: {pointer[0]} is not what data_ptr() of a tensor gave"
+                    self.lend(pointer[0], address.tensor, writable=pointer[1])
+            function(*arguments)
+            empty = set(self.unwritten()) - WRITTEN_IN_PART
+            assert not empty, f"{name}: not all of {', '.join(sorted(empty))} was written"
+        finally:
+            self.take_back()
+
+    def lend(self, name: str, tensor: Tensor, writable: bool) -> None:
+        if tensor.numel() == 0:
+            return
+        size = tensor.element_size()
+        if tensor.is_contiguous():
+            rows, width, stride = 1, tensor.numel(), 0
+        else:
+            (rows, width), (stride, step) = tensor.shape, tensor.stride()
+            assert step == 1, f"{name} has strides {tensor.stride()}"
+        storage = tensor.untyped_storage()
+        self._module.lend(
+            name, tensor.data_ptr(), rows, width * size, stride * size, writable, storage.data_ptr(), storage.nbytes()
+        )
+
+
 @pytest.fixture
 def emulated(monkeypatch):
     """Inside the test, backend="cuda" serves CPU tensors: the emulated kernels stand in for mimo_kernels._C."""
     from mimo_kernels import _dispatch, _launch
 
-    kernels = module()
+    kernels = Emulated(module())
+    monkeypatch.setattr(Tensor, "data_ptr", data_ptr)
     monkeypatch.setattr(_dispatch, "extension", lambda: kernels)
     monkeypatch.setattr(_dispatch, "cuda_refusals", lambda device: [])
     _launch._device_refusals.cache_clear()

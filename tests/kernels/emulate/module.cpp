@@ -3,11 +3,12 @@
 #include <pybind11/stl.h>
 
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "bindings.h"
 #include "emulate.h"
+#include "faulty.h"
+#include "machine.h"
 #include "ops.h"
 
 namespace mimo {
@@ -20,44 +21,25 @@ static std::vector<BindFunction>& bindings() {
 Binding::Binding(BindFunction bind) { bindings().push_back(bind); }
 
 const char* error_string(int status) {
-    return status == emulated::kFailed ? emulated::machine.failure.c_str() : "invalid argument";
+    return status == emulated::kFailed ? emulated::failure().c_str() : "invalid argument";
 }
 
 }  // namespace mimo
 
-// Kernels with a mistake each, to show that the emulator finds it.
-__global__ void absent_lane_kernel(float* out) {
-    if (threadIdx.x == 3) return;
-    out[threadIdx.x] = __shfl_xor_sync(0xffffffffu, 1.f, 1);
-}
-__global__ void barrier_in_a_branch_kernel(float* out) {
-    if (threadIdx.x < 32) __syncthreads();
-    else out[threadIdx.x] = __shfl_sync(0xffffffffu, 1.f, threadIdx.x == 40 ? (__syncthreads(), 0) : 0);
-}
-__global__ void overrun_kernel(float*) { mimo::shared_memory()[threadIdx.x + 1] = 1.f; }
-__global__ void misaligned_kernel(float*) { mimo::load16(mimo::shared_memory() + threadIdx.x); }
-__global__ void missing_barrier_kernel(float* out) {
-    mimo::shared_memory()[threadIdx.x] = threadIdx.x;
-    out[threadIdx.x] = mimo::shared_memory()[blockDim.x - 1 - threadIdx.x];
-}
-
-// Runs one of them with a block of 64 threads and 64 floats of shared memory; what went wrong, and what it wrote.
-static std::pair<std::string, std::vector<float>> run_faulty(const std::string& name) {
-    auto kernel = name == "absent lane"           ? absent_lane_kernel
-                  : name == "barrier in a branch" ? barrier_in_a_branch_kernel
-                  : name == "overrun"             ? overrun_kernel
-                  : name == "misaligned"          ? misaligned_kernel
-                                                  : missing_barrier_kernel;
-    std::vector<float> out(64);
-    mimo::launch(kernel, dim3(1), dim3(64), 64 * sizeof(float), nullptr, out.data());
-    return {mimo::emulated::machine.failure, out};
-}
-
 PYBIND11_MODULE(emulated_kernels, m) {
+    using namespace mimo::emulated;
     for (mimo::BindFunction bind : mimo::bindings()) bind(m);
-    m.def("set_order", [](int seed) { mimo::emulated::machine.order_seed = seed; });
-    m.def("run_faulty", run_faulty);
-    m.def("to_half", mimo::emulated::to_half);
-    m.def("from_half", mimo::emulated::from_half);
-    m.def("to_bfloat", mimo::emulated::to_bfloat);
+    m.def("set_order", set_order);
+    m.def("lend", [](const std::string& name, uintptr_t address, int64_t rows, int64_t row_bytes, int64_t stride, bool writable,
+                     uintptr_t storage, size_t storage_bytes) {
+        shadow.lend({name, address, rows, row_bytes, stride, writable}, storage, storage_bytes);
+    });
+    m.def("unwritten", [] { return shadow.unwritten(); });
+    m.def("take_back", [] { shadow.clear(); });
+    m.def("run_faulty", [](const std::string& name, uintptr_t out, uintptr_t in, int blocks) {
+        return run_faulty(name, reinterpret_cast<float*>(out), reinterpret_cast<const float*>(in), blocks) ? failure() : "";
+    });
+    m.def("to_half", to_half);
+    m.def("from_half", from_half);
+    m.def("to_bfloat", to_bfloat);
 }
