@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
 from mimo.distributed import World
@@ -55,18 +55,20 @@ def save(
     tensors: part ("model", "ema", ...) -> named tensors.  state: JSON-serialisable; format, step and files are added here.
     keep_last: how many of the newest checkpoints stay; keep_every: those whose step is a multiple of it stay for good.
     world: ranks that all make this call. Each writes the shards it holds, and its share of what all hold.
+
+    Raises: InputError, on every rank, when the file system refuses, as a full one does.
     """
     world = world or World()
     final = step_folder(run, step)
     temporary = final.parent / f"{_UNFINISHED}{final.name}"
-    if world.leads:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-    world.agree()
-    for part, named in tensors.items():
-        writer = HuggingFaceStorageWriter(str(temporary / part), save_distributed=True)  # flushes what it writes
-        with _alone_is_intended():
+    with world.together(), _writing(final):
+        if world.leads:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+    with world.together(), _writing(final), _alone_is_intended():  # when one rank fails in here, all do
+        for part, named in tensors.items():
+            writer = HuggingFaceStorageWriter(str(temporary / part), save_distributed=True)  # flushes what it writes
             dcp.save({name: t.detach() for name, t in named.items()}, storage_writer=writer, no_dist=world.size == 1)
     written = sorted(temporary.glob(f"*/shard-{world.rank + 1:05d}-*.safetensors"))
     ours = {
@@ -74,17 +76,18 @@ def save(
         for file in written
     }
     files = {name: entry for part in world.gather(ours) for name, entry in part.items()}
-    if world.leads:
-        record = {"format": FORMAT, "step": step, **state, "files": files}
-        (temporary / "state.json").write_text(json.dumps(record, indent=1))
-        for path in (temporary / "state.json", *(temporary / part for part in tensors), temporary):
-            _flush(path)
-        if final.exists():  # a damaged checkpoint of the same step: whole ones are never written twice
-            shutil.rmtree(final)
-        temporary.rename(final)
-        _flush(final.parent)
-        _delete_old(run, keep_last, keep_every)
-    world.agree()
+    with world.together(), _writing(final):
+        if world.leads:
+            record = {"format": FORMAT, "step": step, **state, "files": files}
+            (temporary / "state.json").write_text(json.dumps(record, indent=1))
+            for path in (temporary / "state.json", *(temporary / part for part in tensors), temporary):
+                _flush(path)
+            if final.exists():  # a damaged checkpoint of the same step: whole ones are never written twice
+                shutil.rmtree(final)
+            temporary.rename(final)
+            for path in (final.parent, run):
+                _flush(path)
+            _delete_old(run, keep_last, keep_every)
     return final
 
 
@@ -301,6 +304,20 @@ def _alone_is_intended() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         yield
+
+
+@contextmanager
+def _writing(place: Path) -> Iterator[None]:
+    """What the file system refuses in this block is said in one line."""
+    try:
+        yield
+    except (OSError, CheckpointException) as failure:
+        errors = [failure]
+        if isinstance(failure, CheckpointException):  # of all ranks
+            errors = [error for error, _ in failure.failures.values()]
+        if not all(isinstance(error, OSError) for error in errors):
+            raise
+        raise InputError(f"checkpoint {place} cannot be written: {errors[0].strerror or errors[0]}") from None
 
 
 def _step_of(folder: Path) -> int:

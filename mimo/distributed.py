@@ -27,7 +27,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from mimo.errors import InputError
+from mimo.errors import InputError, tell_launcher
 
 T = TypeVar("T")
 
@@ -105,16 +105,21 @@ def process_group(*, gpu: bool) -> Iterator[World]:
         return
     if gpu:
         local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if local_rank >= gpus:
-            raise InputError(f"LOCAL_RANK={local_rank}: expected a process per GPU, of which this machine has {gpus}")
+        if local_rank > gpus:
+            raise ReportedElsewhere()  # by the first process that is one too many
+        if local_rank == gpus:
+            error = InputError(f"LOCAL_RANK={local_rank}: expected a process per GPU, of which this machine has {gpus}")
+            tell_launcher(error)
+            raise error
         torch.cuda.set_device(local_rank)
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
     together = False
     try:
         yield World.current()
         together = True
-    except InputError:
+    except InputError as error:
         together = True  # see World.agree
+        tell_launcher(error)
         raise
     finally:
         if together:  # after a fault of this rank alone the others will not answer: leaving closes what they wait for
@@ -124,17 +129,23 @@ def process_group(*, gpu: bool) -> Iterator[World]:
 def distribute(
     module: nn.Module, blocks: Iterable[nn.Module], strategy: str, device: torch.device, *, offload: bool, varies: bool
 ) -> nn.Module:
-    """`module` as all ranks train it together: what its forward is called through from now on.
+    """`module` on `device`, as all ranks train it together: what its forward is called through from now on.
+
+    With "fsdp" no device holds the whole network for training. It holds its shards: 4 bytes per parameter, and as much
+    again for the average, for each of AdamW's moments and for the gradient, all over the number of ranks. Besides them it
+    holds what belongs to no block, and one block whole while that is sharded, two while it trains (the next is gathered
+    ahead). Each process's host memory holds the whole network until it is sharded: every rank draws all weights, as one
+    process alone draws them, and keeps its part.
 
     Args:
-        module: the same on every rank. "fsdp" turns its parameters into DTensors, in place.
+        module: in the host's memory, the same on every rank. "fsdp" turns its parameters into DTensors, in place.
         blocks: parts of it that are gathered and reduced one at a time.
         strategy: "none", "ddp" or "fsdp".
         offload: keep what is sharded in the host's memory and update it there.
         varies: a parameter may have no gradient in one step and have one in another.
     """
     if strategy == "none":
-        return module
+        return module.to(device)
     if not dist.is_initialized():
         raise InputError(f"strategy={strategy!r}: expected processes that torchrun has started")
     # A group of their own, as they outlive `process_group` where an exception holds them: if they were the last to hold the
@@ -142,14 +153,16 @@ def distribute(
     group = dist.new_group()
     if strategy == "ddp":
         options = {"find_unused_parameters": varies, "gradient_as_bucket_view": not varies}
-        return DistributedDataParallel(module, process_group=group, **options)
+        return DistributedDataParallel(module.to(device), process_group=group, **options)
     # No MixedPrecisionPolicy: parameters are gathered as they are, in fp32, and autocast rounds those that enter matrix
-    # products, as on one GPU. In bf16 the norms would be rounded too, and the loss curve would be another one.
+    # products, as on one GPU. A policy is the same for all parameters of a module, so gathering in bf16 would halve the
+    # traffic but round what autocast leaves alone too (norms, positions, the bias of bias_gelu, weights on their way to
+    # float8), and the loss curve would be another one.
     policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
     mesh = DeviceMesh.from_group(group, device.type)
     # A block's gate is a view of its modulation. Nobody writes to it.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    for part in (*blocks, module):
+    for part in (*blocks, module):  # each moves what it shards to the device, and leaves the rank's part there
         fully_shard(part, mesh=mesh, offload_policy=policy)
     return module
 
@@ -195,6 +208,9 @@ class StopRequest:
 
     def _handle(self, number: int, frame: object) -> None:
         self.signal = number
+        # torchrun and schedulers tell the processes that read data too. torch would raise their end in the middle of
+        # whatever happens here then, a step or a checkpoint; for good, as it goes on asking for them.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if self.world.size == 1:
             self._restore()
 

@@ -11,8 +11,10 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,7 @@ from mimo.tokenizers.weights import checksum
 
 log = logging.getLogger("mimo.encode")
 
+_END = 1 << 16  # bytes of a source file that are looked at, at its start and at its end
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -185,19 +188,42 @@ def _begin(out: Path, plan: dict, dataset) -> None:
             temporary.write_text(json.dumps(content, indent=1))
 
 
-def _source_files(dataset) -> list[list]:
-    return [[str(file), file.stat().st_size] for file in dataset.sources()]
+def _source_files(dataset) -> dict[str, list]:
+    files = dataset.sources()
+    with ThreadPoolExecutor(8) as readers:  # datasets lie on file systems that take long to answer
+        return dict(zip(map(str, files), readers.map(_likeness, files), strict=True))
+
+
+def _likeness(file: Path) -> list:
+    """[size, SHA-256 of the first and the last 64 KiB]: a copy has the same. An encoded video has its tables in one of
+    them, so that another one differs there, be it as long. A file that cannot be read, as a clip may be, has none."""
+    try:
+        with file.open("rb") as stream:
+            digest = hashlib.sha256(stream.read(_END))
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, size - _END))
+            digest.update(stream.read())
+    except OSError as error:
+        return [None, error.strerror]
+    return [size, digest.hexdigest()]
 
 
 def _compare_files(out: Path, dataset) -> None:
-    then, now = dict(json.loads((out / "files.json").read_text())), dict(_source_files(dataset))
-    changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    then, now = json.loads((out / "files.json").read_text()), _source_files(dataset)
+    changed = [name for name in then | now if then.get(name) != now.get(name)]
     if changed:
-        sizes = ["absent" if some.get(changed[0]) is None else f"{some[changed[0]]} bytes" for some in (then, now)]
+        what = [_describe(some.get(changed[0])) for some in (then, now)]
         raise DataError(
             f"{out}: the dataset has changed since it was encoded: {len(changed)} of {len(then)} files, first {changed[0]}:"
-            f" {sizes[0]} then, {sizes[1]} now"
+            f" {what[0]} then, {what[1]} now"
         )
+
+
+def _describe(likeness: list | None) -> str:
+    if likeness is None:
+        return "absent"
+    size, digest = likeness
+    return f"unreadable ({digest})" if size is None else f"{size} bytes (SHA-256 of its ends {digest[:8]}...)"
 
 
 @torch.no_grad()

@@ -1,6 +1,10 @@
 """The one exception for bad input: the command line prints it as one line and exits with status 2."""
 
+import json
+import os
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -8,6 +12,14 @@ T = TypeVar("T")
 
 class InputError(ValueError):
     """Bad input: a folder, file, name or setting that cannot be used. One line, with the offending value."""
+
+
+def tell_launcher(error: InputError) -> None:
+    """Let torchrun, if it has started this process, name the error as the cause in the report that it ends with."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file and str(error):
+        # The earliest second is the cause: what follows from this error, the end of all processes, comes within it.
+        Path(file).write_text(json.dumps({"message": f"error: {error}", "timestamp": int(time.time()) - 1}))
 
 
 def user_input(function: Callable[..., T], *args: object, **kwargs: object) -> T:

@@ -96,11 +96,13 @@ class Projection(nn.Linear):
         return out + self.bias.to(out.dtype)
 
 
-def use_float8(model: nn.Module) -> None:
+def use_float8(model: nn.Module, device: torch.device | None = None) -> None:
     """Float8 products for every projection of a model: qkv, proj, up and down of all blocks, those of the decoder included.
     Embeddings, modulation, conditioning and heads are no projections and stay as they are.
 
-    Raises ValueError where the model's device has no float8 product, or a projection's sizes are not multiples of 16. The
+    device: where the model will run; None is where it lies.
+
+    Raises ValueError where the device has no float8 product, or a projection's sizes are not multiples of 16. The
     number of rows is free.
     """
     projections = {name: module for name, module in model.named_modules() if isinstance(module, Projection)}
@@ -110,7 +112,7 @@ def use_float8(model: nn.Module) -> None:
                 f"precision='fp8': {name} has {module.in_features} inputs and {module.out_features} outputs: expected "
                 f"multiples of {MULTIPLE}"
             )
-    require_float8(next(model.parameters()).device)
+    require_float8(device or next(model.parameters()).device)
     for module in projections.values():
         module.float8 = True
 

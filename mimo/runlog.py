@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mimo.data.video import atomic_path
 from mimo.distributed import World
 from mimo.errors import InputError
 
@@ -29,8 +30,9 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             rows = [row for row in read_log(out) if row["step"] <= start]
-            self.file = (out / "log.jsonl").open("w")
-            self.file.writelines(json.dumps(row) + "\n" for row in rows)
+            with atomic_path(out / "log.jsonl") as temporary:
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            self.file = (out / "log.jsonl").open("a")
             self.board = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
         # tqdm's disable=None: a bar on a terminal, only the status lines in a file.
         hidden = None if shown else True
@@ -142,14 +144,16 @@ class Sums:
         return bad.float()
 
     def require_finite(self) -> None:
-        """Raises InputError naming the step, on every rank alike, if more bad steps came in a row than are borne."""
+        """Raises InputError naming the step if more bad steps came in a row than are borne: on every rank, and its words on
+        one of them (see `World.agree`)."""
         if self.over.item():
             step, diffusion, mask, grad_norm = self.world.mean(self.first_bad).tolist()
             after = f", nor is it finite in the {self.max_skipped} steps after it" if self.max_skipped else ""
-            raise InputError(
+            diverged = InputError(
                 f"training diverged at step {step:.0f}: diffusion loss {diffusion:g}, mask loss {mask:g}, gradient "
                 f"norm {grad_norm:g}{after}; nothing after the last checkpoint is kept (a smaller learning rate may help)"
             )
+            self.world.agree(error=diverged)
 
     def take(self) -> tuple[dict[str, float | int], int]:
         """Means over the ranks and the steps since the last call, how many steps were skipped, and the tokens of all."""

@@ -117,9 +117,9 @@ class Trainer:
             "tokenizer": {"weights": _absolute(tokenizer_weights), "sha256": sha256},
         }
         torch.manual_seed(config.seed)
-        self.model = MiMo(model_config).to(self.device)
+        self.model = MiMo(model_config)  # in the host's memory, with the weights of one process alone; see `distribute`
         if config.precision == "fp8":
-            use_float8(self.model)
+            use_float8(self.model, self.device)
         if compile:  # the device's half of the network; the host's half plans each batch
             self.model.run = torch.compile(self.model.run, fullgraph=True)
         self.tokenizer.to(self.device)
@@ -173,18 +173,25 @@ class Trainer:
             self.sums.add(loss.diffusion, loss.mask, config.accumulate, latents.shape[:4].numel() * world.size)
         grad_norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip))
         self.step += 1
-        # A step with found_inf set changes neither weights nor moments: the fused kernel reads it on the device, so that
-        # nobody waits for the norm. The average goes on following weights that stood still.
+        # A step with found_inf set changes neither weights, moments and their counts nor the average. All of them read it on
+        # the device, so that nobody waits for the norm.
         self.optimizer.found_inf = self.sums.end_step(self.step, grad_norm).to(grad_norm.device)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.ema.update(self.model)
+        self.ema.update(self.model, self.optimizer.found_inf)
 
-    def averaged(self) -> MiMo:
-        """A network with the averaged weights, whole, to sample from. All ranks have to call it."""
+    def averaged(self) -> MiMo | None:
+        """A network with the averaged weights, whole, to sample from: all ranks have to call it, the first one gets it."""
+        tensors = {}
+        for name, average in self.ema.tensors.items():
+            tensor = whole(average)  # what the other ranks gather they let go again, one by one
+            if self.world.leads:
+                tensors[name] = tensor.to(self.device)
+        if not self.world.leads:
+            return None
         with torch.device("meta"):
             model = MiMo(self.model_config)
-        model.load_state_dict({name: whole(t).to(self.device) for name, t in self.ema.tensors.items()}, assign=True)
+        model.load_state_dict(tensors, assign=True)
         return model.requires_grad_(False).eval()
 
     def save(self, run: Path, *, keep_every: int | None = None) -> Path:
@@ -196,14 +203,15 @@ class Trainer:
         }
         state = {
             "configs": self.configs,
-            "ema_updates": self.ema.updates,
+            "ema_updates": int(self.ema.updates),
             "rng": {"seed": self.config.seed, "step": self.step},  # all there is: see the top of this file
         }
         keep = {"keep_last": self.config.keep, "keep_every": keep_every}
         return checkpoint.save(run, self.step, tensors, state, world=self.world, **keep)
 
-    def load(self, folder: Path) -> None:
-        """Continue from a step folder made with the same configurations (up to MAY_DIFFER), by however many ranks."""
+    def load(self, folder: Path) -> list[str]:
+        """Continue from a step folder made with the same configurations (up to MAY_DIFFER), by however many ranks. Returns
+        what the user should know."""
         state = checkpoint.read_state(folder)
         here, there = (
             {part: configs[part] for part in ("model", "train")} | {"tokenizer": recorded_tokenizer(configs)["sha256"]}
@@ -215,7 +223,12 @@ class Trainer:
         checkpoint.load_tensors(self.ema.tensors, checkpoint.read_tensors(folder, "ema", **shards), folder)
         moments = checkpoint.read_tensors(folder, "optimizer", **shards)
         checkpoint.load_optimizer(self.optimizer, self.model, moments, folder)
-        self.step, self.ema.updates = state["step"], state["ema_updates"]
+        self.step = state["step"]
+        self.ema.updates.fill_(state["ema_updates"])
+        then, now = (configs["data"] for configs in (state["configs"], self.configs))
+        if then == now:
+            return []
+        return [f"the data was {then} and is {now} now: with other clips it is another run from here"]
 
 
 def train(
@@ -266,7 +279,8 @@ def train(
                 if saves:
                     log.say(f"saved {trainer.save(out, keep_every=keep_every)}")
                     saved = step
-                if preview and not stopped and config.preview_every and step % config.preview_every == 0:
+                previews = preview and not stopped and config.preview_every and step % config.preview_every == 0
+                if previews and not world.agree(stop.signal):
                     for path in preview(trainer):
                         log.say(f"preview {path}")
         if stopped:
@@ -283,10 +297,11 @@ def _next_batches(trainer: Trainer, stop: StopRequest) -> tuple[list[dict[str, T
     """
     micro_batches, error = [], None
     try:
-        micro_batches = trainer.fetch()
+        if not stop.signal:
+            micro_batches = trainer.fetch()
     except ValueError as caught:
         error = caught
-    except RuntimeError:
+    except (RuntimeError, OSError, EOFError):
         if not stop.signal:  # else it also reached the worker processes that the next batch comes from
             raise
     return micro_batches, trainer.world.agree(stop.signal, error)
@@ -306,8 +321,7 @@ def _open_run(trainer: Trainer, out: Path, resume: bool) -> list[str]:
     notes = [f"passed over: {reason}" for reason in passed_over]
     with world.together():
         if newest is not None:
-            trainer.load(newest)
-            notes.append(f"resuming from {newest}")
+            notes += [*trainer.load(newest), f"resuming from {newest}"]
             if trainer.step >= trainer.config.steps:
                 notes.append(f"nothing to do: step {trainer.step} of {trainer.config.steps} is reached")
         elif resume:
@@ -374,7 +388,8 @@ def config_tokenizer(config: MiMoConfig, weights: str | Path | None = None, *, t
 
 
 def recorded_tokenizer(configs: dict[str, Any]) -> dict[str, str | None]:
-    """Path and checksum of the tokenizer's weights in a checkpoint; one of before they were recorded knows "dct" only."""
+    """Path of the tokenizer's weights (None: it has none) and its checksum in a checkpoint; one of before they were recorded
+    has no checksum, which is that of no tokenizer."""
     return configs.get("tokenizer", {"weights": None, "sha256": None})
 
 

@@ -2,7 +2,8 @@
 
     OUT/plan.json                  format, and what is encoded with what
     OUT/index.json                 the same, and every shard with its size and SHA-256
-    OUT/files.json                 name and size of every source file, to notice later that a dataset has changed
+    OUT/files.json                 name and size of every source file, and the SHA-256 of its first and last 64 KiB, to
+                                   notice that a dataset has changed (and not that it was copied)
     OUT/shard-00000.safetensors    latents [n, T, H, W, C], index int64 [n] (the clip), pass int64 [n], and label, actions or
                                    interval where the clips have them
 
@@ -20,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from mimo.data.errors import DataError, UnreadableVideo
 
-FORMAT = "mimo-latents-1"
+FORMAT = "mimo-latents-2"  # 1 knew neither which definition of the DCT it held nor what its source files held
 
 
 def is_latents(path: Path) -> bool:
@@ -34,7 +35,7 @@ def read_index(path: Path) -> dict:
     try:
         index = json.loads(file.read_text())
         if index["format"] != FORMAT:
-            raise DataError(f"{file}: format {index['format']!r}, this version reads {FORMAT!r}")
+            raise DataError(f"{file}: format {index['format']!r}, this version reads {FORMAT!r}: run mimo encode anew")
     except FileNotFoundError:
         raise DataError(f"{path}: encoding is not finished (no index.json): run mimo encode again") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -124,7 +125,7 @@ class LatentShards:
         return self.__dict__ | {"_open": {}}  # open files stay in their process
 
     def require_made_by(
-        self, name: str, tokenizer, checksum: str | None, *, interval: int | tuple[int, int], flip: bool
+        self, name: str, tokenizer, checksum: str, *, interval: int | tuple[int, int], flip: bool
     ) -> None:
         """Raises DataError unless these are the latents that training would make of its clips itself.
 

@@ -8,7 +8,8 @@ Every tokenizer is a module with
     num_frames(latent_frames) -> F
     compression (frames, rows, columns per latent position) and channels (C)
 
-`dct` is computed, the others read weights and are frozen.
+`dct` is computed, the others read weights and are frozen. `weights.checksum` tells two of a kind apart: latents and
+checkpoints remember it, and are refused where it is another one.
 """
 
 from __future__ import annotations

@@ -15,11 +15,12 @@ from torch import nn
 from mimo.errors import InputError
 
 
-def checksum(tokenizer: nn.Module) -> str | None:
+def checksum(tokenizer: nn.Module) -> str:
     """SHA-256 of what decides a tokenizer's latents besides its architecture: parameters, buffers and the factor `scale`,
-    however and wherever they are stored. None for a tokenizer that is computed (no parameters)."""
-    if next(tokenizer.parameters(), None) is None:
-        return None
+    however and wherever they are stored. Of a tokenizer that is computed it is that of its `definition`, a text, as the
+    last bits of what is computed differ from machine to machine."""
+    if hasattr(tokenizer, "definition"):
+        return hashlib.sha256(tokenizer.definition.encode()).hexdigest()
     digest = hashlib.sha256(repr(getattr(tokenizer, "scale", None)).encode())
     for name, value in sorted([*tokenizer.named_parameters(), *tokenizer.named_buffers()]):
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())

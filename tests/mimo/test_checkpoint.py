@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import resource
 
 import pytest
 import torch
@@ -93,6 +94,21 @@ def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path):
     assert save(tmp_path, 1, value=2.0) == folder
     tensors = checkpoint.read_tensors(folder, "model", checkpoint.read_state(folder))
     assert tensors["weight"][0, 0] == 2.0
+
+
+@pytest.mark.parametrize("limit", [200, 1000])
+def test_a_file_system_that_refuses_is_named_and_the_checkpoint_before_stays(tmp_path, limit):
+    """Files may grow to `limit` bytes: in the first case the tensors do not fit, in the second state.json does not."""
+    whole, state = save(tmp_path, 1), {"config": "x" * 2000}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(InputError, match="step_00000002 cannot be written: File too large"):
+            checkpoint.save(tmp_path, 2, {"model": {"weight": torch.zeros(4, 3)}}, state)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert checkpoint.latest(tmp_path) == (whole, [])
+    assert [path.name for path in checkpoint.delete_unfinished(tmp_path)] == [".unfinished-step_00000002"]
 
 
 def damage_missing_state(folder):

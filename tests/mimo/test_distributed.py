@@ -197,9 +197,10 @@ def test_two_ranks_train_what_one_trains(tmp_path):
             assert all(sharded) if strategy == "fsdp" else not any(sharded)
             assert strategy == "ddp" or len(trainer.model.head.weight.to_local()) == 6
             state = whole_state(trainer)
-            averaged = trainer.averaged().state_dict()
-            assert all(torch.equal(state[f"ema.{name}"], tensor) for name, tensor in averaged.items())
+            averaged = trainer.averaged()
+            assert (averaged is not None) == world.leads
             if world.leads:
+                assert all(torch.equal(state[f"ema.{name}"], t) for name, t in averaged.state_dict().items())
                 torch.save(state, f"{values['folder']}/{number}.pt")
         report(records)
         """,
@@ -294,6 +295,27 @@ def test_a_damaged_shard_stops_every_rank_with_one_message(tmp_path):
     assert sum(bool(words) for words in saw) == 1 and "checksum of ema/shard-00001" in "".join(saw)
 
 
+def test_a_full_disk_of_one_rank_is_said_once(tmp_path):
+    saw = in_ranks(
+        2,
+        """
+        import resource
+        from pathlib import Path
+        trainer, saw = make_trainer(strategy="fsdp"), None
+        if not world.leads:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        try:
+            trainer.save(Path(values["run"]))
+        except InputError as error:
+            saw = str(error)
+        report(world.gather(saw))
+        """,
+        run=str(tmp_path),
+    )
+    assert sorted(map(bool, saw)) == [False, True] and "step_00000000 cannot be written: File too large" in "".join(saw)
+    assert checkpoint.latest(tmp_path) == (None, [])
+
+
 # Steps that are not finite --------------------------------------------------------------------------------------------
 
 
@@ -304,7 +326,7 @@ def test_a_step_that_is_not_finite_is_skipped_on_all_ranks_alike():
         found = []
         for strategy in ("ddp", "fsdp"):
             trainer = make_trainer(strategy=strategy, max_skipped=2, steps=5)
-            trainer.objective.recipe = NanAt(trainer, steps=(1, 2), rank=1)
+            trainer.objective.recipe = NanAt(trainer, steps=(0, 2, 3), rank=1)
             trainer.start_data()
             moved = []
             for step in range(5):
@@ -312,16 +334,19 @@ def test_a_step_that_is_not_finite_is_skipped_on_all_ranks_alike():
                 trainer.train_step()
                 trainer.sums.require_finite()
                 after = whole_state(trainer)
-                changed = [n for n in after if not n.startswith("ema") and not torch.equal(after[n], before.get(n, torch.zeros(())))]
-                moved.append(len(changed))
+                zero = {name: torch.zeros_like(tensor) for name, tensor in after.items()}
+                moved.append(sum(not torch.equal(after[name], (zero | before)[name]) for name in after))
+                if step == 1:  # the first that counts
+                    assert all(torch.equal(t, after["ema" + n[5:]]) for n, t in after.items() if n.startswith("model."))
             means, _ = trainer.sums.take()
-            found.append([moved, means["skipped"], all(t.isfinite().all().item() for t in after.values()), means["diffusion"]])
+            finite = all(tensor.isfinite().all().item() for tensor in after.values())
+            found.append([moved, int(trainer.ema.updates), means["skipped"], finite, means["diffusion"]])
         report(found)
         """,
     )
-    for moved, skipped, finite, diffusion in found:
-        assert moved[1:3] == [0, 0] and min(moved[0], *moved[3:]) > 100
-        assert skipped == 2 and finite and 0 < diffusion < 10
+    for moved, updates, skipped, finite, diffusion in found:
+        assert moved[0] == moved[2] == moved[3] == 0 and min(moved[1], moved[4]) > 100
+        assert updates == 2 and skipped == 3 and finite and 0 < diffusion < 10
 
 
 def test_too_many_skipped_steps_end_training_and_name_the_first(tmp_path):
@@ -454,7 +479,8 @@ def test_the_slurm_example_stops_in_time_and_is_queued_again(tmp_path):
         (commands / name).chmod(0o755)
     slurm = {"SLURM_JOB_NODELIST": "here", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "71", "PROCESSES_PER_NODE": "2"}
     slurm |= {"RENDEZVOUS_PORT": str(free_port()), "PATH": f"{commands}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    _, *options = arguments(run, steps=10_000, save_every=10_000)
+    # torchrun also stops the processes that read data.
+    _, *options = arguments(run, steps=10_000, save_every=10_000, workers=1)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     job = subprocess.Popen(["bash", str(script), *options], env=os.environ | slurm, **pipes)
     wait_for(lambda: (run / "log.jsonl").exists() and len(read_log(run)) >= 1, [job])
@@ -486,6 +512,33 @@ def test_bad_options_are_said_once(tmp_path, more, words):
     assert assert_one_line_and_status_2(results, words) == [True, False]
 
 
+def test_torchrun_names_bad_input_as_the_cause(tmp_path):
+    """Its report says what the rank said, and its exit status is its own."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
+    words = [*torchrun, "-m", "mimo", *arguments(tmp_path / "run"), "--train.batch-size", "5"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, words)), env=environment, capture_output=True, text=True, timeout=240)
+    message = "error: batch_size=5: expected a multiple of accumulate=1 times 2 processes"
+    assert done.returncode == 1 and done.stderr.count(message) == 2, done.stderr
+    assert message in done.stderr.splitlines() and message in done.stderr.partition("Root Cause")[2]
+
+
+def test_divergence_is_said_once():
+    saw = in_ranks(
+        2,
+        """
+        trainer, saw = make_trainer(), None
+        trainer.objective.recipe = NanAt(trainer, steps=(1,))
+        try:
+            train(trainer)
+        except InputError as error:
+            saw = str(error)
+        report(world.gather(saw))
+        """,
+    )
+    assert saw[0].startswith("training diverged at step 2") and saw[1] == ""
+
+
 def test_data_that_one_rank_alone_cannot_use_stops_all(tmp_path):
     """In the middle of training: the rank that meets the bad label says so, the other one does not wait for it."""
     program = textwrap.dedent(
@@ -511,10 +564,14 @@ def test_data_that_one_rank_alone_cannot_use_stops_all(tmp_path):
 
 
 def test_more_processes_than_gpus(monkeypatch):
-    for name, value in {"RANK": "999", "WORLD_SIZE": "1000", "LOCAL_RANK": "999"}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match="LOCAL_RANK=999: expected a process per GPU"), process_group(gpu=True):
-        pass
+    gpus, words = torch.cuda.device_count(), []
+    for rank in range(gpus, gpus + 3):
+        for name, value in {"RANK": rank, "WORLD_SIZE": gpus + 3, "LOCAL_RANK": rank}.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(InputError) as caught, process_group(gpu=True):
+            pass
+        words.append(str(caught.value))
+    assert words == [f"LOCAL_RANK={gpus}: expected a process per GPU, of which this machine has {gpus}", "", ""]
 
 
 def test_offload_needs_shards_and_fsdp_a_launcher():

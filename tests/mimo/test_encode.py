@@ -20,6 +20,7 @@ from mimo.data.check import check
 from mimo.encode import Encoding, encode, verify
 from mimo.errors import InputError
 from mimo.tokenizers import build_tokenizer
+from mimo.tokenizers.weights import checksum
 
 SHAPE = {"num_frames": 3, "height": 16, "width": 16}
 CONFIG = Encoding(passes=2, shard_clips=4, batch_size=3, workers=0)
@@ -83,6 +84,7 @@ def test_a_stopped_run_continues(tmp_path, tokenizer):
         """A tokenizer that is killed at its second batch of the second shard."""
 
         compression, latent_shape = tokenizer.compression, staticmethod(tokenizer.latent_shape)
+        definition = tokenizer.definition
         calls = 0
 
         def encode(self, video):
@@ -161,7 +163,7 @@ def test_processes_killed_at_any_moment(tmp_path, tokenizer):
 def test_a_folder_that_is_being_begun_or_was_left_so_is_taken(tmp_path, tokenizer):
     dataset, out = ShapesDataset(**SHAPE, length=2), tmp_path / "out"
     out.mkdir()
-    (out / "files.json").write_text("[]")
+    (out / "files.json").write_text("{}")
     (out / ".plan.1.tmp.json").write_text("{")
     assert len(LatentShards(run(dataset, tokenizer, out))) == 4
 
@@ -266,10 +268,38 @@ def test_a_changed_dataset_is_refused(encoded, tokenizer):
     (dataset.path / "b.mp4").write_bytes((dataset.path / "a.mp4").read_bytes() + b"1")
     now = (dataset.path / "b.mp4").stat().st_size
     for call in (lambda: run(dataset, tokenizer, out), lambda: verify(out, dataset)):
-        with pytest.raises(
-            DataError, match=rf"changed since .*: 1 of 5 files, first .*b\.mp4: {size} bytes then, {now}"
-        ):
+        what = rf"changed since .*: 1 of 5 files, first .*b\.mp4: {size} bytes .* then, {now} bytes .* now"
+        with pytest.raises(DataError, match=what):
             call()
+
+
+@pytest.mark.parametrize("place", [0, 60_000, 100_000, -1])
+def test_a_file_replaced_by_one_as_long_is_noticed_and_a_copy_is_none(tmp_path, tokenizer, place):
+    file = videos(tmp_path / "in", "a") / "a.mp4"
+    data = bytearray(file.read_bytes().ljust(150_000, b"\0"))
+    file.write_bytes(data)
+    dataset, out = VideoFolder(file, **SHAPE), tmp_path / "out"
+    run(dataset, tokenizer, out)
+    os.utime(file, (0, 0))
+    assert verify(out, dataset) == 2
+    data[place] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(DataError, match="1 of 1 files, first .*: 150000 bytes .* then, 150000 bytes .* now"):
+        verify(out, dataset)
+    file.unlink()
+    with pytest.raises(DataError, match=r"unreadable \(No such file or directory\) now"):
+        verify(out, dataset)
+
+
+def test_latents_of_another_definition_of_the_tokenizer_are_refused(encoded, tokenizer, monkeypatch):
+    _, out = encoded
+    shards, cut = LatentShards(out), {"interval": 1, "flip": False}
+    then = checksum(tokenizer)
+    shards.require_made_by("dct", tokenizer, then, **cut)
+    monkeypatch.setattr(type(tokenizer), "definition", "dct 3")
+    now = checksum(tokenizer)
+    with pytest.raises(DataError, match=f"was encoded with tokenizer_sha256 '{then}', training has '{now}'"):
+        shards.require_made_by("dct", tokenizer, now, **cut)
 
 
 def test_another_tokenizer_is_noticed(encoded):

@@ -227,14 +227,22 @@ def test_ema_follows_the_model():
     model = MiMo(CONFIG)
     ema = EMA(model, 0.9)
     expected = None
-    for _ in range(3):
+    for skipped in (1, 0, 0, 1, 0):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter))
-        ema.update(model)
+        before = ema.tensors["head.weight"].clone()
+        ema.update(model, torch.tensor(float(skipped)))
         now = model.head.weight.detach().clone()
-        expected = now if expected is None else 0.9 * expected + 0.1 * now
+        if skipped:
+            assert torch.equal(ema.tensors["head.weight"], before)
+        elif expected is None:
+            assert torch.equal(ema.tensors["head.weight"], now)
+            expected = now
+        else:
+            expected = 0.9 * expected + 0.1 * now
     torch.testing.assert_close(ema.tensors["head.weight"], expected)
+    assert ema.updates == 3
     assert ema.tensors.keys() == model.state_dict().keys()
     assert not any(tensor.requires_grad for tensor in ema.tensors.values())
 

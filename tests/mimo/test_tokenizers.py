@@ -7,6 +7,7 @@ from mimo import demo
 from mimo.data import ShapesDataset, open_dataset, to_float
 from mimo.tokenizers import DCTTokenizer, build_tokenizer
 from mimo.tokenizers.dct import dct_matrix
+from mimo.tokenizers.weights import checksum
 
 SHAPES = [((1, 8, 8), None), ((1, 4, 4), 48), ((1, 1, 1), 3), ((1, 4, 8), None), ((4, 8, 8), None), ((3, 2, 6), None)]
 
@@ -97,6 +98,33 @@ def test_first_dct_channel_of_real_clips_has_about_unit_variance(shared_data):
     clips = to_float(torch.stack([torch.from_numpy(dataset.sample(i, 0)["video"]) for i in range(4)]))
     for compression, channels in (((1, 8, 8), None), ((1, 4, 4), None), ((4, 8, 8), 16), ((1, 32, 32), 32)):
         assert about_unit_variance(DCTTokenizer(compression, channels).encode(clips))
+
+
+def test_dct_latents_are_those_of_its_definition():
+    """Other numbers are another definition: then count `DCTTokenizer.definition` up, so that older latents are refused."""
+    t, y, x = torch.meshgrid(torch.arange(5.0), torch.arange(8.0), torch.arange(8.0), indexing="ij")
+    red, green, blue = (0.3 * t + 0.5 * y + 0.7 * x).sin(), (0.2 * t * y - 0.4 * x).cos(), (y - x) / 10 + t / 20 - 0.2
+    clip = torch.stack([red, green, blue], dim=1)[None]
+    expected = {
+        (1, 8, 8): [-0.0378, 0.0296, 0.0669, 0.1931, 0.0191],
+        (4, 8, 8): [0.0952, 0.1913, -0.1021, 0.6727, -0.1489],
+    }
+    assert DCTTokenizer.definition == "dct 2"
+    for compression, values in expected.items():
+        last = DCTTokenizer(compression, 24).encode(clip)[0, -1, 0, 0]
+        assert last[[0, 1, 2, 5, 23]].tolist() == pytest.approx(values, abs=1e-4), compression
+
+
+def test_checksums_tell_tokenizers_apart():
+    same = {checksum(DCTTokenizer((1, 8, 8), channels)) for channels in (None, 24)}
+    networks = []
+    for scale in (1.0, 2.0):
+        network = torch.nn.Linear(2, 2)
+        with torch.no_grad():
+            network.weight.fill_(1), network.bias.zero_()
+        network.scale = scale
+        networks.append(checksum(network))
+    assert len(same) == 1 and len({*same, *networks}) == 3 and all(len(text) == 64 for text in {*same, *networks})
 
 
 def test_dct_refuses_other_sizes():

@@ -39,10 +39,10 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def make_trainer(model=None, **options):
+def make_trainer(model=None, length=20, **options):
     model_config = MiMoConfig(**NETWORK | (model or {}))
     frames, height, width = model_config.video_shape
-    dataset = ShapesDataset(num_frames=frames, height=height, width=width, length=20)
+    dataset = ShapesDataset(num_frames=frames, height=height, width=width, length=length)
     sample_config = SampleConfig(sampler="euler", steps=2, context_frames=1, num_frames=3)
     return Trainer(model_config, TrainConfig(**OPTIMISATION | options), sample_config, dataset)
 
@@ -60,27 +60,46 @@ def assert_identical(one, other):
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
+class NanAt:
+    """The recipe, with a loss that is not a number at some steps."""
+
+    def __init__(self, recipe, steps):
+        self.recipe, self.steps = recipe, steps
+
+    def loss(self, *args, step, **kwargs):
+        parts = self.recipe.loss(*args, step=step, **kwargs)
+        factor = float("nan") if step in self.steps else 1.0
+        return LossParts(parts.total * factor, parts.diffusion * factor, parts.mask)
+
+
 @pytest.mark.parametrize(
-    ("model", "options"),
+    ("model", "options", "bad"),
     [
-        ({}, {}),
-        ({"interleaved": True}, {"accumulate": 2}),
-        ({"parameterization": "v", "min_snr_gamma": 5.0, "min_snr_decay": 0.96}, {"unmasked_steps": 2}),
+        ({}, {}, ()),
+        ({"interleaved": True}, {"accumulate": 2}, ()),
+        ({"parameterization": "v", "min_snr_gamma": 5.0, "min_snr_decay": 0.96}, {"unmasked_steps": 2}, ()),
+        ({}, {"max_skipped": 2}, (0, 2, 3)),
     ],
 )
-def test_resumed_training_is_bitwise_undisturbed_training(tmp_path, model, options):
-    straight = make_trainer(model, **options)
+def test_resumed_training_is_bitwise_undisturbed_training(tmp_path, model, options, bad):
+    def make():
+        trainer = make_trainer(model, **options)
+        trainer.objective.recipe = NanAt(trainer.recipe, bad)
+        return trainer
+
+    straight = make()
     train(straight)
-    first = make_trainer(model, **options)
+    first = make()
     first.start_data()
     for _ in range(3):
         first.train_step()
     folder = first.save(tmp_path)
     torch.randn(7)  # what others draw from the global generator must not matter
-    second = make_trainer(model, **options)
+    second = make()
     second.load(folder)
     assert second.step == 3
     train(second)
+    assert second.ema.updates == 6 - len(bad)
     assert_identical(state_of(straight), state_of(second))
 
 
@@ -95,6 +114,14 @@ def test_resume_refuses_another_configuration_and_names_it(tmp_path):
     with pytest.raises(InputError, match=r"model\.depth is 2 there and 3 here; train\.lr is 0\.01 there and 0\.1 here"):
         make_trainer({"depth": 3}, lr=0.1).load(folder)
     make_trainer(steps=50, log_every=7, keep=9).load(folder)
+
+
+def test_a_resumed_run_says_that_its_data_has_changed(tmp_path, capsys):
+    train(make_trainer(steps=1), tmp_path)
+    train(make_trainer(steps=2), tmp_path, resume=True)
+    assert "the data was" not in capsys.readouterr().out
+    train(make_trainer(steps=3, length=21), tmp_path, resume=True)
+    assert re.search(r"the data was .*20 procedural clips.* and is .*21 .* now", capsys.readouterr().out)
 
 
 def test_a_run_is_neither_overwritten_nor_lost(tmp_path):
@@ -172,19 +199,9 @@ def test_accumulated_gradient_is_that_of_the_whole_batch():
     assert gradients[0].abs().max() > 0
 
 
-class NanAt:
-    def __init__(self, recipe, call):
-        self.recipe, self.left = recipe, call
-
-    def loss(self, *args, **kwargs):
-        parts = self.recipe.loss(*args, **kwargs)
-        self.left -= 1
-        return parts if self.left else LossParts(parts.total * float("nan"), parts.diffusion * float("nan"), parts.mask)
-
-
 def test_divergence_names_its_step_and_saves_nothing(tmp_path):
     trainer = make_trainer(save_every=1)
-    trainer.objective.recipe = NanAt(trainer.recipe, 3)
+    trainer.objective.recipe = NanAt(trainer.recipe, (2,))
     with pytest.raises(
         InputError, match="diverged at step 3: diffusion loss nan, mask loss [0-9.]+, gradient norm nan"
     ):
@@ -218,6 +235,30 @@ class OneClip:
         return self.clip
 
 
+@pytest.mark.parametrize("moment", ["checkpoint", "preview"])
+def test_a_signal_while_something_is_written_ends_training_with_a_checkpoint(tmp_path, moment):
+    trainer = make_trainer(save_every=1 if moment == "checkpoint" else 100, preview_every=1)
+    previews, save = [], trainer.save
+
+    def signalled(here):
+        if here == moment:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def preview(trainer):
+        signalled("preview")
+        previews.append(trainer.step)
+        return []
+
+    def saving(*args, **options):
+        signalled("checkpoint")
+        return save(*args, **options)
+
+    trainer.save = saving
+    train(trainer, tmp_path, preview=preview)
+    assert trainer.step == 1 and checkpoint.latest(tmp_path) == (checkpoint.step_folder(tmp_path, 1), [])
+    assert previews == ([1] if moment == "preview" else []), "nothing long is begun after the signal"
+
+
 # The command as its own process, interrupted by signals. --------------------------------------------------------------
 
 
@@ -236,7 +277,8 @@ def arguments(out):
 def start(out, *more):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "mimo", *arguments(out), *more]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
 
 
 def wait_for(condition, process):
@@ -244,6 +286,18 @@ def wait_for(condition, process):
     while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_reaches_the_data_workers_too_loses_nothing(tmp_path, number):
+    """As torchrun and terminals send it: to the whole process group, while nobody waits for data."""
+    process = start(tmp_path, "--train.workers", "2", "--train.steps", "10000", "--train.save-every", "10000")
+    wait_for(lambda: len(read_log(tmp_path)) >= 2, process)
+    os.killpg(process.pid, number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    stopped = int(re.search(rf"stopped by {number.name} after step (\d+)", output)[1])
+    assert checkpoint.latest(tmp_path)[0] == checkpoint.step_folder(tmp_path, stopped)
 
 
 def kill_inside_a_checkpoint_write(process, run):
