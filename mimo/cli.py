@@ -5,9 +5,11 @@ Everything heavy is imported by the command that needs it, so that --help answer
 """
 
 import contextlib
+import errno
 import io
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -92,6 +94,7 @@ class Demo:
         for name in ("steps", "interval"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"--{name} {value}: expected at least 1")
+        require_folder(self.out)
         demo(self.data, self.out, steps=self.steps, interval=self.interval, seed=self.seed)
 
 
@@ -138,6 +141,8 @@ class Train(Clips):
 
         from mimo.distributed import process_group
 
+        if self.keep_every is not None and self.keep_every < 1:
+            raise InputError(f"--keep-every {self.keep_every}: expected at least 1")
         with process_group(gpu=self.device != "cpu" and torch.cuda.is_available()) as world:
             self.run_in(world)
 
@@ -242,6 +247,7 @@ class Sample:
     def run(self) -> None:
         from mimo.sample import load, sample
 
+        require_folder(self.out)
         loaded = load(
             self.checkpoint,
             weights=self.weights,
@@ -260,6 +266,8 @@ class Sample:
             "history_noise",
         )
         chosen = {name: getattr(self, name) for name in options if getattr(self, name) is not None}
+        if chosen.get("class_guidance", 1) != 1 and self.label is None and not loaded.model.config.num_actions:
+            raise InputError(f"--class-guidance {self.class_guidance:g}: expected a --class to guide to")
         sample(
             loaded,
             user_input(replace, loaded.sample_config, **chosen),
@@ -291,7 +299,8 @@ class Encode(Clips):
         out: folder for the shards.
         model: the network that will be trained: what it says of the tokenizer and the clips is used.
         encoding: how the dataset is encoded.
-        interval: take every n-th frame of a video; a pair LOW HIGH draws n per clip.
+        interval: take every n-th frame of a video, or every frame if it is too short for that; a pair LOW HIGH draws n per
+            clip.
         flip: mirror half of the clips.
         tokenizer_weights: what the tokenizer reads: a folder or file, for dcae also a hub id; "dct" has none.
         trust_pickle: read tokenizer weights that hold pickled objects, which can run any code.
@@ -518,31 +527,40 @@ def one_line(box: str) -> str:
     """The parser's framed, several-line complaint as one line, without help texts."""
     sections = [[]]
     for line in (line.strip("│ ") for line in box.splitlines()):
-        if line[:1] in ("╭", "╰", "─"):
+        if line[:1] in ("╭", "╰", "─") or (line and not line.strip("-")):
             sections.append([])
         elif line:
             sections[-1].append(line)
+    if "╭" not in box:  # a terminal without such characters: rules of dashes, and the title stands above the first
+        del sections[0]
     wanted = [" ".join(lines) for lines in sections if lines and "helptext" not in lines[0]]
-    return "; ".join(wanted)
+    # "Error parsing --steps: no type matching {None}|INT could be instantiated from ['abc']. Got errors: ..."
+    refused = r"Error parsing (\S+): no type matching (.+) could be instantiated from \[(.*?)\]\. .*"
+    return re.sub(refused, lambda m: f"{m[1]} {m[3]}: expected {metavar(m[2])}", "; ".join(wanted))
+
+
+def metavar(kind: str) -> str:
+    """The parser's name of a type in words: "{None}|INT|{INT INT}" -> "INT or INT INT"."""
+    return re.sub(r"[{}]", "", kind.removeprefix("{None}|").replace("|", " or "))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. Faults of ours are raised, and Python exits with 1."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    if not argv or argv[0] in ("-h", "--help"):
-        print(overview(), file=sys.stdout if argv else sys.stderr)
-        return 0 if argv else 2
-    if argv[0] == "--version":
-        from mimo_kernels import __version__
-
-        print(__version__)
-        return 0
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     # Before torch loads its OpenMP: threads that spin for long while they wait make a CPU step several times slower as soon
     # as anything else wants a core; ones that never spin make it 40% slower when nothing does.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     command = None
     try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(overview(), file=sys.stdout if argv else sys.stderr, flush=True)
+            return 0 if argv else 2
+        if argv[0] == "--version":
+            from mimo_kernels import __version__
+
+            print(__version__)
+            return 0
         command = parse(argv)
         command.run()
     except InputError as error:
@@ -559,4 +577,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         # `mimo train --help | head` has seen enough; what Python still flushes at exit goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0

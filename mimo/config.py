@@ -42,6 +42,8 @@ class _Record:
                     _require(value >= 0, name, value, "zero or more")
                 else:
                     _require(value > 0, name, value, "more than zero")
+                if hint is int:
+                    _require(value < 2**63, name, value, "less than 2**63")
         self._check()
 
     def _check(self) -> None:
@@ -213,7 +215,8 @@ class TrainConfig(_Record):
             "auto", ddp if there are several.
         cpu_offload: with fsdp, parameters, averages and optimizer state live in the host's memory and are updated there.
         recompute: keep no activations inside blocks, compute them again in the backward (activation checkpointing).
-        max_skipped: how many steps in a row are skipped because their gradient is not finite; 0 stops at the first.
+        max_skipped: how many steps in a row are skipped because their gradient is not finite; 0 stops at the first. A skipped
+            step counts, but leaves weights, moments and averages as they are.
         interval: take every n-th frame of a video. A pair LOW HIGH draws n per clip (MAGI's dynamic interval training); a
             network with max_interval > 0 is told n, and needs a pair.
         flip: mirror half of the clips.

@@ -13,7 +13,7 @@ from mimo.config import MiMoConfig, SampleConfig, TrainConfig
 from mimo.data import ShapesDataset, UnreadableVideo, contact_sheet, write_gif, write_video
 from mimo.data.datasets import find_files
 from mimo.data.video import VIDEO_SUFFIXES, NpzReader, atomic_path, open_clip, upscale
-from mimo.errors import InputError
+from mimo.errors import InputError, user_input
 from mimo.runlog import duration
 from mimo.sample import generate
 from mimo.sampler import Sampler
@@ -91,7 +91,7 @@ def demo(
     """
     started = time.monotonic()
     model_config, sample_config = MiMoConfig.from_preset("mimo-tiny"), SampleConfig.from_preset("mimo-tiny")
-    train_config = replace(TrainConfig.from_preset("mimo-tiny"), seed=seed, preview_every=0)
+    train_config = user_input(replace, TrainConfig.from_preset("mimo-tiny"), seed=seed, preview_every=0)
     if steps is not None:
         train_config = replace(train_config, steps=steps, warmup=min(train_config.warmup, steps // 4))
     frames, height, width = model_config.video_shape
@@ -159,7 +159,11 @@ def read_windows(data: Path, num_frames: int, height: int, width: int, interval:
             continue
         clips.append((file.name, video, actions))
     if not clips:
-        raise InputError(f"{data}: holds no clip that can be used ({len(files)} files with a known suffix)")
+        raise InputError(
+            f"{data}: none of its {len(files)} videos and npz files can be used"
+            if files
+            else f"{data}: holds no video and no npz file"
+        )
     return Windows(clips, num_frames)
 
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from mimo import checkpoint
 from mimo.config import MiMoConfig, SampleConfig, TrainConfig
 from mimo.data import batches, contact_sheet, to_float, to_uint8, write_gif, write_video
-from mimo.data.video import clip_span, load_actions, open_clip
+from mimo.data.video import check_fps, clip_span, load_actions, open_clip
 from mimo.errors import InputError, user_input
 from mimo.model import MiMo
 from mimo.sampler import Sampler, Saving
@@ -77,9 +77,10 @@ def _load_tokenizer(
         where = "--tokenizer-weights" if given else "its tokenizer, which --tokenizer-weights can name anew"
         raise InputError(f"checkpoint {folder}: {where}: {error}") from None
     if (found := checksum(tokenizer)) != recorded["sha256"]:
+        what = given or recorded["weights"] or f"this version's {config.tokenizer!r}"
         raise InputError(
-            f"checkpoint {folder}: {given or recorded['weights']} is not the tokenizer it was trained with: its checksum is "
-            f"{found}, expected {recorded['sha256']}"
+            f"checkpoint {folder}: {what} is not the tokenizer it was trained with: its checksum is {found}, expected "
+            f"{recorded['sha256']}"
         )
     return tokenizer
 
@@ -178,15 +179,26 @@ def sample(
     _require(label is None or c.num_classes, f"--class {label}: this model has no classes")
     _require(label is None or 0 <= label < c.num_classes, f"--class {label}: expected 0..{c.num_classes - 1}")
     _require(context is not None or context_frames is None, f"--context-frames {context_frames}: expected a --context")
-    _require(seed >= 0, f"--seed {seed}: expected 0 or more")
+    _require(0 <= seed < 2**63, f"--seed {seed}: expected 0 to 2**63 - 1")
     _require(start >= 0, f"--start {start}: expected 0 or more")
     _require(actions is None or c.num_actions, f"--actions {actions}: this model has no actions")
     _require(save_every is None or save_every >= 1, f"--save-every {save_every}: expected at least 1")
+    _require(
+        config.history_guidance == 1 or c.history_dropout > 0,
+        f"--history-guidance {config.history_guidance:g}: this model was trained with --model.history-dropout 0 and has not "
+        "learned to do without history",
+    )
+    _require(not config.sink or config.window, f"--sink {config.sink}: expected a --window beside it")
+    unfinished = out / "unfinished"
+    _require(
+        not resume or unfinished.exists(), f"--resume: {out} holds no run to continue (no {unfinished.name} folder)"
+    )
+    user_input(check_fps, fps)
     interval = _interval(loaded, interval)
     tokenizer = loaded.tokenizer
     height, width = c.video_shape[1:]
     total = config.num_frames if frames is None else _latents("--frames", frames, tokenizer)
-    clip, given = None, 0
+    clip, given, shown = None, 0, 0
     if context is not None:
         given = (
             config.context_frames if context_frames is None else _latents("--context-frames", context_frames, tokenizer)
@@ -194,8 +206,9 @@ def sample(
         _require(
             given > 0, "--context: this model is sampled from nothing by default: say how many --context-frames to use"
         )
-        _require(given < total, f"--frames: {total} latent frames with the context, expected more than its {given}")
-        clip = read_context(context, tokenizer.num_frames(given), start, interval, (height, width))
+        length, shown = tokenizer.num_frames(total), tokenizer.num_frames(given)
+        _require(given < total, f"--frames {length}: the context is part of them, expected more than its {shown}")
+        clip = read_context(context, shown, start, interval, (height, width))
         clip = clip.expand(count, -1, -1, -1, -1)
     told = None  # the actions
     if c.num_actions and (context or actions):
@@ -207,7 +220,7 @@ def sample(
         request = {"context": context, "actions": actions, "start": start, "interval": interval, "class": label}
         request |= {"context_frames": given, "frames": total, "count": count, "seed": seed}
         request = {name: str(value) if isinstance(value, Path) else value for name, value in request.items()}
-        saving = Saving(out / "unfinished", save_every or Saving.every, request)
+        saving = Saving(unfinished, save_every or Saving.every, request)
     # bf16 saves time on a GPU; a CPU computes in fp32, whatever the training did.
     precision = loaded.train_config.precision if next(loaded.model.parameters()).device.type == "cuda" else "fp32"
     videos = generate(
@@ -224,7 +237,6 @@ def sample(
         saving=saving,
         resume=resume,
     ).numpy()
-    shown = 0 if clip is None else clip.shape[1]
     paths = []
     for number, video in enumerate(videos):
         stem = out / ("sample" if count == 1 else f"sample_{number}")
@@ -246,7 +258,8 @@ def read_context(path: Path, num_frames: int, start: int, interval: int, size: t
 
     Raises InputError when the clip cannot be read or is shorter than asked.
     """
-    _require(path.is_file(), f"--context {path}: no such file")
+    _require(path.exists(), f"--context {path}: no such file")
+    _require(path.is_file(), f"--context {path}: is a folder, expected a video or an npz trajectory")
     with open_clip(path) as reader:
         span = clip_span(num_frames, interval)
         there = max(0, reader.num_frames - start)

@@ -30,6 +30,12 @@ def same_device(op: str, reference: Tensor, **tensors: Tensor | None) -> None:
             raise ValueError(f"{op}: {name} is on {tensor.device}, expected {reference.device}")
 
 
+def floating(op: str, name: str, tensor: Tensor) -> None:
+    """ValueError unless the tensor holds floating-point numbers."""
+    if not tensor.is_floating_point():
+        raise ValueError(f"{op}: {name} is {tensor.dtype}, expected {DTYPE_NAMES}")
+
+
 def kernels():
     """The compiled module. Only for code that runs after `device_refusals` said nothing."""
     return _dispatch.extension()

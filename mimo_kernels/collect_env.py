@@ -39,7 +39,13 @@ def collect() -> dict[str, dict[str, str]]:
         "extension": _extension(),
     }
     for device in ("cpu", "cuda"):
-        sections[f"operators on {device}"] = {op: _serves(family, device, torch) for op, family in OPS.items()}
+        if torch is None:
+            facts = {"none": "torch does not load"}
+        elif device == "cuda" and not torch.cuda.is_available():
+            facts = {"none": "torch sees no CUDA device"}
+        else:
+            facts = {op: _serves(family, torch.device(device)) for op, family in OPS.items()}
+        sections[f"operators on {device}"] = facts
     return sections
 
 
@@ -87,15 +93,10 @@ def _extension() -> dict[str, str]:
     return facts | ({"note": module.cuda_reason} if module.cuda_reason else {})
 
 
-def _serves(family: str, device: str, torch: types.ModuleType | None) -> str:
-    """The backend that "auto" takes for a typical call; then, a line each, those that cannot serve, and why."""
-    if torch is None:
-        return "none: torch does not load"
-    if device == "cuda" and not torch.cuda.is_available():
-        return "none: torch sees no CUDA device"
+def _serves(family: str, device) -> str:
+    """The backend that "auto" takes for a typical call on a torch.device; then, a line each, those that cannot serve, and why."""
     try:
-        module = importlib.import_module(f"mimo_kernels.{family}")
-        refusals = module.describe_backends(torch.device(device))
+        refusals = importlib.import_module(f"mimo_kernels.{family}").describe_backends(device)
     except Exception as error:
         return f"none: mimo_kernels.{family} fails ({type(error).__name__}: {error})"
     ready = [backend for backend, reasons in refusals.items() if not reasons]

@@ -11,6 +11,7 @@ from mimo_kernels._launch import (
     LIBRARY,
     aligned,
     device_refusals,
+    floating,
     kernels,
     place,
     pointer,
@@ -115,11 +116,12 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -
         backend: "auto", "cuda" or "reference".
 
     Returns y with the shape and dtype of x. Differentiable in x and bias; the bias gradient sums in a fixed order.
-    Raises ValueError for a bias that does not fit.
+    Raises ValueError for an x that is not floating, and for a bias that does not fit.
     Source: Hendrycks and Gimpel, arXiv 1606.08415, Sec. 2.
     """
     if x.ndim == 0:
         raise ValueError("bias_gelu: x has no dimension, expected [..., D]")
+    floating("bias_gelu", "x", x)
     if bias is not None and (bias.shape != x.shape[-1:] or bias.dtype not in (x.dtype, torch.float32)):
         raise ValueError(
             f"bias_gelu: bias is {bias.dtype} of shape {tuple(bias.shape)},"

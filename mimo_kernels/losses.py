@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mimo_kernels import _dispatch
-from mimo_kernels._launch import DTYPE_NAMES, DTYPES, LIBRARY, device_refusals, kernels, place, same_device
+from mimo_kernels._launch import DTYPE_NAMES, DTYPES, LIBRARY, device_refusals, floating, kernels, place, same_device
 
 BLOCKS = 512  # a constant, so that the order of addition is one
 
@@ -98,6 +98,7 @@ def weighted_squared_error(prediction: Tensor, target: Tensor, weight: Tensor, *
     Returns a float32 scalar, summed in float32 and in a fixed order. Differentiable in the prediction.
     Raises ValueError for shapes, dtypes or devices that do not fit, and for a target or weight that requires a gradient.
     """
+    floating("weighted_squared_error", "prediction", prediction)
     if target.shape != prediction.shape or target.dtype != prediction.dtype:
         raise ValueError(
             f"weighted_squared_error: target is {target.dtype} of shape {tuple(target.shape)},"

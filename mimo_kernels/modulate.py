@@ -18,6 +18,7 @@ from mimo_kernels._launch import (
     aligned,
     aligned_rows,
     device_refusals,
+    floating,
     kernels,
     place,
     pointer,
@@ -40,13 +41,11 @@ class FrameRows:
 
     Args:
         lens, groups: one int per frame, as sequences or 1-d CPU tensors.
-    Raises ValueError for a negative length, a group below -1, or unequal numbers of them.
+    Raises ValueError for what is not a list of whole numbers, a negative length, a group below -1, or unequal numbers of them.
     """
 
     def __init__(self, lens: Sequence[int] | Tensor, groups: Sequence[int] | Tensor):
-        lens, groups = (
-            torch.as_tensor(values, dtype=torch.int64, device="cpu").reshape(-1) for values in (lens, groups)
-        )
+        lens, groups = _integers("lens", lens), _integers("groups", groups)
         if lens.numel() != groups.numel():
             raise ValueError(f"FrameRows: {lens.numel()} lens and {groups.numel()} groups, expected as many")
         if lens.numel() and int(lens.min()) < 0:
@@ -96,6 +95,15 @@ class FrameRows:
             hosts = (host.pin_memory() if pin else host for host in self._host)
             self._devices[key] = tuple(host.to(device, non_blocking=True) for host in hosts)
         return self._devices[key]
+
+
+def _integers(name: str, values: Sequence[int] | Tensor) -> Tensor:
+    values = torch.as_tensor(values, device="cpu")
+    if values.ndim != 1 or (values.is_floating_point() and values.numel()):  # an empty list is of float32
+        raise ValueError(
+            f"FrameRows: {name} is {values.dtype} {list(values.shape)}, expected one whole number per frame"
+        )
+    return values.to(torch.int64)
 
 
 def _chunks(row: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
@@ -311,6 +319,9 @@ def describe_backends(device: torch.device | str) -> dict[str, list[str]]:
 def _check(op: str, x: Tensor, rows: FrameRows, branch: Tensor | None, modulation: dict, affine: dict) -> None:
     if x.ndim != 2:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected [rows, D]")
+    floating(op, "x", x)
+    if not isinstance(rows, FrameRows):
+        raise ValueError(f"{op}: rows is a {type(rows).__name__}, expected FrameRows(lens, groups)")
     if x.shape[0] != rows.num_rows:
         raise ValueError(f"{op}: x has {x.shape[0]} rows, expected the {rows.num_rows} of FrameRows")
     if branch is not None and (branch.shape != x.shape or branch.dtype != x.dtype):

@@ -227,8 +227,10 @@ def sample_tube_mask(
 
     Every subset of `num_kept` of the `num_tokens` positions is equally likely (VideoMAE, arXiv 2203.12602, Sec. 3.3).
     Runs on `device` without waiting for it; the generator must belong to that device.
-    Raises ValueError unless 0 <= num_kept <= num_tokens.
+    Raises ValueError unless 0 <= batch and 0 <= num_kept <= num_tokens.
     """
+    if batch < 0:
+        raise ValueError(f"sample_tube_mask: batch is {batch}, expected 0 or more")
     if not 0 <= num_kept <= num_tokens:
         raise ValueError(f"sample_tube_mask: num_kept is {num_kept}, expected 0 to num_tokens = {num_tokens}")
     noise = torch.rand(batch, num_tokens, generator=generator, device=device)

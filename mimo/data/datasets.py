@@ -9,6 +9,8 @@ All share one interface. `len(dataset)` clips; `dataset.sample(index, seed)` giv
 
 and is a pure function of (index, seed). A file that cannot be used raises UnreadableVideo with its name; the loader
 reports it and goes on. What is wrong for all of a dataset (a missing folder, a bad annotation) raises DataError at once.
+Labels and actions that the network has no place for stop it as well: without those clips it would train on others than
+were meant.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mimo.data.errors import DataError
+from mimo.data.errors import DataError, OutOfRange
 from mimo.data.latents import LatentShards, is_latents
 from mimo.data.shapes import SIDES, TEXTURES, moving_shapes
 from mimo.data.video import (
@@ -150,7 +152,7 @@ class _ClipFiles:
         return low + int(uniform * (high - low + 1)) if high >= low else 1
 
     def actions_of(self, clip: ClipFile, reader: VideoReader | NpzReader) -> np.ndarray | None:
-        """int64 [F of the file, or more]; UnreadableVideo when they do not fit the video or num_actions."""
+        """int64 [F of the file, or more]; UnreadableVideo when they do not fit the video, OutOfRange when not num_actions."""
         if not self.use_actions:
             return None
         actions = reader.actions if clip.actions is None else load_actions(clip.actions)
@@ -165,10 +167,7 @@ class _ClipFiles:
         top = self.num_actions
         if actions.size and (actions.min() < 0 or (top is not None and actions.max() >= top)):
             bound = f"in 0..{top - 1}" if top is not None else ">= 0"
-            raise UnreadableVideo(
-                where,
-                f"actions reach from {actions.min()} to {actions.max()}, expected {bound}",
-            )
+            raise OutOfRange(where, f"actions reach from {actions.min()} to {actions.max()}, expected {bound}")
         return actions
 
     def check_readable(self) -> None:
@@ -178,6 +177,8 @@ class _ClipFiles:
             try:
                 self.sample(index, 0)
                 return
+            except OutOfRange as error:
+                raise DataError(str(error)) from None
             except UnreadableVideo as error:
                 first = first or error
         raise DataError(f"{self.path}: none of its {len(self)} {self.kind} can be used; the first is {first}")
@@ -392,7 +393,7 @@ def _attach_actions(clips: list[ClipFile]) -> list[ClipFile]:
         return clips
     if not all(there):
         raise DataError(
-            f"{beside[there.index(False)]}: missing, though {sum(there)} other videos have actions beside them"
+            f"{beside[there.index(False)]}: missing, though {sum(there)} of the {len(there)} videos have actions beside them"
         )
     return [ClipFile(clip.path, clip.label, actions) for clip, actions in zip(clips, beside, strict=True)]
 

@@ -19,3 +19,7 @@ class UnreadableVideo(InputError):
 
     def __str__(self) -> str:
         return f"{self.path}: {self.why}"
+
+
+class OutOfRange(UnreadableVideo):
+    """A clip with actions that the network has no place for: more likely a wrong setting than a damaged file."""

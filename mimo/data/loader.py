@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from mimo.data.errors import DataError, UnreadableVideo
+from mimo.data.errors import DataError, OutOfRange, UnreadableVideo
 
 log = logging.getLogger("mimo.data")
 
@@ -78,6 +78,8 @@ class _Batches(Dataset):
                     **self.dataset.sample(int(index), seed),
                     "index": np.int64(index),
                 }
+            except OutOfRange as error:
+                raise DataError(str(error)) from None
             except UnreadableVideo as error:
                 unreadable.append((error.path, error.why))
         return None
@@ -115,7 +117,7 @@ def batches(
         rank, world_size: this process among those that share the dataset.
 
     A clip that cannot be read is replaced by the next readable one of the epoch, and logged once under "mimo.data" with
-    its file and reason. Raises DataError when no clip can be read.
+    its file and reason. Raises DataError when no clip can be read, and at one whose actions are out of range.
     """
     if batch_size < 1 or start_step < 0 or seed < 0 or not 0 <= rank < world_size:
         raise ValueError(

@@ -10,11 +10,11 @@ import os
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
-from zipfile import BadZipFile
+from zipfile import BadZipFile, is_zipfile
 
 import av
 import numpy as np
@@ -23,6 +23,7 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageDraw, ImageFont
 
 from mimo.data.errors import UnreadableVideo
+from mimo.errors import InputError
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v")
 
@@ -109,7 +110,10 @@ class VideoReader:
             self._list_packets()
         except _BROKEN as error:
             self.close()
-            raise (error if isinstance(error, UnreadableVideo) else UnreadableVideo(path, _reason(error))) from None
+            if isinstance(error, UnreadableVideo):
+                raise
+            kind = "" if isinstance(error, OSError) else "not a readable video: "
+            raise UnreadableVideo(path, kind + _reason(error)) from None
 
     def _open(self) -> None:
         self._container = av.open(self.path, metadata_errors="ignore")
@@ -261,6 +265,8 @@ def _check_actions(path: str | Path, actions: np.ndarray) -> np.ndarray:
 def _read_npz(path: str | Path, *names: str) -> dict[str, np.ndarray]:
     """Those of the arrays that the file has. Pickled contents are never loaded."""
     try:
+        if not is_zipfile(path):  # numpy takes any other file for a pickle, and says so
+            raise ValueError("it is no zip archive" if Path(path).stat().st_size else "it is empty")
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in names if name in arrays}
     except (OSError, ValueError, EOFError, KeyError, TypeError, NotImplementedError, BadZipFile, zlib.error) as error:
@@ -319,15 +325,21 @@ def to_uint8(video: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well, and is removed when it does not."""
+    """A temporary path beside `path` that takes its place when the block ends well, and is removed when it does not.
+
+    Raises InputError naming `path` when it cannot be written: a disk that is full, a folder that may not be changed.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {_reason(error)}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it was never made, or cannot be removed either
+            temporary.unlink()
 
 
 def _check_frames(frames: np.ndarray) -> np.ndarray:
@@ -337,6 +349,12 @@ def _check_frames(frames: np.ndarray) -> np.ndarray:
             f"frames are {frames.dtype} {list(frames.shape)}, expected uint8 [F, H, W, 3] with F, H, W >= 1"
         )
     return frames
+
+
+def check_fps(fps: float) -> None:
+    """Raises ValueError for a rate that videos and GIFs cannot both have."""
+    if not 0.01 <= fps <= 1000:
+        raise ValueError(f"fps {fps:g}: expected 0.01 to 1000 frames per second")
 
 
 def upscale(frames: np.ndarray, min_side: int) -> np.ndarray:
@@ -362,6 +380,7 @@ def write_video(
         codec: encoder name; None takes H.264 (VP9 for .webm), or MPEG-4 part 2 where PyAV came without H.264.
     """
     path = Path(path)
+    check_fps(fps)
     frames = upscale(_check_frames(frames), min_side)
     frames = np.pad(
         frames,
@@ -397,6 +416,7 @@ def write_video(
 
 def write_gif(path: str | Path, frames: np.ndarray, fps: float = 10, *, min_side: int = 0) -> Path:
     """Writes frames uint8 [F, H, W, 3] as a GIF that repeats forever; the format counts time in 1/100 s."""
+    check_fps(fps)
     frames = upscale(_check_frames(frames), min_side)
     pictures = [Image.fromarray(np.ascontiguousarray(frame)) for frame in frames]
     duration = max(20, round(100 / fps) * 10)

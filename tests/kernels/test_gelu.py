@@ -106,6 +106,7 @@ def test_bad_input(emulated):
         (lambda: bias_gelu(x, bias.half()), "bias is torch.float16"),
         (lambda: bias_gelu(x, bias.to("meta")), "bias is on meta, expected cpu"),
         (lambda: bias_gelu(x[0, 0]), "x has no dimension"),
+        (lambda: bias_gelu(x.int()), "x is torch.int32, expected float32"),
         (lambda: bias_gelu(x[:, :12], backend="cuda"), "x has 12 columns, expected a multiple of 8"),
         (lambda: bias_gelu(x, backend="triton"), "unknown backend"),
     ):

@@ -89,6 +89,7 @@ def test_bad_input():
     for arguments, message in (
         ((prediction, target[:1], weight), r"target is torch.float32 of shape \(1, 3, 8\), expected .* \(2, 3, 8\)"),
         ((prediction, target.half(), weight), "target is torch.float16"),
+        ((prediction.int(), target.int(), weight), "prediction is torch.int32, expected float32"),
         ((prediction, target, weight[:, :2]), r"weight is torch.float32 of shape \(2, 2\)"),
         ((prediction, target, weight.double()), "weight is torch.float64"),
         ((prediction, target, weight.to("meta")), "weight is on meta, expected cpu"),

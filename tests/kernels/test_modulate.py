@@ -217,13 +217,15 @@ def test_rows_do_not_mix():
         (lambda t: t.update(weight=t["weight"].half(), bias=t["bias"].half()), "weight, bias have dtype torch.float16"),
         (lambda t: t.update(bias=t["bias"].to("meta")), "bias is on meta, expected cpu"),
         (lambda t: t.update(backend="triton"), "unknown backend 'triton'"),
+        (lambda t: t.update(x=t["x"].int(), branch=t["branch"].int()), "x is torch.int32, expected float32"),
+        (lambda t: t.update(rows=[35]), "rows is a list, expected FrameRows"),
     ],
 )
 def test_bad_input(change, message):
     arguments = sample(frames(), 16)
     change(arguments)
     with pytest.raises(ValueError, match=message):
-        gated_residual_modulate(**arguments, rows=frames())
+        gated_residual_modulate(**{"rows": frames()} | arguments)
 
 
 @pytest.mark.parametrize(
@@ -250,9 +252,13 @@ def test_frame_rows():
         ([1], [0, 1], "1 lens and 2 groups"),
         ([1, -2], [0, 1], "a frame has -2 rows"),
         ([1], [-2], "a frame has group -2"),
+        ([1.5], [0], r"lens is torch.float32 \[1\], expected one whole number per frame"),
+        ([[1, 2]], [0, 1], r"lens is torch.int64 \[1, 2\]"),
+        ([1], torch.zeros(1), "groups is torch.float32"),
     ):
         with pytest.raises(ValueError, match=message):
             FrameRows(lens, groups)
+    assert FrameRows([], []).num_rows == 0
 
 
 @pytest.mark.parametrize("lens", [[5, 0, 100, 64], [40000, 1, 17000], [1] * 50])

@@ -1,6 +1,9 @@
 """The command line: every bad input is one line and status 2; overrides arrive; the same seed gives the same video."""
 
+import errno
+import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -76,8 +79,9 @@ def train_arguments(out, data="shapes"):
 # Help ----------------------------------------------------------------------------------------------------------------
 
 
-def test_help_may_be_cut_short():
-    command = [sys.executable, "-m", "mimo", "train", "--help"]
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"]])
+def test_help_may_be_cut_short(words):
+    command = [sys.executable, "-m", "mimo", *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait() == 0
@@ -121,6 +125,10 @@ def test_version_and_empty_command_line(capsys):
         ("train --preset mimo-tiny --out y", "--data"),
         ("train --preset mimo-tiny --data shapes --out y --model.deep 3", "--model.deep"),
         ("train --preset mimo-tiny --data shapes --out y --model.depth four", "'four'"),
+        ("train --preset mimo-tiny --data shapes --out y --train.interval x", "'x': expected INT or INT INT\n"),
+        ("train --preset mimo-tiny --data shapes --out y --keep-every 0", "--keep-every 0: expected at least 1"),
+        (f"train --preset mimo-tiny --data shapes --out y --train.seed {2**63}", "expected less than 2**63"),
+        ("demo --seed -1", "seed=-1: expected zero or more"),
         ("train --preset mimo-tiny --data shapes --out y --model.heads 5", "heads=5"),
         ("train --preset mimo-tiny --data shapes --out y --model.mask-ratio 0.5 1.5", "mask_ratio=(0.5, 1.5)"),
         ("train --preset mimo-tiny --data shapes --out y --steps 0", "steps=0"),
@@ -135,6 +143,16 @@ def test_bad_words(refused, words, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert message in refused(*words.split())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_words_of_the_parser_on_any_terminal(refused, monkeypatch, encoding):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+    start = ["train", "--preset", "mimo-tiny", "--data", "shapes", "--out", "y"]
+    assert refused(*start, "--steps", "abc") == "error: mimo train: --steps 'abc': expected INT\n"
+    message = refused(*start, "--stesp", 3)
+    assert message.startswith("error: mimo train: Unrecognized options: --stesp, 3; Perhaps you meant: --steps")
+    assert "help" not in message and "---" not in message
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -165,9 +183,23 @@ def test_classes_without_labels(refused, tmp_path):
     assert "num_classes=5, but the clips have no label" in message
 
 
-def test_a_run_folder_that_cannot_be_made(refused, tmp_path):
+def test_a_run_folder_that_cannot_be_made(refused, run, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert "cannot make the run folder" in refused(*train_arguments(tmp_path / "file" / "run"))
+    out = tmp_path / "file" / "run"
+    assert "cannot make the run folder" in refused(*train_arguments(out))
+    # Those that write when they are done refuse before they begin.
+    for command in (["demo"], ["sample", "--checkpoint", run]):
+        assert f"--out {out}: {tmp_path / 'file'} is no folder that can be written to" in refused(
+            *command, "--out", out
+        )
+
+
+def test_a_full_disk(refused, run, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "sheet.png")
+
+    monkeypatch.setattr("mimo.sample.generate", full)
+    assert "No space left on device: 'sheet.png'" in refused("sample", "--checkpoint", run, "--out", tmp_path)
 
 
 # Bad input: checkpoints -----------------------------------------------------------------------------------------------
@@ -243,14 +275,24 @@ def test_tensors_that_do_not_fit_the_recorded_config(refused, own_run):
             "--context CLIP --context-frames 3 --start 4 --frames 9",
             "3 context frames are asked for, it holds 1 from frame 4",
         ),
-        ("--context CLIP --context-frames 3 --frames 3", "expected more than its 3"),
+        (
+            "--context CLIP --context-frames 3 --frames 3",
+            "--frames 3: the context is part of them, expected more than its 3",
+        ),
         ("--context none.mp4", "none.mp4: no such file"),
+        ("--context .", "--context .: is a folder, expected a video"),
         ("--context-frames 3", "expected a --context"),
         ("--class 1", "this model has no classes"),
         ("--frames 0", "--frames 0"),
         ("--count 0", "--count 0"),
         ("--steps 0", "steps=0"),
         ("--sampler ddim", "sampler='ddim'"),
+        ("--fps 0", "fps 0: expected 0.01 to 1000"),
+        (f"--seed {2**63}", "expected 0 to 2**63 - 1"),
+        ("--sink 3", "--sink 3: expected a --window"),
+        ("--class-guidance 2", "--class-guidance 2: expected a --class"),
+        ("--history-guidance 2", "trained with --model.history-dropout 0"),
+        ("--resume", "holds no run to continue"),
         ("--window 0", "window=0: expected 1 or more frames"),
         ("--temperature 1 -1", "temperature=(1.0, -1.0)"),
     ],

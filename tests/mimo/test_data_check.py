@@ -27,7 +27,10 @@ def test_a_folder_of_videos(folder, decode_all, workers):
     assert [path for path, _ in report.unreadable] == [str(folder / "bad.mp4"), str(folder / "zero.mp4")]
     text = str(report)
     assert "5 videos, 3 readable, 2 not" in text and "8 to 20, median 12, 40 in all" in text
-    assert f"unreadable  {folder / 'bad.mp4'}: Invalid data" in text and "1 have fewer than 10 frames" in text
+    assert (
+        f"unreadable  {folder / 'bad.mp4'}: not a readable video: Invalid" in text
+        and "1 have fewer than 10 frames" in text
+    )
 
 
 def test_two_kinds_and_actions(folder):

@@ -163,7 +163,7 @@ def test_actions_beside_videos(tmp_path):
     with pytest.raises(DataError, match="flip mirrors"):
         VideoFolder(tmp_path, **SMALL, flip=True)
     (tmp_path / "b.npz").unlink()
-    with pytest.raises(DataError, match=r"b\.npz: missing, though 1 other videos"):
+    with pytest.raises(DataError, match=r"b\.npz: missing, though 1 of the 2 videos"):
         VideoFolder(tmp_path, **SMALL)
 
 
@@ -174,6 +174,9 @@ def test_wrong_actions_are_named(tmp_path):
     write_npz(tmp_path / "far" / "x.npz", actions=[5] * 20)
     with pytest.raises(UnreadableVideo, match=r"from 5 to 5, expected in 0\.\.3"):
         NpzTrajectories(tmp_path / "far", **SMALL, num_actions=4).sample(0, 0)
+    write_npz(tmp_path / "far" / "y.npz", actions=[3] * 20)
+    with pytest.raises(DataError, match=r"^[^:]*x\.npz: actions reach from 5 to 5"):  # though y.npz could be used
+        open_dataset(tmp_path / "far", **SMALL, num_actions=4)
     write_npz(tmp_path / "below" / "x.npz", actions=[-1] * 20)
     with pytest.raises(UnreadableVideo, match="expected >= 0"):
         NpzTrajectories(tmp_path / "below", **SMALL).sample(0, 0)
@@ -347,7 +350,9 @@ def test_what_open_dataset_refuses(folder, tmp_path_factory):
 def test_fully_unreadable_folder(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"")
     (tmp_path / "b.mp4").write_bytes(b"junk" * 100)
-    with pytest.raises(DataError, match=r"none of its 2 videos can be used; the first is .*a\.mp4: Invalid data"):
+    with pytest.raises(
+        DataError, match=r"none of its 2 videos can be used; the first is .*a\.mp4: not a readable video: Invalid"
+    ):
         open_dataset(tmp_path, **SMALL)
     write_video(tmp_path / "c.mp4", numbered(3))
     with pytest.raises(DataError, match="none of its 3 videos"):

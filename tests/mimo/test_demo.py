@@ -103,7 +103,10 @@ def test_demo_on_videos_skips_what_it_cannot_use(tmp_path, capsys):
     assert "1 clip, 12 frames" in output
     for name in ("long", "short"):
         (data / f"{name}.mp4").unlink()
-    with pytest.raises(InputError, match="holds no clip that can be used"):
+    with pytest.raises(InputError, match="none of its 1 videos and npz files can be used"):
+        read_windows(data, FRAMES, 8, 8, 1)
+    (data / "broken.avi").unlink()
+    with pytest.raises(InputError, match="holds no video and no npz file"):
         read_windows(data, FRAMES, 8, 8, 1)
 
 

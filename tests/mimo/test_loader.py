@@ -145,6 +145,16 @@ def test_what_is_wrong_for_all_of_a_dataset_is_told_in_one_line(workers):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_actions_out_of_range_stop_instead_of_being_left_out(tmp_path, workers):
+    for name, highest in (("a", 3), ("b", 4)):
+        actions = np.r_[np.zeros(7, int), highest]
+        np.savez(tmp_path / f"{name}.npz", video=np.zeros((8, 16, 16, 3), np.uint8), actions=actions)
+    dataset = open_dataset(tmp_path, **SMALL, num_actions=4)
+    with pytest.raises(DataError, match=r"b\.npz: actions reach from 0 to 4, expected in 0\.\.3$"):
+        take(4, dataset, 2, seed=0, num_workers=workers)
+
+
 def test_one_bad_video_among_good(tmp_path, caplog):
     for name in "acd":
         write_video(tmp_path / f"{name}.mp4", np.full((5, 16, 16, 3), 50, np.uint8))

@@ -275,7 +275,7 @@ def test_command_line_continues_an_interrupted_video(tmp_path, monkeypatch, caps
     assert sample("--resume") == 0
     files = {path.name: path.read_bytes() for path in out.iterdir()}  # nothing unfinished is left
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "expected").iterdir()}
-    assert sample("--resume") == 2 and "unfinished does not exist" in capsys.readouterr().err
+    assert sample("--resume") == 2 and "out holds no run to continue" in capsys.readouterr().err
     assert sample("--save-every", "0") == 2 and "--save-every 0: expected at least 1" in capsys.readouterr().err
     assert sample("--save-every", "3", to=tmp_path / "again") == 0
     assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == files

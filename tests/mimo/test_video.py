@@ -1,6 +1,8 @@
 """mimo.data.video: exact frames in, whole files out, and a named reason for everything that cannot be read."""
 
 import os
+import subprocess
+import sys
 
 import av
 import numpy as np
@@ -21,6 +23,7 @@ from mimo.data.video import (
     write_gif,
     write_video,
 )
+from mimo.errors import InputError
 
 
 def numbered(count, height=32, width=48):
@@ -211,8 +214,15 @@ def test_npz(tmp_path):
     np.savez(tmp_path / "pickled.npz", video=np.array([{"a": 1}], dtype=object))
     (tmp_path / "cut.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:-500])
     (tmp_path / "zero.npz").touch()
-    reasons = {"b": "no array 'video'", "c": "float32", "d": "'actions' is float64", "pickled": "allow_pickle"}
-    for name, why in (reasons | {"cut": "not a readable npz", "zero": "not a readable npz", "none": "No such"}).items():
+    (tmp_path / "text.npz").write_text("not what its name says")
+    reasons = {
+        "text": "it is no zip archive",
+        "b": "no array 'video'",
+        "c": "float32",
+        "d": "'actions' is float64",
+        "pickled": "allow_pickle",
+    }
+    for name, why in (reasons | {"cut": "not a readable npz", "zero": "it is empty", "none": "No such"}).items():
         with pytest.raises(UnreadableVideo, match=why):
             read_clip(tmp_path / f"{name}.npz", 1)
 
@@ -247,6 +257,31 @@ def test_writers_refuse_other_arrays(tmp_path, frames):
         with pytest.raises(ValueError, match="expected uint8"):
             call(tmp_path / "a.mp4", frames)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("fps", [0, -3, float("nan"), 1e-4, 1e9])
+def test_writers_refuse_rates(tmp_path, fps):
+    for write, name in ((write_video, "a.mp4"), (write_gif, "a.gif")):
+        with pytest.raises(ValueError, match="expected 0.01 to 1000 frames per second"):
+            write(tmp_path / name, smooth(2), fps)
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"^cannot write .*file/a\.gif: File exists$"):
+        write_gif(tmp_path / "file" / "a.gif", smooth(1))
+    code = (
+        "import resource, signal, sys, numpy; from mimo.data import *\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))\n"
+        "rng = numpy.random.default_rng(0); frames = rng.integers(0, 256, (4, 64, 64, 3), dtype=numpy.uint8)\n"
+        "for name, write in (('a.mp4', write_video), ('a.gif', write_gif)):\n"
+        "    try: write(f'{sys.argv[1]}/{name}', frames)\n"
+        "    except ValueError as error: print(error)\n"
+    )
+    told = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
+    assert told.stdout.splitlines() == [f"cannot write {tmp_path}/a.{kind}: File too large" for kind in ("mp4", "gif")]
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_unknown_container(tmp_path):
