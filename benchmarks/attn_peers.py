@@ -63,7 +63,7 @@ class Ours(Implementation):
         if self.backend == "reference" or self.device.type == "cpu":
             return super().executed(direction, dtype)
         from mimo_kernels.attention import triton_op
-        from mimo_kernels.attention.triton_plan import split_head_dim
+        from mimo_kernels.attention.triton_parts import split_head_dim
 
         q = torch.empty(0, self.heads, self.head_dim, dtype=dtype, device=self.device)
         pairs = {name: plan.executed_pairs for name, plan in triton_op.plans(q, self.mask).items()}

@@ -33,7 +33,7 @@ def _triton_op(x: Tensor, v: Tensor, weights: Tensor, coefficients: Tensor, inde
     blocks = triton.cdiv(x.numel(), BLOCK)
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():  # a launch goes to the current device
         guided_step_kernel[(blocks,)](
-            x, v, weights, coefficients, index, x.numel(), G=len(weights), BM=BLOCK, num_warps=4
+            x, v, weights, coefficients, index, x.numel(), G=len(weights), BM=BLOCK, num_warps=4, enable_fp_fusion=True
         )
 
 

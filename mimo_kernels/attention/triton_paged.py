@@ -6,7 +6,7 @@ serves every frame. Keys are numbered in blocks: first those of the pages, then 
     | page 0 | page 1 | ... | page n - 1 | self 0 | ... |      split s takes blocks [s * per, (s + 1) * per)
 
 and the partial results of the splits are added in a fixed order by a second kernel: no atomics, so the result is the
-same every time. The head dimension is computed as D0 + D1 + D2, powers of two (72 = 64 + 16, 112 = 64 + 32 + 16).
+same every time. Tiles hold the head dimension in parts (triton_parts.py).
 """
 
 import functools
@@ -17,73 +17,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_plan import split_head_dim
+from .triton_parts import add_parts, dot_parts, load_parts, scale_parts, split_head_dim, store_parts, zero_parts
 
 LOG2E = 1.4426950408889634
 
 
 @triton.jit
-def _load_part(p_x, m_row, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
-    # Rows p_x [B] (pointers), channels FIRST .. FIRST + WIDTH; anything outside is 0.
-    o_d = FIRST + tl.arange(0, WIDTH)
-    if FIRST + WIDTH <= HEAD_DIM:
-        return tl.load(p_x[:, None] + o_d[None, :], mask=m_row[:, None], other=0.0)
-    return tl.load(p_x[:, None] + o_d[None, :], mask=m_row[:, None] & (o_d < HEAD_DIM)[None, :], other=0.0)
-
-
-@triton.jit
-def _accumulate(
-    p_k,  # [BN] pointers
-    p_v,  # [BN] pointers
-    m_key,  # [BN]
-    b_q0,  # [BM, D0], and so on; a part of width 0 is another one that is not looked at
-    b_q1,
-    b_q2,
-    b_max,  # [BM]
-    b_sum,  # [BM]
-    b_acc0,  # [BM, D0]
-    b_acc1,
-    b_acc2,
-    scale_log2,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    D2: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    b_k0 = _load_part(p_k, m_key, 0, D0, HEAD_DIM)
-    b_s = tl.dot(b_q0, tl.trans(b_k0), input_precision=PRECISION)
-    if D1 > 0:
-        b_k1 = _load_part(p_k, m_key, D0, D1, HEAD_DIM)
-        b_s = tl.dot(b_q1, tl.trans(b_k1), b_s, input_precision=PRECISION)
-    if D2 > 0:
-        b_k2 = _load_part(p_k, m_key, D0 + D1, D2, HEAD_DIM)
-        b_s = tl.dot(b_q2, tl.trans(b_k2), b_s, input_precision=PRECISION)
-    b_s = tl.where(m_key[None, :], b_s * scale_log2, float("-inf"))  # [BM, BN]
+def _softmax_step(b_s, m_key, b_v, b_acc, b_max, b_sum, scale_log2, PRECISION: tl.constexpr):
+    """One step of the running softmax with the products b_s [BM, BN] and the values b_v of the keys m_key [BN]."""
+    b_s = tl.where(m_key[None, :], b_s * scale_log2, float("-inf"))
     b_new = tl.maximum(b_max, tl.max(b_s, 1))
     # A block may have no key at all (the empty rest of a page): keep -inf - -inf out of the exponent.
     b_ref = tl.where(b_new == float("-inf"), 0.0, b_new)
     b_p = tl.exp2(b_s - b_ref[:, None])
     b_decay = tl.exp2(b_max - b_ref)
     b_sum = b_sum * b_decay + tl.sum(b_p, 1)
-    b_v0 = _load_part(p_v, m_key, 0, D0, HEAD_DIM)
-    b_p = b_p.to(b_v0.dtype)
-    b_acc0 = tl.dot(b_p, b_v0, b_acc0 * b_decay[:, None], input_precision=PRECISION)
-    if D1 > 0:
-        b_v1 = _load_part(p_v, m_key, D0, D1, HEAD_DIM)
-        b_acc1 = tl.dot(b_p, b_v1, b_acc1 * b_decay[:, None], input_precision=PRECISION)
-    if D2 > 0:
-        b_v2 = _load_part(p_v, m_key, D0 + D1, D2, HEAD_DIM)
-        b_acc2 = tl.dot(b_p, b_v2, b_acc2 * b_decay[:, None], input_precision=PRECISION)
-    return b_new, b_sum, b_acc0, b_acc1, b_acc2
-
-
-@triton.jit
-def _store_part(p_out, m_row, b_acc, b_norm, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
-    # Rows p_out [B] (pointers), channels FIRST .. FIRST + WIDTH as far as there are.
-    o_d = FIRST + tl.arange(0, WIDTH)
-    b_out = (b_acc * b_norm[:, None]).to(p_out.dtype.element_ty)
-    tl.store(p_out[:, None] + o_d[None, :], b_out, mask=m_row[:, None] & (o_d < HEAD_DIM)[None, :])
+    b_acc = add_parts(scale_parts(b_acc, b_decay[:, None]), b_p.to(b_v[0].dtype), b_v, PRECISION)
+    return b_acc, b_new, b_sum
 
 
 # Every length and stride is an ordinary argument: a new one never compiles the kernel anew.
@@ -132,9 +82,7 @@ def paged_fwd_kernel(
     stride_head,
     stride_table,
     HEAD_DIM: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    D2: tl.constexpr,
+    PARTS: tl.constexpr,
     PAGE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -149,19 +97,9 @@ def paged_fwd_kernel(
     o_n = tl.arange(0, BN)
     m_m = o_m < num_tokens
 
-    p_q_rows = p_q + (seq * stride_q_seq + o_m * stride_q_row + head * stride_q_head) * 8
-    b_q0 = _load_part(p_q_rows, m_m, 0, D0, HEAD_DIM)
-    b_acc0 = tl.zeros([BM, D0], dtype=tl.float32)
-    b_q1 = b_q0
-    b_q2 = b_q0
-    b_acc1 = b_acc0
-    b_acc2 = b_acc0
-    if D1 > 0:
-        b_q1 = _load_part(p_q_rows, m_m, D0, D1, HEAD_DIM)
-        b_acc1 = tl.zeros([BM, D1], dtype=tl.float32)
-    if D2 > 0:
-        b_q2 = _load_part(p_q_rows, m_m, D0 + D1, D2, HEAD_DIM)
-        b_acc2 = tl.zeros([BM, D2], dtype=tl.float32)
+    # Rows are told in 8 elements: the compiler sees that their loads are aligned.
+    b_q = load_parts(p_q, seq * stride_q_seq + o_m * stride_q_row + head * stride_q_head, 8, m_m, PARTS, HEAD_DIM)
+    b_acc = zero_parts(BM, PARTS)
     b_max = tl.full([BM], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BM], dtype=tl.float32)
 
@@ -187,52 +125,20 @@ def paged_fwd_kernel(
             page = tl.load(p_table + o_key // PAGE, mask=m_page, other=0).to(tl.int64)
             m_key = o_key % PAGE < tl.load(p_rows + o_key // PAGE, mask=m_page, other=0)
             o_key = page * stride_page + (o_key % PAGE) * stride_row
-        p_k = p_k_pages + (o_key + head * stride_head) * 8
-        p_v = p_v_pages + (o_key + head * stride_head) * 8
-        b_max, b_sum, b_acc0, b_acc1, b_acc2 = _accumulate(
-            p_k,
-            p_v,
-            m_key,
-            b_q0,
-            b_q1,
-            b_q2,
-            b_max,
-            b_sum,
-            b_acc0,
-            b_acc1,
-            b_acc2,
-            scale_log2,
-            D0,
-            D1,
-            D2,
-            HEAD_DIM,
-            PRECISION,
-        )
+        b_k = load_parts(p_k_pages, o_key + head * stride_head, 8, m_key, PARTS, HEAD_DIM)
+        b_s = dot_parts(b_q, b_k, PRECISION)
+        b_v = load_parts(p_v_pages, o_key + head * stride_head, 8, m_key, PARTS, HEAD_DIM)
+        b_acc, b_max, b_sum = _softmax_step(b_s, m_key, b_v, b_acc, b_max, b_sum, scale_log2, PRECISION)
 
+    p_k_self += (seq * stride_k_seq + head * stride_k_head) * 8
+    p_v_self += (seq * stride_v_seq + head * stride_v_head) * 8
     for block in range(tl.maximum(begin, cached) - cached, end - cached):
         o_row = block * BN + o_n
-        p_k = p_k_self + (seq * stride_k_seq + o_row * stride_k_row + head * stride_k_head) * 8
-        p_v = p_v_self + (seq * stride_v_seq + o_row * stride_v_row + head * stride_v_head) * 8
         m_key = o_row < num_tokens
-        b_max, b_sum, b_acc0, b_acc1, b_acc2 = _accumulate(
-            p_k,
-            p_v,
-            m_key,
-            b_q0,
-            b_q1,
-            b_q2,
-            b_max,
-            b_sum,
-            b_acc0,
-            b_acc1,
-            b_acc2,
-            scale_log2,
-            D0,
-            D1,
-            D2,
-            HEAD_DIM,
-            PRECISION,
-        )
+        b_k = load_parts(p_k_self, o_row.to(tl.int64) * stride_k_row, 8, m_key, PARTS, HEAD_DIM)
+        b_s = dot_parts(b_q, b_k, PRECISION)
+        b_v = load_parts(p_v_self, o_row.to(tl.int64) * stride_v_row, 8, m_key, PARTS, HEAD_DIM)
+        b_acc, b_max, b_sum = _softmax_step(b_s, m_key, b_v, b_acc, b_max, b_sum, scale_log2, PRECISION)
 
     # A split without keys leaves 0 and a log-sum-exp of -inf (its b_max).
     b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
@@ -241,12 +147,7 @@ def paged_fwd_kernel(
     if SPLITS > 1:
         o_out += split.to(tl.int64) * num_rows
         tl.store(p_lse + o_out, b_max + tl.log2(b_sum), mask=m_m)
-    p_out_rows = p_out + o_out * HEAD_DIM
-    _store_part(p_out_rows, m_m, b_acc0, b_norm, 0, D0, HEAD_DIM)
-    if D1 > 0:
-        _store_part(p_out_rows, m_m, b_acc1, b_norm, D0, D1, HEAD_DIM)
-    if D2 > 0:
-        _store_part(p_out_rows, m_m, b_acc2, b_norm, D0 + D1, D2, HEAD_DIM)
+    store_parts(p_out, o_out, HEAD_DIM, m_m, b_acc, b_norm[:, None], PARTS, HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -287,12 +188,12 @@ class Config:
     num_stages: int
 
 
-# (bytes per element, sm_80 family) -> by channels computed (D0 + D1 + D2), for long and for short frames.
+# (bytes per element, sm_80 family) -> by channels computed (the sum of the parts), for long and for short frames.
 # The first row that is wide enough serves. All of them are compiled ahead of time by a test: no spills, and on sm_90
 # warpgroup products. fp32 products run on the plain units.
 SHORT = 64
 CONFIGS = {
-    (2, False): {128: (Config(128, 64, 8, 3), Config(64, 64, 4, 3)), 256: (Config(64, 32, 8, 2),) * 2},
+    (2, False): {128: (Config(128, 64, 8, 3), Config(64, 64, 4, 3)), 256: (Config(64, 32, 8, 3),) * 2},
     (2, True): {
         96: (Config(128, 32, 8, 3), Config(64, 32, 4, 3)),
         128: (Config(64, 64, 8, 3), Config(64, 32, 4, 3)),
@@ -349,7 +250,6 @@ def launch(
     num_seqs, num_tokens, num_heads, head_dim = q.shape
     capability, num_sms = _device_facts(q.device)
     config = config_for(head_dim, q.element_size(), num_tokens, capability)
-    d0, d1, d2 = split_head_dim(head_dim)
     page_size = k_pages.shape[1]
     num_tiles = triton.cdiv(num_tokens, config.block_m)
     tiles = num_seqs * num_heads * num_tiles
@@ -380,9 +280,7 @@ def launch(
         *(stride // 8 for x in (q, k_self, v_self, k_pages) for stride in x.stride()[:3]),
         page_table.stride(0),
         HEAD_DIM=head_dim,
-        D0=d0,
-        D1=d1,
-        D2=d2,
+        PARTS=split_head_dim(head_dim),
         PAGE=page_size,
         BM=config.block_m,
         BN=config.block_n,
@@ -390,6 +288,7 @@ def launch(
         PRECISION=PRECISION,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        enable_fp_fusion=True,  # see triton_fwd.options
     )
     if splits > 1:
         paged_combine_kernel[(triton.cdiv(rows, COMBINE_ROWS),)](
@@ -402,5 +301,6 @@ def launch(
             BM=COMBINE_ROWS,
             SPLITS=splits,
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return out

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._dispatch import extension
+from .triton_parts import split_head_dim
 
 BAND_ROWS = 16384  # clips that run side by side hold about so many rows: their keys and values stay in the cache
 
@@ -92,20 +93,6 @@ def configs(name: str, arch: int, dtype: torch.dtype, head_dim: int) -> tuple[Co
         table = HALF[max(known for known in HALF if known <= arch)]
     channels = sum(split_head_dim(head_dim))
     return next(choices for limit, choices in table[name].items() if channels <= limit)
-
-
-@functools.cache
-def split_head_dim(head_dim: int) -> tuple[int, int, int]:
-    """At most three powers of two from 16 upwards, descending, that hold head_dim with the fewest channels, then in the fewest parts."""
-    powers = (256, 128, 64, 32, 16)
-    splits = [
-        (a, b, c)
-        for a in powers
-        for b in (*powers, 0)
-        for c in (*powers, 0)
-        if (a > b or not b) and (b > c or not c) and (b or not c)
-    ]
-    return min((s for s in splits if sum(s) >= head_dim), key=lambda s: (sum(s), sum(part > 0 for part in s)))
 
 
 @functools.cache

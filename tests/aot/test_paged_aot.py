@@ -32,9 +32,8 @@ def compile_case(arch: int, dtype: str, head_dim: int, page_size: int, tokens: i
     """Registers, stack, shared memory and instructions of both kernels."""
     from mimo_kernels.attention import triton_paged
 
-    d0, d1, d2 = triton_paged.split_head_dim(head_dim)
     config = triton_paged.config_for(head_dim, 4 if dtype == "fp32" else 2, tokens, arch)
-    forward = {"HEAD_DIM": head_dim, "D0": d0, "D1": d1, "D2": d2, "PAGE": page_size}
+    forward = {"HEAD_DIM": head_dim, "PARTS": triton_paged.split_head_dim(head_dim), "PAGE": page_size}
     forward |= {"BM": config.block_m, "BN": config.block_n, "SPLITS": splits, "PRECISION": triton_paged.PRECISION}
     width = 1 << (head_dim - 1).bit_length()
     combine = {"HEAD_DIM": head_dim, "WIDTH": width, "BM": triton_paged.COMBINE_ROWS, "SPLITS": splits}
