@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 import tyro
 
 from mimo.config import PRESETS, Encoding, MiMoConfig, SampleConfig, TokenizerTraining, TrainConfig
-from mimo.errors import InputError, user_input
+from mimo.errors import InputError, tell_launcher, user_input
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -568,6 +568,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What is wrong with the options, all that torchrun has started see alike: the first one says it.
         if words and (command or os.environ.get("RANK", "0") == "0"):
             print(f"error: {words}", file=sys.stderr, flush=True)
+            if command is None:
+                tell_launcher(error)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

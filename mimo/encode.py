@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from mimo.config import Encoding
-from mimo.data.errors import DataError, UnreadableVideo
+from mimo.data.errors import DataError, OutOfRange, UnreadableVideo
 from mimo.data.latents import FORMAT, read_index, sha256
 from mimo.data.video import atomic_path, to_float
 from mimo.runlog import duration
@@ -38,7 +38,7 @@ _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class _Walk(Dataset):
-    """Position -> (index, pass, sample or None, (file, why) or None). Positions run through the clips, pass after pass."""
+    """Position -> (index, pass, sample or None, what is wrong or None). Positions run through the clips, pass after pass."""
 
     def __init__(self, dataset, seed: int):
         self.dataset, self.seed = dataset, seed
@@ -48,8 +48,8 @@ class _Walk(Dataset):
         seed = int(np.random.SeedSequence((self.seed, turn)).generate_state(1, np.uint64)[0])
         try:
             return index, turn, self.dataset.sample(index, seed), None
-        except UnreadableVideo as error:
-            return index, turn, None, (error.path, error.why)
+        except UnreadableVideo as error:  # handed over: what is raised in a worker reaches the user as a traceback
+            return index, turn, None, error
 
 
 def encode(
@@ -102,7 +102,7 @@ def encode(
     loader = DataLoader(walk, batch_sampler=batches, collate_fn=list, num_workers=config.workers, generator=generator)
     decoded = iter(loader)
     tokenizer = tokenizer.to(device)
-    unreadable: dict[str, str] = {}
+    unreadable: set[str] = set()
     began, share = time.monotonic(), f" of process {rank}" if world_size > 1 else ""
     with tqdm(total=sum(len(ranges[s]) for s in todo), unit="clip", desc="encode", disable=None) as bar:
         for number, s in enumerate(todo, 1):
@@ -111,9 +111,11 @@ def encode(
                 batch = next(decoded)
                 done += len(batch)
                 for *_, failure in batch:
-                    if failure is not None and failure[0] not in unreadable:
-                        unreadable[failure[0]] = failure[1]
-                        log.warning("skipped %s: %s", *failure)
+                    if isinstance(failure, OutOfRange):
+                        raise DataError(str(failure))
+                    if failure is not None and failure.path not in unreadable:
+                        unreadable.add(failure.path)
+                        log.warning("skipped %s", failure)
                 rows += _encode_batch(
                     [entry for entry in batch if entry[2] is not None], tokenizer, device, config.dtype
                 )
@@ -249,7 +251,10 @@ def _write_shard(file: Path, rows: list[dict[str, torch.Tensor]], plan: dict, co
     else:
         tensors = {"latents": torch.empty(0, *plan["latent_shape"], dtype=_DTYPES[plan["dtype"]])}
     with atomic_path(file) as temporary:
-        save_file(tensors, temporary, _stamp(plan, covered, tensors))
+        try:
+            save_file(tensors, temporary, _stamp(plan, covered, tensors))
+        except SafetensorError as error:  # a full disk, for one
+            raise OSError(str(error)) from None
         shutil.copymode(file.with_name("plan.json"), temporary)  # safetensors lets nobody else read what it writes
 
 

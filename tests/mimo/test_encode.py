@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -215,7 +216,26 @@ def test_unreadable_clips_are_left_out(tmp_path, tokenizer, caplog):
         run(VideoFolder(folder, **SHAPE), tokenizer, tmp_path / "none")
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_actions_out_of_range_stop_it(tmp_path, tokenizer, workers):
+    folder = videos(tmp_path / "in")
+    for name in "abcde":
+        np.savez(folder / f"{name}.npz", actions=np.full(9, 7 if name == "d" else 1))
+    dataset = VideoFolder(folder, **SHAPE, num_actions=4)
+    with pytest.raises(DataError, match=r"d\.npz: actions reach from 7 to 7, expected in 0\.\.3"):
+        run(dataset, tokenizer, tmp_path / "out", Encoding(shard_clips=4, workers=workers))
+
+
 # ---- faults
+
+
+def test_a_full_disk_is_one_line(tmp_path, tokenizer, monkeypatch):
+    def refuse(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(mimo.encode, "save_file", refuse)
+    with pytest.raises(InputError, match=r"cannot write .*shard-00000\.safetensors: .*No space left on device"):
+        run(VideoFolder(videos(tmp_path / "in"), **SHAPE), tokenizer, tmp_path / "out")
 
 
 @pytest.fixture
