@@ -83,12 +83,10 @@ class Case:
         self.x = random_tensors(mask.num_tokens, self.shape.heads, self.shape.head_dim, device)
         exact = exact_attention(mask, *(getattr(self.x, name)[0] for name in ("q", "k", "v", "dout")))
         self.exact = dict(zip(("out", "dq", "dk", "dv"), exact))
-        self.plans: dict = {}
 
     def plan(self, name: str, choices: tuple[Config, ...]) -> Plan:
-        return triton_plan.make_plan(
-            self.plans, name, self.shape.mask.pattern, self.shape.mask.repeats, self.device, choices
-        )
+        mask = self.shape.mask
+        return triton_plan.make_plan({}, name, mask.pattern, mask.repeats, self.device, choices)
 
     def prepared(self, name: str, plan: Plan) -> tuple[Noted, float]:
         """The kernel of the pass, launched once, and the worst error of its results."""
@@ -249,7 +247,7 @@ def main() -> int:
         for shape in shapes
         for sweep in ("tiles", "bands")
         for name in arguments.passes
-        if sweep == "tiles" or shape.mask.repeats > 1
+        if sweep == "tiles" or shape.mask.num_clips > 1
     ]
     rows, failed, case = [], [], None
     for shape, name, sweep in budget.of(pieces):

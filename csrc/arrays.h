@@ -5,6 +5,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <utility>
 
@@ -12,15 +13,30 @@ namespace mimo {
 
 constexpr int kRadixBits = 11;
 
-// A list of plain items in a buffer that is made once, `most` being a bound on how many there can be: no growth, nothing set to zero.
+// A list of plain items: nothing is set to zero, and nothing but `extend` and `append` looks whether `room` is enough.
 template <typename Item>
 class Array {
 public:
-    explicit Array(size_t most) : items_(new Item[most]) {}
+    explicit Array(size_t room) : items_(new Item[room]), room_(room) {}
 
     void push(const Item& item) { items_[size_++] = item; }
+    // Items at the end for the caller to write.
+    Item* extend(size_t more) {
+        if (size_ + more > room_) grow(size_ + more);
+        size_ += more;
+        return items_.get() + size_ - more;
+    }
+    void append(std::initializer_list<Item> items) { std::copy(items.begin(), items.end(), extend(items.size())); }
+
+    void insert(size_t at, const Item& item) {
+        for (size_t i = size_++; i > at; --i) items_[i] = items_[i - 1];
+        items_[at] = item;
+    }
+    void erase(size_t at) {
+        for (--size_; at < size_; ++at) items_[at] = items_[at + 1];
+    }
     void resize(size_t size) { size_ = size; }  // what is new holds anything
-    void swap(Array& other) { items_.swap(other.items_), std::swap(size_, other.size_); }
+    void swap(Array& other) { items_.swap(other.items_), std::swap(size_, other.size_), std::swap(room_, other.room_); }
     bool empty() const { return size_ == 0; }
     size_t size() const { return size_; }
     Item& operator[](size_t i) { return items_[i]; }
@@ -30,8 +46,15 @@ public:
     const Item* end() const { return items_.get() + size_; }
 
 private:
+    void grow(size_t least) {
+        room_ = std::max(least, 2 * room_);
+        std::unique_ptr<Item[]> items(new Item[room_]);
+        std::copy(begin(), end(), items.get());
+        items_.swap(items);
+    }
+
     std::unique_ptr<Item[]> items_;
-    size_t size_ = 0;
+    size_t room_, size_ = 0;
 };
 
 // Stable, ascending; linear in the items for keys of few bits. `spare` has room for as many as `items`.

@@ -14,11 +14,15 @@
 //            (start, end, three rows where the next group begins, 0, 0, 0, four times the first and the end of the keys the group sees in the tile),
 //            and is a single block unless all its rows are of one group. A masked step is a block.
 //
-// Tiles come longest first inside bands of clips: within a band to keep the end of a launch short, in bands so that what runs at the same time
-// shares its keys in the cache.
+// Tiles come longest first inside bands of clips, each of about `band_rows` rows: within a band to keep the end of a launch short, in bands so that
+// what runs at the same time shares its keys in the cache.
+//
+// Three steps make a schedule. choose_cuts decides where tiles end before they are full, walk goes through the tiles and writes the segments of each,
+// result sorts the tiles. Where a tile ends matters because frames seldom fill tiles: a tile that reaches over a boundary visits what either side
+// sees, one that ends there leaves rows of the matrix units idle. The search is a shortest path over the groups, from the last to the first: the
+// blocks from a group on are those up to the next early end plus those from there on.
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <string>
 #include <vector>
@@ -33,10 +37,9 @@ namespace {
 constexpr int kTileColumns = 4;
 constexpr int kSegmentCells = 16;  // of the larger kind
 constexpr int kGroupsPerBlock = 4;
-constexpr int kLookAhead = 64;      // groups from one early end of a tile to the next
+constexpr int kLookAhead = 64;         // groups from one early end of a tile to the next
 constexpr int kRowGroupsPerTile = 32;  // with more (frames of a few tokens) no tile of rows ends early: the choice is not worth its time
 constexpr int kKeyGroupsPerTile = 8;   // with more the rows that see a tile do not tell its blocks: where a tile of keys ends is decided on the spot
-constexpr int64_t kBandRows = 16384;  // keys and values of one head: a few MiB
 
 struct Interval {
     int start, end;
@@ -48,7 +51,9 @@ struct Group {
     Interval keys[3];
 
     int rows() const { return row_end - row_start; }
-    int count() const { return (keys[0].end > 0) + (keys[1].end > 0) + (keys[2].end > 0); }
+    bool empty() const { return keys[0].end == 0; }
+    const Interval* begin() const { return keys; }
+    const Interval* end() const { return keys[0].end == 0 ? keys : keys[1].end == 0 ? keys + 1 : keys[2].end == 0 ? keys + 2 : keys + 3; }
 };
 static_assert(sizeof(Group) == 8 * sizeof(int32_t));
 
@@ -63,41 +68,40 @@ struct Blocks {
     explicit Blocks(int size) : size(size), shift(__builtin_ctz(size)) {}
     int64_t covering(int64_t length) const { return (length + size - 1) >> shift; }
     int inside(int length) const { return length >> shift; }
-    template <typename Range>
-    int64_t covering_all(const Range* x, const Range* end) const {
+    int64_t covering(const Intervals& intervals) const {
         int64_t blocks = 0;
-        for (; x != end; ++x) blocks += covering(x->end - x->start);
+        for (const Interval& x : intervals) blocks += covering(x.end - x.start);
         return blocks;
     }
-    int64_t covering(const Intervals& intervals) const { return covering_all(intervals.begin(), intervals.end()); }
-    int64_t covering(const Group& group) const { return covering_all(group.keys, group.keys + group.count()); }
 };
 
 void assign_keys(const Group& group, Intervals& into) {
-    into.resize(group.count());
-    std::copy(group.keys, group.keys + group.count(), &into[0]);
+    into.resize(0);
+    for (const Interval& key : group) into.push(key);
 }
 
-// `into` becomes the union of `a` and the keys of `group`, ascending, adjacent intervals merged.
-void unite(const Intervals& a, const Group& group, Intervals& into) {
-    into.resize(0);
-    const Interval *x = a.begin(), *key = group.keys, *const last_key = group.keys + group.count();
-    while (x != a.end() || key != last_key) {
-        const Interval next = key == last_key || (x != a.end() && x->start <= key->start) ? *x++ : *key++;
-        if (!into.empty() && next.start <= into.back().end) {
-            into.back().end = std::max(into.back().end, next.end);
-        } else {
-            into.push(next);
+// Adds the keys of `group` to a union: ascending, adjacent intervals merged.
+inline void unite(Intervals& all, const Group& group) {
+    size_t at = 0;
+    for (const Interval& key : group) {
+        while (at < all.size() && all[at].end < key.start) ++at;
+        if (at == all.size() || key.end < all[at].start) {
+            all.insert(at, key);
+            continue;
+        }
+        all[at] = {std::min(all[at].start, key.start), std::max(all[at].end, key.end)};
+        while (at + 1 < all.size() && all[at + 1].start <= all[at].end) {
+            all[at].end = std::max(all[at].end, all[at + 1].end);
+            all.erase(at + 1);
         }
     }
 }
 
 void intersect(const Intervals& a, const Group& group, Intervals& into) {
     into.resize(0);
-    const int count = group.count();
     for (const Interval& x : a) {
-        for (int j = 0; j < count; ++j) {
-            const Interval both{std::max(x.start, group.keys[j].start), std::min(x.end, group.keys[j].end)};
+        for (const Interval& key : group) {
+            const Interval both{std::max(x.start, key.start), std::min(x.end, key.end)};
             if (both.start < both.end) into.push(both);
         }
     }
@@ -122,15 +126,16 @@ void split_blocks(Interval range, const Intervals& common, Blocks blocks, Bare b
 
 class Schedule {
 public:
-    Schedule(const Group* groups, int count, int tile, int block) : groups_(groups), count_(count), tile_(tile), blocks_(block), tiles_(most_tiles()) {
-        segments_.reserve(most_tiles() * kSegmentCells);
-        find_bands();
+    Schedule(const Group* groups, int count, int tile, int block, int band_rows)
+        : groups_(groups), count_(count), rows_(count ? groups[count - 1].row_end : 0), tile_(tile), blocks_(block), tiles_(most_tiles()),
+          segments_(most_tiles() * kSegmentCells), masked_(kSegmentCells) {
+        find_bands(band_rows);
     }
 
     // (bytes of tiles, groups and segments; number of tiles; executed pairs; rows)
     py::tuple result() {
         const Array<int> order = sorted();
-        segments_.resize(segments_.size() + kSegmentCells, 0);  // kernels look one segment ahead
+        std::fill_n(segments_.extend(kSegmentCells), kSegmentCells, 0);  // kernels look one segment ahead
         const int first_segment = static_cast<int>(tiles_.size()) * kTileColumns + count_ * 8;
         py::bytearray bytes(nullptr, 0);
         if (PyByteArray_Resize(bytes.ptr(), (first_segment + segments_.size()) * sizeof(int32_t))) throw py::error_already_set();
@@ -139,13 +144,12 @@ public:
         for (const int t : order) {
             const Tile& tile = tiles_[t];
             const int32_t row[kTileColumns] = {tile.start, tile.end, first_segment + tile.place, tile.bare_blocks};
-            std::memcpy(out, row, sizeof row);
-            out += kTileColumns;
+            out = std::copy_n(row, kTileColumns, out);
             blocks += tile.blocks;
         }
-        std::memcpy(out, groups_, count_ * sizeof(Group));
-        std::memcpy(out + static_cast<size_t>(count_) * 8, segments_.data(), segments_.size() * sizeof(int32_t));
-        return py::make_tuple(bytes, tiles_.size(), blocks * tile_ * blocks_.size, count_ ? groups_[count_ - 1].row_end : 0);
+        out = std::copy_n(reinterpret_cast<const int32_t*>(groups_), size_t{8} * count_, out);
+        std::copy(segments_.begin(), segments_.end(), out);
+        return py::make_tuple(std::move(bytes), tiles_.size(), blocks * tile_ * blocks_.size, rows_);
     }
 
 protected:
@@ -155,13 +159,25 @@ protected:
         int64_t blocks = 0;
     };
 
-    Tile& open(int start, int end, int group, int end_group) {
-        tiles_.push({start, end, group, end_group, static_cast<int>(segments_.size()), bands_[group]});
-        return tiles_.back();
+    // Cuts the rows into tiles. A tile begins at begin(row, group), ends at the first further group for which joins(group) is false or when it is full,
+    // and goes to emit(tile).
+    template <typename Begin, typename Joins, typename Emit>
+    void walk(Begin begin, Joins joins, Emit emit) {
+        for (int start = 0, group = 0; start < rows_;) {
+            int end = std::min(rows_ - start, tile_) + start, next = group + 1;
+            begin(start, group);
+            for (; next < count_ && groups_[next].row_start < end && joins(next); ++next) {
+            }
+            if (next < count_) end = std::min(end, groups_[next].row_start);
+            tiles_.push({start, end, group, next, static_cast<int>(segments_.size()), bands_[group]});
+            emit(tiles_.back());
+            group = groups_[next - 1].row_end > end ? next - 1 : next;
+            start = end;
+        }
     }
 
     void add_bare(Tile& tile, int start, int end) {
-        segments_.push_back(start), segments_.push_back(end);
+        segments_.append({start, end});
         const int blocks = blocks_.inside(end - start);
         tile.bare_blocks += blocks, tile.blocks += blocks;
     }
@@ -170,82 +186,79 @@ protected:
     // be where tiles visit few blocks. `cost` gives the blocks of a tile: begin(group), extend(group), blocks().
     template <typename Cost>
     void choose_cuts(Cost cost) {
-        cuts_before_.assign(count_ + 1, false);
-        if (count_ == 0) return;
-        std::vector<int64_t> best(count_ + 1, std::numeric_limits<int64_t>::max());
-        std::vector<int> next_cut(count_ + 1, count_);
-        best[count_] = 0;
-        const int end = groups_[count_ - 1].row_end;
-        for (int first = count_ - 1; first >= 0; --first) {
-            const auto consider = [&](int cut, int64_t blocks) {
-                if (blocks + best[cut] < best[first]) best[first] = blocks + best[cut], next_cut[first] = cut;
+        const Group* const groups = groups_;  // in registers, whatever is written
+        const int count = count_, rows = rows_, tile = tile_;
+        std::vector<int64_t> best(count + 1, 0);  // blocks of all rows from a group on
+        std::vector<int> next_cut(count + 1, count);
+        for (int first = count - 1; first >= 0; --first) {
+            int64_t least = std::numeric_limits<int64_t>::max(), blocks = 0;
+            int cut = count;
+            const auto consider = [&](int next, int64_t until_next) {
+                if (until_next + best[next] < least) least = until_next + best[next], cut = next;
             };
-            int row = groups_[first].row_start, group = first;
-            int64_t blocks = 0;
-            while (row < end && (group - first < kLookAhead || next_cut[first] == count_)) {
+            int row = groups[first].row_start, group = first;
+            while (row < rows && (group - first < kLookAhead || cut == count)) {
                 cost.begin(group);
-                const int inside = (groups_[group].row_end - row) / tile_;  // tiles in this group alone
-                blocks += inside * cost.blocks();
-                row += inside * tile_;
-                if (row == groups_[group].row_end) {
-                    consider(group + 1, blocks);
-                    break;  // what follows does not depend on where this began
+                if (const int left = groups[group].row_end - row; left >= tile) {
+                    const int inside = left / tile;  // tiles in this group alone
+                    blocks += inside * cost.blocks();
+                    row += inside * tile;
+                    if (row == groups[group].row_end) {
+                        consider(group + 1, blocks);
+                        break;  // what follows does not depend on where this began
+                    }
                 }
-                for (; group + 1 < count_ && groups_[group + 1].row_start < row + tile_; ++group) {
+                for (; group + 1 < count && groups[group + 1].row_start - row < tile; ++group) {
                     consider(group + 1, blocks + cost.blocks());
                     cost.extend(group + 1);
                 }
                 blocks += cost.blocks();
-                row += tile_;
-                if (row >= groups_[group].row_end) {
+                row += std::min(rows - row, tile);
+                if (row == groups[group].row_end) {
                     consider(group + 1, blocks);
                     break;
                 }
-                if (blocks + best[group + 1] >= best[first]) break;  // the rows left over need at least as much as those of the groups to come
+                if (blocks + best[group + 1] >= least) break;  // the rows left over need at least as much as those of the groups to come
             }
+            best[first] = least, next_cut[first] = cut;
         }
-        for (int group = next_cut[0]; group < count_; group = next_cut[group]) cuts_before_[group] = true;
+        ends_early_.assign(count + 1, false);
+        for (int group = 0; group < count; group = next_cut[group]) ends_early_[group] = true;
     }
-
-    bool chosen(int group) const { return cuts_before_[group]; }
 
     // Whether tiles hold at most so many groups, on average.
-    bool holds_at_most(int groups) const {
-        return count_ == 0 || static_cast<int64_t>(count_) * tile_ <= static_cast<int64_t>(groups_[count_ - 1].row_end) * groups;
-    }
+    bool holds_at_most(int groups) const { return static_cast<int64_t>(count_) * tile_ <= static_cast<int64_t>(rows_) * groups; }
 
     void close(const Tile& tile) {
-        segments_.insert(segments_.end(), {tile.masked_steps, tile.group, tile.end_group, 0});
-        segments_.insert(segments_.end(), masked_.begin(), masked_.end());
-        segments_.push_back(tile.start), segments_.push_back(tile.end);
-        masked_.clear();
+        segments_.append({tile.masked_steps, tile.group, tile.end_group, 0});
+        std::copy(masked_.begin(), masked_.end(), segments_.extend(masked_.size()));
+        segments_.append({tile.start, tile.end});
+        masked_.resize(0);
     }
 
     const Group* groups_;
-    const int count_, tile_;
+    const int count_, rows_, tile_;
     const Blocks blocks_;
     Array<Tile> tiles_;
-    std::vector<int32_t> segments_, masked_;  // of all tiles; of the open tile
+    Array<int32_t> segments_, masked_;  // of all tiles; of the open tile
+    std::vector<char> ends_early_;      // per group: the tile before it is not filled with its rows
 
 private:
     // Every tile but the last ends at the end of a group or is full.
-    size_t most_tiles() const { return count_ ? static_cast<size_t>(groups_[count_ - 1].row_end / tile_) + count_ + 1 : 0; }
+    size_t most_tiles() const { return static_cast<size_t>(rows_ / tile_) + count_ + 1; }
 
     // A clip ends where no earlier group sees later rows and no later group sees earlier ones; whole clips form a band.
-    void find_bands() {
+    void find_bands(int band_rows) {
         bands_.assign(count_, 0);
-        if (count_ == 0 || groups_[count_ - 1].row_end < kBandRows) return;
-        std::vector<int> first_key(count_ + 1, std::numeric_limits<int>::max());
-        for (int g = count_ - 1; g >= 0; --g) {
-            const int own = groups_[g].count() ? groups_[g].keys[0].start : std::numeric_limits<int>::max();
-            first_key[g] = std::min(first_key[g + 1], own);
-        }
+        if (rows_ < band_rows) return;
+        std::vector<int> first_key(count_ + 1, rows_);  // of a group and those after it
+        for (int g = count_ - 1; g >= 0; --g) first_key[g] = std::min(first_key[g + 1], groups_[g].empty() ? rows_ : groups_[g].keys[0].start);
         int last_key = 0, band = 0, band_start = 0;
         for (int g = 0; g < count_; ++g) {
             const int row = groups_[g].row_start;
-            if (row - band_start >= kBandRows && last_key <= row && first_key[g] >= row) ++band, band_start = row;
+            if (row - band_start >= band_rows && last_key <= row && first_key[g] >= row) ++band, band_start = row;
             bands_[g] = band;
-            if (const int n = groups_[g].count()) last_key = std::max(last_key, groups_[g].keys[n - 1].end);
+            for (const Interval& key : groups_[g]) last_key = std::max(last_key, key.end);
         }
     }
 
@@ -262,44 +275,30 @@ private:
     }
 
     std::vector<int> bands_;
-    std::vector<bool> cuts_before_;
 };
 
 class RowSchedule : public Schedule {
 public:
-    RowSchedule(const Group* groups, int count, int tile, int block)
-        : Schedule(groups, count, tile, block), seen_(most()), common_(most()), scratch_(most()) {
-        const int rows = count ? groups[count - 1].row_end : 0;
+    RowSchedule(const Group* groups, int count, int tile, int block, int band_rows)
+        : Schedule(groups, count, tile, block, band_rows), seen_(most()), common_(most()), scratch_(most()) {
         const bool chooses = holds_at_most(kRowGroupsPerTile);
         if (chooses) choose_cuts(UnionCost{*this});
-        for (int start = 0, group = 0; start < rows;) {
-            int end = std::min(start + tile, rows), next = group + 1;
-            assign_keys(groups[group], seen_), assign_keys(groups[group], common_);
-            for (; next < count && groups[next].row_start < end; ++next) {
-                const Group& ahead = groups[next];
-                if (chooses && chosen(next)) {
-                    end = ahead.row_start;
-                    break;
-                }
-                unite(seen_, ahead, scratch_);
-                seen_.swap(scratch_);
-                intersect(common_, ahead, scratch_);
-                common_.swap(scratch_);
-            }
-            emit(open(start, end, group, next));
-            group = groups[next - 1].row_end > end ? next - 1 : next;
-            start = end;
-        }
+        const auto begin = [&](int, int group) { assign_keys(groups_[group], seen_), assign_keys(groups_[group], common_); };
+        const auto joins = [&](int group) {
+            if (chooses && ends_early_[group]) return false;
+            unite(seen_, groups_[group]);
+            intersect(common_, groups_[group], scratch_);
+            common_.swap(scratch_);
+            return true;
+        };
+        walk(begin, joins, [&](Tile& tile) { emit(tile); });
     }
 
 private:
     struct UnionCost {
         RowSchedule& own;
         void begin(int group) { assign_keys(own.groups_[group], own.seen_); }
-        void extend(int group) {
-            unite(own.seen_, own.groups_[group], own.scratch_);
-            own.seen_.swap(own.scratch_);
-        }
+        void extend(int group) { unite(own.seen_, own.groups_[group]); }
         int64_t blocks() const { return own.blocks_.covering(own.seen_); }
     };
 
@@ -310,7 +309,7 @@ private:
         find_gaps(tile);
         const auto bare = [&](int start, int end) { add_bare(tile, start, end); };
         const auto masked = [&](int start, int end) {
-            masked_.push_back(start), masked_.push_back(end);
+            masked_.append({start, end});
             ++tile.masked_steps;
             tile.blocks += blocks_.covering(end - start);
         };
@@ -332,8 +331,7 @@ private:
         if (tile.end_group - tile.group == 1) return;  // what a single group does not see is not in its union either
         gaps_.clear();
         for (int g = tile.group; g < tile.end_group; ++g) {
-            const int count = groups_[g].count();
-            for (int j = 1; j < count; ++j) gaps_.push_back({groups_[g].keys[j - 1].end, groups_[g].keys[j].start});
+            for (const Interval* key = groups_[g].keys + 1; key < groups_[g].end(); ++key) gaps_.push_back({key[-1].end, key[0].start});
         }
         std::sort(gaps_.begin(), gaps_.end(), [](const Interval& a, const Interval& b) { return a.end < b.end; });
         for (const Interval& gap : gaps_) {
@@ -348,53 +346,54 @@ private:
 
 class KeySchedule : public Schedule {
 public:
-    KeySchedule(const Group* groups, int count, int tile, int block) : Schedule(groups, count, tile, block), events_(most_events()), common_(static_cast<size_t>(count)) {
+    KeySchedule(const Group* groups, int count, int tile, int block, int band_rows)
+        : Schedule(groups, count, tile, block, band_rows), events_(most_events()), common_(static_cast<size_t>(count)) {
         sort_events();
         const bool chooses = holds_at_most(kKeyGroupsPerTile);
         if (chooses) count_viewers();
-        for (auto* bits : {&active_, &some_, &whole_, &several_}) bits->assign((count + 63) / 64, 0);
-        const int keys = count ? groups[count - 1].row_end : 0;
-        for (int start = 0, group = 0; start < keys;) {
-            int end = std::min(start + tile, keys), next = group + 1;
+        words_.assign((count + 63) / 64, Word{});
+        int first_key = 0;
+        int64_t viewers = 0;
+        const auto begin = [&](int start, int) {
             for (; events_[event_].place <= start; ++event_) apply(events_[event_]);
             begin_tile();
-            int64_t viewers = viewers_;
-            for (; next < count && groups[next].row_start < end; ++next) {
-                if (!chooses) viewers += enter_until(groups[next].row_start - 1);
-                if (chooses ? chosen(next) : cut_here(start, groups[next], viewers)) {
-                    end = groups[next].row_start;
-                    break;
-                }
-            }
-            enter_until(end - 1);
-            emit(open(start, end, group, next));
-            group = groups[next - 1].row_end > end ? next - 1 : next;
-            start = end;
-        }
+            first_key = start, viewers = viewers_;
+        };
+        const auto joins = [&](int group) {
+            if (chooses) return !ends_early_[group];
+            viewers += enter_until(groups_[group].row_start - 1);
+            return !cut_here(first_key, groups_[group], viewers);
+        };
+        walk(begin, joins, [&](Tile& tile) {
+            enter_until(tile.end - 1);
+            emit(tile);
+        });
     }
 
 private:
     // A group begins or ceases to see keys at a place.
     struct Event {
-        int place, group;
-        bool begins;
+        int place;
+        uint32_t group : 31, begins : 1;
     };
 
-    using Bits = std::vector<uint64_t>;  // one per group
+    // Of 64 groups, a bit for each that sees the current key, some key of the tile, the whole tile, several intervals in the tile.
+    struct Word {
+        uint64_t active, some, whole, several;
+    };
 
     size_t most_events() const { return 6 * static_cast<size_t>(count_) + 1; }
 
     void sort_events() {
         for (int g = 0; g < count_; ++g) {
-            const int count = groups_[g].count();
-            for (int j = 0; j < count; ++j) {
-                events_.push({groups_[g].keys[j].start, g, true});
-                events_.push({groups_[g].keys[j].end, g, false});
+            for (const Interval& key : groups_[g]) {
+                events_.push({key.start, static_cast<uint32_t>(g), 1});
+                events_.push({key.end, static_cast<uint32_t>(g), 0});
             }
         }
         Array<Event> spare(most_events());
         radix_sort(events_, spare, [](const Event& event) { return static_cast<uint64_t>(event.place); });
-        events_.push({std::numeric_limits<int>::max(), 0, false});  // behind all places
+        events_.push({std::numeric_limits<int>::max(), 0, 0});  // behind all places
     }
 
     struct ViewerCost {
@@ -424,18 +423,16 @@ private:
 
     void apply(const Event& event) {
         const int word = event.group / 64;
-        active_[word] ^= uint64_t{1} << (event.group % 64);
+        words_[word].active ^= uint64_t{1} << (event.group % 64);
         viewers_ += event.begins ? groups_[event.group].rows() : -groups_[event.group].rows();
         first_word_ = std::min(first_word_, word), end_word_ = std::max(end_word_, word + 1);
     }
 
     // Outside [first_word_, end_word_) all words are 0: what a tile costs does not grow with the number of clips.
     void begin_tile() {
-        std::fill(several_.begin() + first_word_, several_.begin() + end_word_, 0);
-        std::copy(active_.begin() + first_word_, active_.begin() + end_word_, some_.begin() + first_word_);
-        std::copy(active_.begin() + first_word_, active_.begin() + end_word_, whole_.begin() + first_word_);
-        while (first_word_ < end_word_ && active_[first_word_] == 0) ++first_word_;
-        while (first_word_ < end_word_ && active_[end_word_ - 1] == 0) --end_word_;
+        for (int w = first_word_; w < end_word_; ++w) words_[w] = {words_[w].active, words_[w].active, words_[w].active, 0};
+        while (first_word_ < end_word_ && words_[first_word_].active == 0) ++first_word_;
+        while (first_word_ < end_word_ && words_[end_word_ - 1].active == 0) --end_word_;
     }
 
     // Moves inside a tile up to and including `place`; returns the rows that begin to see keys on the way.
@@ -444,12 +441,14 @@ private:
         for (; events_[event_].place <= place; ++event_) {
             const Event& event = events_[event_];
             apply(event);
-            const int word = event.group / 64;
-            const uint64_t bit = uint64_t{1} << (event.group % 64), begun = event.begins ? bit : 0;
-            several_[word] |= some_[word] & begun;
-            some_[word] |= begun;
-            whole_[word] &= ~(bit ^ begun);
-            rows += event.begins ? groups_[event.group].rows() : 0;
+            Word& word = words_[event.group / 64];
+            const uint64_t bit = uint64_t{1} << (event.group % 64);
+            if (event.begins) {
+                word.several |= word.some & bit;
+                word.some |= bit;
+                rows += groups_[event.group].rows();
+            }
+            word.whole &= ~bit;
         }
         return rows;
     }
@@ -467,8 +466,8 @@ private:
     }
 
     // The first group in [group, end) whose bit is set in word(index of the word); `end` when there is none.
-    template <typename Word>
-    static int find(int group, int end, Word word) {
+    template <typename WordAt>
+    static int find(int group, int end, WordAt word) {
         if (group >= end) return end;
         int w = group / 64;
         uint64_t bits = word(w) & ~uint64_t{0} << (group % 64);
@@ -482,15 +481,13 @@ private:
     // Runs of neighbouring groups that see keys of the tile become segments. A group with several intervals in the tile is a run of its own per
     // interval, each with its window of keys.
     void emit(Tile& tile) {
-        const auto seeing = [&](int w) { return some_[w]; };
-        const auto ends_run = [&](int w) { return ~some_[w] | several_[w]; };
+        const auto seeing = [&](int w) { return words_[w].some; };
+        const auto ends_run = [&](int w) { return ~words_[w].some | words_[w].several; };
         const int last = std::min(count_, end_word_ * 64);
         for (int group = find(first_word_ * 64, last, seeing); group < last; group = find(group, last, seeing)) {
-            if (several_[group / 64] >> (group % 64) & 1) {
-                const int count = groups_[group].count();
-                for (int j = 0; j < count; ++j) {
-                    const Interval& keys = groups_[group].keys[j];
-                    const Interval both{std::max(keys.start, tile.start), std::min(keys.end, tile.end)};
+            if (words_[group / 64].several >> (group % 64) & 1) {
+                for (const Interval& key : groups_[group]) {
+                    const Interval both{std::max(key.start, tile.start), std::min(key.end, tile.end)};
                     if (both.start < both.end) add_run(tile, group, group + 1, both);
                 }
                 ++group;
@@ -505,8 +502,8 @@ private:
 
     // Groups [first, end).
     void add_run(Tile& tile, int first, int end, Interval window) {
-        const auto whole = [&](int w) { return whole_[w]; };
-        const auto not_whole = [&](int w) { return ~whole_[w]; };
+        const auto whole = [&](int w) { return words_[w].whole; };
+        const auto not_whole = [&](int w) { return ~words_[w].whole; };
         common_.resize(0);
         for (int group = find(first, end, whole); group < end; group = find(group, end, whole)) {
             const int stop = find(group, end, not_whole);
@@ -526,15 +523,15 @@ private:
     void add_masked_rows(Tile& tile, int start, int end, int& group, Interval window) {
         while (start < end) {
             while (groups_[group].row_end <= start) ++group;
-            int32_t cells[kSegmentCells] = {};
+            int32_t* const cells = masked_.extend(kSegmentCells);
+            std::fill_n(cells, kSegmentCells, 0);
             int stop = start, used = 0;
             for (; used < kGroupsPerBlock && stop < end && stop - start < blocks_.size; ++used) {
                 const Group& next = groups_[group + used];
                 stop = std::min(next.row_end, end);
                 if (used) cells[1 + used] = next.row_start;
-                const int count = next.count();
-                for (int j = 0; j < count; ++j) {
-                    const Interval both{std::max(next.keys[j].start, window.start), std::min(next.keys[j].end, window.end)};
+                for (const Interval& key : next) {
+                    const Interval both{std::max(key.start, window.start), std::min(key.end, window.end)};
                     if (both.start < both.end) cells[8 + 2 * used] = both.start, cells[9 + 2 * used] = both.end;
                 }
             }
@@ -548,7 +545,6 @@ private:
                 if (used) cells[1 + used] = stop;
             }
             cells[0] = start, cells[1] = stop;
-            masked_.insert(masked_.end(), cells, cells + kSegmentCells);
             const auto steps = static_cast<int>(blocks_.covering(stop - start));
             tile.masked_steps += steps, tile.blocks += steps;
             start = stop;
@@ -556,7 +552,7 @@ private:
     }
 
     Array<Event> events_;
-    Bits active_, some_, whole_, several_;  // sees the current key, some key of the tile, the whole tile, several intervals in the tile
+    std::vector<Word> words_;
     Intervals common_;
     size_t event_ = 0;
     int first_word_ = 0, end_word_ = 0;
@@ -564,12 +560,12 @@ private:
 };
 
 template <typename Kind>
-py::tuple plan(uintptr_t table, int groups, int tile, int block) {
+py::tuple plan(uintptr_t table, int groups, int tile, int block, int band_rows) {
     if (groups < 0 || tile <= 0 || block <= 0 || (block & (block - 1))) {
         throw py::value_error("plan of " + std::to_string(groups) + " groups with tiles of " + std::to_string(tile) + " and blocks of " +
                               std::to_string(block) + "; expected positive sizes and a power of two for the blocks");
     }
-    return Kind(reinterpret_cast<const Group*>(table), groups, tile, block).result();
+    return Kind(reinterpret_cast<const Group*>(table), groups, tile, block, band_rows).result();
 }
 
 void bind(py::module_& m) {

@@ -10,7 +10,9 @@ from torch import Tensor
 from .._dispatch import extension
 from .triton_parts import split_head_dim
 
-BAND_ROWS = 16384  # clips that run side by side hold about so many rows: their keys and values stay in the cache
+# Clips that run side by side hold about so many rows: their keys and values stay in the cache. Clips that differ share one schedule, which is ordered
+# in bands of so many rows; of clips that are alike so many repeat it side by side.
+BAND_ROWS = 16384
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def make_plan(
     for config in choices:
         key = (kind, config.tile, config.block)
         if key not in plans:
-            plans[key] = getattr(extension(), kind)(frames.data_ptr(), len(frames), config.tile, config.block)
+            plans[key] = getattr(extension(), kind)(frames.data_ptr(), frames.shape[0], config.tile, config.block, BAND_ROWS)
         scheduled.append((config, plans[key]))
     config, (cells, num_tiles, executed, rows) = min(scheduled, key=lambda choice: choice[0].cost * choice[1][2])
     key = (kind, config.tile, config.block, device)

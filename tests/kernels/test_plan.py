@@ -6,14 +6,15 @@ from hypothesis import strategies as st
 
 from mimo_kernels import _dispatch
 from mimo_kernels.attention import FrameMask
+from mimo_kernels.attention.triton_plan import BAND_ROWS
 
 TILE_COLUMNS, GROUP_COLUMNS, MASKED_ROWS, MASKED_KEYS = 4, 8, 2, 16
 
 
-def schedule(name: str, mask: FrameMask, tile: int, block: int):
+def schedule(name: str, mask: FrameMask, tile: int, block: int, band_rows: int = BAND_ROWS):
     frames = mask.frames
     cells, num_tiles, executed, rows = getattr(_dispatch.extension(), f"plan_{name}")(
-        frames.data_ptr(), len(frames), tile, block
+        frames.data_ptr(), len(frames), tile, block, band_rows
     )
     assert rows == mask.num_tokens
     cells = torch.frombuffer(cells, dtype=torch.int32).tolist() if cells else []
@@ -45,6 +46,12 @@ def read_tile(cells: list[int], place: int, bare_blocks: int, block: int, width:
         place += width
     assert steps == 0
     return bare, masked, (first_group, end_group), tuple(cells[place : place + 2])
+
+
+def test_same_table_gives_the_same_bytes():
+    mask = FrameMask.teacher_forcing([[40, 33, 7], [50]], [[64, 3, 60], [64]])
+    for name in ("rows", "keys"):
+        assert schedule(name, mask, 64, 32)[0] == schedule(name, mask, 64, 32)[0]
 
 
 def blocks(start: int, end: int, block: int) -> int:
@@ -175,10 +182,12 @@ def test_longest_tiles_come_first():
 
 
 def test_long_batches_are_ordered_in_bands_of_clips():
-    lens = [[1560] * 6] * 8  # 9360 rows per clip: two clips make a band
-    cells, tiles, _ = schedule("rows", FrameMask.block_causal(lens), 128, 64)
-    bands = [tile[0] // (2 * 9360) for tile in tiles]
-    assert bands == sorted(bands) and set(bands) == {0, 1, 2, 3}
+    mask = FrameMask.block_causal([[1560] * 6] * 8)  # 9360 rows per clip
+    for band_rows, clips in ((9360, 1), (9361, 2), (18720, 2), (18721, 3), (8 * 9360, 8)):
+        for name in ("rows", "keys"):
+            _, tiles, _ = schedule(name, mask, 128, 64, band_rows)
+            bands = [tile[0] // (clips * 9360) for tile in tiles]
+            assert bands == sorted(bands) and set(bands) == set(range(-(-8 // clips)))
 
 
 def test_metadata_does_not_grow_with_the_number_of_pairs():
