@@ -22,7 +22,7 @@ from mimo.diffusion import FlowSchedule, VPredictionSchedule
 from mimo.layout import make_layout
 from mimo_kernels import FrameCache, FrameMask, frame_attention, guided_step, paged_frame_attention
 from mimo_kernels.attention.paged import backends as paged_backends
-from mimo_kernels.cache import CacheView, FrameSlot
+from mimo_kernels.cache import CacheView, FrameSlot, ViewHead
 
 if TYPE_CHECKING:
     from mimo.sampler import Sampler
@@ -246,7 +246,7 @@ class CachedRun(Run):
         self.seqs: list[int] = []
         nothing = [None] * self.size
         self.seen = self.cache.view(nothing * len(self.branches), max_pages=whole)  # by the branches
-        self.past = self.cache.view(nothing, max_pages=whole)  # by a frame that becomes history
+        self.past = self.seen.first(self.size)  # by a frame that becomes history: what the first branch sees
         self.slot: FrameSlot | None = None  # of the frame that becomes history now
         self.kept: FrameSlot | None = None  # the one that the captured graph writes to
         # The reference attention takes lengths from the host, which a graph would freeze.
@@ -327,7 +327,7 @@ class CachedRun(Run):
     def _record(self) -> None:
         self._as_history(self.x + self.extra, self.position, self.action(), self.intervals, self.past)
 
-    def _as_history(self, x: Tensor, position: int | Tensor, actions, intervals, past: CacheView) -> None:
+    def _as_history(self, x: Tensor, position: int | Tensor, actions, intervals, past: CacheView | ViewHead) -> None:
         """The pass that makes the keys and values of a clean frame, straight into the pages of `slot`."""
         self.model.history_frame(
             x.to(self.model.embed.weight.dtype),
@@ -338,7 +338,7 @@ class CachedRun(Run):
             place=lambda layer: self.cache.place(self.slot, layer),
         )
 
-    def _attend(self, view: CacheView, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, view: CacheView | ViewHead, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = paged_frame_attention(q, k, v, self.cache, layer=layer, view=view, backend=self.model.backend)
         return out.flatten(0, 1)
 
@@ -354,7 +354,6 @@ class CachedRun(Run):
         self.policy.apply(self.cache, self.slot.seqs)
 
     def _refresh(self) -> None:
-        self.past.refresh(self.seqs)
         self.seen.refresh([seq if branch.history else None for branch in self.branches for seq in self.seqs])
 
     def _frames(self, *packed: Tensor) -> list[Tensor]:

@@ -23,6 +23,17 @@ def device_refusals(device: torch.device) -> list[str]:
     return list(_device_refusals(device))
 
 
+@functools.cache
+def _triton_refusals(device: torch.device) -> tuple[str, ...]:
+    return tuple(_dispatch.triton_refusals(device))
+
+
+@torch.compiler.assume_constant_result
+def triton_refusals(device: torch.device) -> list[str]:
+    """Why Triton kernels cannot work on tensors of this device; remembered as well."""
+    return list(_triton_refusals(device))
+
+
 def same_device(op: str, reference: Tensor, **tensors: Tensor | None) -> None:
     """ValueError unless all tensors are where `reference` is."""
     for name, tensor in tensors.items():

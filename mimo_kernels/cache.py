@@ -17,7 +17,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["CacheView", "FrameCache", "FrameSlot"]
+from mimo_kernels.cache_view import CacheView, ViewHead, upload
+
+__all__ = ["CacheView", "FrameCache", "FrameSlot", "ViewHead"]
 
 _NO_PAGES = torch.zeros(2, 0, dtype=torch.int32)
 
@@ -50,61 +52,6 @@ class FrameSlot:
     rows: Tensor
     pages: list[tuple[int, ...]] = field(default_factory=list)
     open: bool = True
-
-
-class CacheView:
-    """What the attention kernel sees of some sequences, in device buffers whose addresses never change.
-
-    ``page_table`` int32 ``[S, max_pages]``, ``page_rows`` int32 ``[S, max_pages]`` (rows in use in that page) and
-    ``num_pages`` int32 ``[S]``. Entries past ``num_pages`` are meaningless. Made by `FrameCache.view`; a sequence of
-    ``None`` has no history. The view does not follow the cache by itself: call `refresh` after a commit or an evict.
-    """
-
-    def __init__(self, cache: "FrameCache", seqs: tuple[int | None, ...], max_pages: int):
-        self.cache = cache
-        self.seqs = seqs
-        self.max_pages = max_pages
-        # One buffer, so that a refresh is a single copy: [S, 1 + 2 * max_pages].
-        self._buffer = torch.zeros(len(seqs), 1 + 2 * max_pages, dtype=torch.int32, device=cache.device)
-        self.num_pages = self._buffer[:, 0]
-        self.page_table = self._buffer[:, 1 : 1 + max_pages]
-        self.page_rows = self._buffer[:, 1 + max_pages :]
-        self.lengths: list[int] = []  # cached tokens per sequence, on the host
-        self._rows: Tensor | None = None
-
-    def refresh(self, seqs: Sequence[int | None] | None = None) -> "CacheView":
-        """Read the page tables of the sequences again (of `seqs`, as many as before, if given): one upload, no sync."""
-        if seqs is not None:
-            if len(seqs) != len(self.seqs):
-                raise ValueError(f"the view has {len(self.seqs)} rows and cannot show {len(seqs)} sequences")
-            self.seqs = tuple(seqs)
-        tables = [self.cache._table(seq) for seq in self.seqs]
-        longest = max((table.shape[1] for table in tables), default=0)
-        if longest > self.max_pages:
-            raise ValueError(f"a sequence of {longest} pages does not fit into a view of max_pages = {self.max_pages}")
-        host = torch.zeros_like(self._buffer, device="cpu", pin_memory=self._buffer.is_cuda)
-        for row, table in zip(host, tables, strict=True):
-            pages = table.shape[1]
-            row[0] = pages
-            row[1 : 1 + pages] = table[0]
-            row[1 + self.max_pages : 1 + self.max_pages + pages] = table[1]
-        self._buffer.copy_(host, non_blocking=True)
-        self.lengths = [0 if seq is None else self.cache.num_tokens(seq) for seq in self.seqs]
-        self._rows = None
-        return self
-
-    def rows(self) -> Tensor:
-        """Pool rows of all cached tokens of the view, sequence after sequence: int64 ``[sum(lengths)]``."""
-        if self._rows is None:
-            size = self.cache.page_size
-            offsets = torch.arange(size)
-            rows = []
-            for seq in self.seqs:
-                pages, used = self.cache._table(seq)
-                page_rows = pages.long()[:, None] * size + offsets
-                rows.append(page_rows[offsets < used[:, None]])
-            self._rows = _upload(torch.cat(rows), self.cache.device)
-        return self._rows
 
 
 class FrameCache:
@@ -163,7 +110,10 @@ class FrameCache:
         page_size: int = 64,
         dtype: torch.dtype = torch.float32,
     ) -> int:
-        """Bytes of the pool: ``2 * layers * pages * page_size * heads * head_dim * itemsize``."""
+        """Bytes of the pool: ``2 * layers * pages * page_size * heads * head_dim * itemsize``.
+
+        The reference backend of `paged_frame_attention` takes more beside it (see `CacheView.joined`), the kernels do not.
+        """
         sizes = {"num_layers": num_layers, "num_heads": num_heads, "head_dim": head_dim, "page_size": page_size}
         sizes["num_pages"] = num_pages
         for name, value in sizes.items():
@@ -254,7 +204,7 @@ class FrameCache:
         pages = self._reserve(len(seqs), num_tokens)
         for seq in seqs:
             self._sequences[seq].open = True
-        rows = _upload(self._rows_of(pages, num_tokens), self.device, None if reuse is None else reuse.rows)
+        rows = upload(self._rows_of(pages, num_tokens), self.device, None if reuse is None else reuse.rows)
         return FrameSlot(seqs, num_tokens, rows, pages)
 
     def write(self, slot: FrameSlot, layer: int, k: Tensor, v: Tensor) -> None:
@@ -330,7 +280,7 @@ class FrameCache:
     def frame(self, seq: int, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the resident frame of time `index`: copies, each ``[layers, tokens, heads, head_dim]``."""
         frame = self._frame(seq, index)
-        pages = _upload(torch.tensor(frame.pages), self.device)
+        pages = upload(torch.tensor(frame.pages), self.device)
         k, v = self.pool[:, :, pages].flatten(2, 3)[:, :, : frame.num_tokens].unbind(1)
         return k, v
 
@@ -374,7 +324,7 @@ class FrameCache:
                 f"{self.head_dim}], got {list(k.shape)} and {list(v.shape)}"
             )
         pages = self._reserve(1, num_tokens)
-        rows = _upload(self._rows_of(pages, num_tokens), self.device)
+        rows = upload(self._rows_of(pages, num_tokens), self.device)
         self.pool.flatten(2, 3).index_copy_(2, rows, torch.stack([k, v], 1).to(self.pool))
         return _Frame(frame.index, pages[0], num_tokens, coarse=True)
 
@@ -507,12 +457,8 @@ class FrameCache:
     def _table(self, seq: int | None) -> Tensor:
         return _NO_PAGES if seq is None else self._sequence(seq).table
 
-
-def _upload(host: Tensor, device: torch.device, out: Tensor | None = None) -> Tensor:
-    """A copy that never waits: a pinned block is not given to anyone else before its copy is done."""
-    if device.type == "cuda":
-        host = host.pin_memory()
-    return host.to(device, non_blocking=True) if out is None else out.copy_(host, non_blocking=True)
+    def _frames(self, seq: int | None) -> list[_Frame]:
+        return [] if seq is None else list(self._sequence(seq).frames)
 
 
 def _size(num_bytes: int) -> str:

@@ -5,7 +5,7 @@ import contextlib
 import torch
 from torch import Tensor
 
-from mimo_kernels import _dispatch
+from mimo_kernels import _dispatch, _launch
 
 if _dispatch.triton_available():
     import triton
@@ -44,7 +44,7 @@ def _(x, v, weights, coefficients, index):
 
 def backends(device: torch.device) -> dict[str, list[str]]:
     """backend -> the reasons why it cannot serve tensors on `device`, in order of preference."""
-    triton_ = _dispatch.triton_refusals(device)
+    triton_ = _launch.triton_refusals(device)
     if device.type == "cuda":
         return {"triton": triton_, "reference": []}
     return {"reference": [], "triton": triton_}

@@ -1,6 +1,9 @@
 """QK-norm and axial 3D RoPE, from the packed qkv projection to the queries and keys of attention in one pass."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +23,13 @@ from mimo_kernels._launch import (
 
 MAX_HEAD_DIM = 256
 GRAD_BLOCKS = 528  # blocks of the backward, each with its own sum of the weights' gradients: a constant fixes the order of addition
+
+
+class _Table(NamedTuple):
+    """Cosine and sine of every position and channel pair: [positions, head_dim / 2, 2], and per axis [positions, channels]."""
+
+    whole: Tensor
+    axes: list[Tensor]
 
 
 class AxialRoPE:
@@ -48,7 +58,7 @@ class AxialRoPE:
         if len(split) != 3 or sum(split) != head_dim or any(channels < 0 or channels % 2 for channels in split):
             raise ValueError(f"AxialRoPE: split is {split}, expected three even numbers with the sum {head_dim}")
         self.head_dim, self.theta, self.split = head_dim, theta, split
-        self._tables: dict[str, list[Tensor]] = {}
+        self._tables: dict[str, list[_Table]] = {}
 
     def frequencies(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64) -> Tensor:
         """Radians per position of every channel pair: [head_dim / 2]"""
@@ -66,13 +76,13 @@ class AxialRoPE:
         Kept per device; a larger position makes a table of twice the size, once. Call it where positions from 1024 on
         are about to come in on a GPU: the kernel cannot make its table longer, and stops with a message.
         """
-        table = self._table(torch.device(device), max_position)
+        table = self._table(torch.device(device), max_position).whole
         return table[..., 0], table[..., 1]
 
-    def _table(self, device: torch.device, max_position: int = 1023) -> Tensor:
+    def _table(self, device: torch.device, max_position: int = 1023) -> _Table:
         key = str(device)
         kept = self._tables.setdefault(key, [])  # replaced tables stay: a captured CUDA graph may point to them
-        if not kept or kept[-1].shape[0] <= max_position:
+        if not kept or kept[-1].whole.shape[0] <= max_position:
             if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
                 raise ValueError(
                     f"AxialRoPE: there is no table up to position {max_position} on {device} yet, and none can be made inside a"
@@ -80,7 +90,9 @@ class AxialRoPE:
                 )
             positions = 1 << max(10, max_position.bit_length())
             angle = torch.arange(positions, dtype=torch.float64, device=device)[:, None] * self.frequencies(device)
-            kept.append(torch.stack([angle.cos(), angle.sin()], dim=-1).float())
+            whole = torch.stack([angle.cos(), angle.sin()], dim=-1).float()
+            parts = whole.split([channels // 2 for channels in self.split], dim=1)
+            kept.append(_Table(whole, [part.flatten(1).contiguous() for part in parts]))
         return kept[-1]
 
 
@@ -275,7 +287,7 @@ def qk_norm_rope(
     _check(qkv, q_weight, k_weight, coords, rope)
     if _dispatch.choose("qk_norm_rope", backend, _refusals(qkv.device, qkv.dtype, qkv.shape[3])) == "reference":
         return qk_norm_rope_ref(qkv, q_weight, k_weight, coords, rope, eps=eps, return_v=return_v)
-    table, split = (None, (0, 0, 0)) if rope is None else (rope._table(qkv.device), rope.split)
+    table, split = (None, (0, 0, 0)) if rope is None else (rope._table(qkv.device).whole, rope.split)
     outputs = torch.ops.mimo_kernels.qk_norm_rope(qkv, q_weight, k_weight, coords, table, split, eps, return_v)
     return outputs if return_v else outputs[:2]
 
@@ -322,7 +334,7 @@ def qk_norm_rope_cache(
         k_cache.index_copy_(0, cache_rows, k)
         v_cache.index_copy_(0, cache_rows, v)
         return q, k
-    table, split = (None, (0, 0, 0)) if rope is None else (rope._table(qkv.device), rope.split)
+    table, split = (None, (0, 0, 0)) if rope is None else (rope._table(qkv.device).whole, rope.split)
     return torch.ops.mimo_kernels.qk_norm_rope_cache(
         qkv, q_weight, k_weight, coords, table, split, eps, k_cache, v_cache, cache_rows.contiguous()
     )
@@ -339,12 +351,12 @@ def qk_norm_rope_ref(
     return_v: bool = False,
 ) -> tuple[Tensor, ...]:
     """`qk_norm_rope` in plain PyTorch."""
-    q, k, v = qkv.unbind(1)  # one gradient for the three, where slices would make one each and add them
-    q, k = _norm(q, q_weight, eps), _norm(k, k_weight, eps)
+    qk, v = qkv.split([2, 1], dim=1)  # queries and keys go through together: [rows, 2, heads, head_dim]
+    qk = _norm(qk, torch.stack([q_weight, k_weight])[:, None], eps)
     if rope is not None:
-        turn = _turns(coords, rope, torch.promote_types(qkv.dtype, torch.float32))
-        q, k = _rotate(q, turn), _rotate(k, turn)
-    return (q, k, v) if return_v else (q, k)
+        qk = _rotate(qk, _turns(coords, rope, torch.promote_types(qkv.dtype, torch.float32)))
+    q, k = qk.unbind(1)
+    return (q, k, v.squeeze(1)) if return_v else (q, k)
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -353,19 +365,20 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _turns(coords: Tensor, rope: AxialRoPE, dtype: torch.dtype) -> Tensor:
-    """Cosine and sine of every row's channel pairs: [rows, 1, head_dim / 2, 2]"""
-    position = coords.long()[:, rope.axes(coords.device)]
+    """Cosine and sine of every row's channel pairs: [rows, 1, 1, head_dim / 2, 2]"""
     if dtype == torch.float64:
-        angle = position * rope.frequencies(coords.device)
-        return torch.stack([angle.cos(), angle.sin()], dim=-1)[:, None]
-    largest = 1023
-    # On a GPU this would wait for the device, in a compiled graph it cannot be: there torch's own indexing complains.
-    if coords.device.type == "cpu" and coords.numel() and not torch.compiler.is_compiling():
+        angle = coords.long()[:, rope.axes(coords.device)] * rope.frequencies(coords.device)
+        return torch.stack([angle.cos(), angle.sin()], dim=-1)[:, None, None]
+    axes = zip(rope._table(coords.device).axes, coords.unbind(1), strict=True)
+    try:  # looks at every position, so that nobody has to read them back
+        turns = torch.cat([table.index_select(0, position) for table, position in axes], dim=1)
+    except IndexError:  # on a GPU the device stops instead
         low, largest = (int(bound) for bound in torch.aminmax(coords))
         if low < 0:
-            raise ValueError(f"qk_norm_rope: coords holds {low}, expected positions of 0 or more")
-    pair = torch.arange(rope.head_dim // 2, device=coords.device)
-    return rope._table(coords.device, largest)[position, pair][:, None]
+            raise ValueError(f"qk_norm_rope: coords holds {low}, expected positions of 0 or more") from None
+        rope._table(coords.device, largest)
+        return _turns(coords, rope, dtype)
+    return turns.view(-1, 1, 1, rope.head_dim // 2, 2)
 
 
 def _rotate(x: Tensor, turn: Tensor) -> Tensor:

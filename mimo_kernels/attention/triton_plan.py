@@ -144,7 +144,9 @@ def make_plan(
     for config in choices:
         key = (kind, config.tile, config.block)
         if key not in plans:
-            plans[key] = getattr(extension(), kind)(frames.data_ptr(), frames.shape[0], config.tile, config.block, BAND_ROWS)
+            plans[key] = getattr(extension(), kind)(
+                frames.data_ptr(), frames.shape[0], config.tile, config.block, BAND_ROWS
+            )
         scheduled.append((config, plans[key]))
     config, (cells, num_tiles, executed, rows) = min(scheduled, key=lambda choice: choice[0].cost * choice[1][2])
     key = (kind, config.tile, config.block, device)

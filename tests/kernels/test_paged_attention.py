@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mimo_kernels import FrameCache, paged_frame_attention
-from mimo_kernels.attention.paged import _reference_op, _triton_op
+from mimo_kernels.attention.paged import _triton_op
 from mimo_kernels.testing import assert_within_budget, poisoned_memory
 
 triton_paged = pytest.importorskip("mimo_kernels.attention.triton_paged")
@@ -170,6 +170,46 @@ def test_follows_a_refreshed_view(backend):
         view.refresh()
 
 
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_one_view_through_everything_a_cache_does(data):
+    """The reference keeps what it took out of the pages, per layer, and adds to it: it must never show what is gone."""
+    clips = Clips(1, 8, data.draw(st.integers(1, 9), label="page size"))
+    seqs = [clips.new(3, 4), clips.new(3), None]
+    view = clips.cache.view(seqs, max_pages=400)
+    head = view.first(2)
+    for _ in range(data.draw(st.integers(1, 8), label="actions")):
+        place = data.draw(st.integers(0, 2))
+        match data.draw(st.sampled_from(["append", "evict", "fork", "free", "swap", "nothing"])):
+            case "append" if seqs[place] is not None:
+                clips.append([seqs[place]], data.draw(st.integers(1, 9)))
+            case "evict" if seqs[place] is not None:
+                clips.evict(seqs[place], data.draw(st.integers(0, 2)), data.draw(st.integers(0, 1)))
+            case "fork" if seqs[place] is not None:
+                seqs[data.draw(st.integers(0, 2))] = clips.fork(seqs[place])
+            case "free" if seqs[place] is not None and seqs.count(seqs[place]) == 1:
+                clips.cache.free(seqs[place])
+                seqs[place] = clips.new(2)  # in the pages that came back
+            case "swap":
+                seqs.reverse()
+        view.refresh(seqs)
+        tokens, layer = data.draw(st.sampled_from([1, 5]), label="tokens"), data.draw(st.integers(0, 1), label="layer")
+        for rows, shown in ((seqs, view), (seqs[:2], head)):
+            q, k, v = clips.frame(rows, tokens)
+            out = paged_frame_attention(q, k, v, clips.cache, layer=layer, view=shown, backend="reference")
+            clips.check(out, rows, q, k, v, layer=layer)
+
+
+def test_a_view_serves_inside_and_outside_inference_mode():
+    clips, seqs = ragged(4)
+    view = clips.cache.view(seqs, max_pages=40)
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            q, k, v = clips.frame(seqs, 9)
+            clips.check(paged_frame_attention(q, k, v, clips.cache, layer=0, view=view), seqs, q, k, v, layer=0)
+            view.refresh()
+
+
 def test_same_result_every_time():
     clips, seqs = ragged(4)
     q, k, v = clips.frame(seqs, 9)
@@ -178,7 +218,7 @@ def test_same_result_every_time():
     assert torch.equal(_triton_op(*args, splits=5), _triton_op(*args, splits=5))
 
 
-def test_operators_are_registered_in_full():
+def test_operator_is_registered_in_full():
     clips, seqs = ragged(4)
     q, k, v = clips.frame(seqs, 9)
     view = clips.cache.view(seqs)
@@ -186,19 +226,22 @@ def test_operators_are_registered_in_full():
     checks = ("test_schema", "test_faketensor")
     triton = (q, k, v, *pages, view.page_table, view.page_rows, view.num_pages, 0.3)
     torch.library.opcheck(_triton_op, (*triton, 2), test_utils=checks)
-    torch.library.opcheck(_reference_op, (q, k, v, *pages, view.rows(), view.lengths, 0.3), test_utils=checks)
 
 
-def test_torch_compile_without_a_graph_break():
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_torch_compile_without_a_graph_break(backend):
     clips, seqs = ragged(4)
-    q, k, v = clips.frame(seqs, 9)
-    pages, view = clips.cache.pool[0], clips.cache.view(seqs)
+    view = clips.cache.view(seqs, max_pages=40)
 
-    @torch.compile(fullgraph=True, backend="eager")
-    def doubled(q, k, v, rows):
-        return 2 * _reference_op(q, k, v, *pages, rows, view.lengths, 0.3)
+    @torch.compile(fullgraph=True, backend="eager", dynamic=True)
+    def doubled(q, k, v):
+        return 2 * paged_frame_attention(q, k, v, clips.cache, layer=0, view=view, scale=0.3, backend=backend)
 
-    clips.check(doubled(q, k, v, view.rows()) / 2, seqs, q, k, v, layer=0, scale=0.3)
+    for _ in range(2):
+        q, k, v = clips.frame(seqs, 9)
+        clips.check(doubled(q, k, v) / 2, seqs, q, k, v, layer=0, scale=0.3)
+        clips.append([seqs[0]], 5)
+        view.refresh()
 
 
 def test_wrong_use_is_named():
@@ -221,6 +264,10 @@ def test_wrong_use_is_named():
         call(layer=-1)
     with pytest.raises(ValueError, match="unknown backend 'cutlass'"):
         call(backend="cutlass")
+    with pytest.raises(ValueError, match="has no gradient: call it under torch.no_grad()"):
+        call(k=k.clone().requires_grad_())
+    with torch.no_grad():
+        call(k=k.clone().requires_grad_())
     strided = torch.empty(5, 9, 8, 2).transpose(2, 3)
     with pytest.raises(ValueError, match="'triton' cannot serve: strides are not 1 for channels"):
         call(q=strided, backend="triton")
