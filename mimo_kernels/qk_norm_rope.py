@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from mimo_kernels._launch import (
     LIBRARY,
     aligned,
     device_refusals,
+    floating,
     kernels,
     place,
     pointer,
@@ -57,6 +59,8 @@ class AxialRoPE:
         split = tuple(split)
         if len(split) != 3 or sum(split) != head_dim or any(channels < 0 or channels % 2 for channels in split):
             raise ValueError(f"AxialRoPE: split is {split}, expected three even numbers with the sum {head_dim}")
+        if not 0 < theta < math.inf:
+            raise ValueError(f"AxialRoPE: theta is {theta}, expected a positive number")
         self.head_dim, self.theta, self.split = head_dim, theta, split
         self._tables: dict[str, list[_Table]] = {}
 
@@ -233,6 +237,7 @@ def describe_backends(device: torch.device | str) -> dict[str, list[str]]:
 def _check(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, coords: Tensor | None, rope: AxialRoPE | None) -> None:
     if qkv.ndim != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qk_norm_rope: qkv has shape {tuple(qkv.shape)}, expected [rows, 3, heads, head_dim]")
+    floating("qk_norm_rope", "qkv", qkv)
     dim = qkv.shape[3]
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight.shape != (dim,):

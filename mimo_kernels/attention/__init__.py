@@ -1,6 +1,7 @@
 """Attention under a FrameMask: out = softmax(scale * q k^T over the keys each row sees) v, and which backend computes it."""
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -45,12 +46,13 @@ def frame_attention(
     Raises:
         ValueError: tensors that do not fit each other or the mask, naming both sides; a backend that cannot serve, with every reason.
     """
-    _check(q, k, v, mask)
+    scale = None if scale is None else float(scale)
+    _check(q, k, v, mask, scale)
     backend = _serving_backend(backend, q.device, q.dtype)
     batched = q.dim() == 4
     if not batched:
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
-    out, lse = _attention(backend)(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else float(scale))
+    out, lse = _attention(backend)(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)
     if not batched:
         out, lse = out.squeeze(0), lse.squeeze(0)
     return (out, lse) if return_lse else out
@@ -62,9 +64,14 @@ def describe_backends(device: torch.device | str) -> dict[str, list[str]]:
     return {name: _refusals(name, device, torch.bfloat16) for name in _preference(device)}
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask, scale: float | None) -> None:
     if not isinstance(mask, FrameMask):
         raise ValueError(f"mask is a {type(mask).__name__}; expected a FrameMask")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} is a {type(x).__name__}; expected a torch.Tensor")
+    if scale is not None and not -math.inf < scale < math.inf:
+        raise ValueError(f"scale is {scale}; expected a finite number")
     for name, x in (("k", k), ("v", v)):
         if x.device != q.device:
             raise ValueError(f"q is on {q.device} and {name} is on {x.device}; expected one device")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -98,6 +99,10 @@ def paged_frame_attention(
     Raises ValueError for shapes, dtypes or a view that do not match the cache, for a backend that cannot serve, and where
     a gradient would be lost.
     """
+    if not hasattr(view, "seqs"):
+        raise ValueError(f"view is a {type(view).__name__}, expected what cache.view(seqs) returns")
+    if view.cache is not cache:
+        raise ValueError("the view belongs to another cache")
     expected = (len(view.seqs), q.shape[1] if q.ndim == 4 else "N", cache.num_heads, cache.head_dim)
     for name, x in (("q", q), ("k_self", k_self), ("v_self", v_self)):
         if x.shape != expected or x.dtype != cache.dtype or x.device.type != cache.device.type:
@@ -105,13 +110,13 @@ def paged_frame_attention(
                 f"{name} must be [{', '.join(map(str, expected))}] {cache.dtype} on {cache.device}, "
                 f"got {list(x.shape)} {x.dtype} on {x.device}"
             )
-    if view.cache is not cache:
-        raise ValueError("the view belongs to another cache")
     if not 0 <= layer < cache.num_layers:
         raise ValueError(f"layer must be in 0..{cache.num_layers - 1}, got {layer}")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_self, v_self)):
         raise ValueError("paged_frame_attention has no gradient: call it under torch.no_grad()")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"scale is {scale}, expected a finite number")
     aligned = all(x.stride(-1) == 1 and not any(s % 8 for s in x.stride()[:3]) for x in (q, k_self, v_self))
     refusals = backends(q.device, q.dtype, q.shape[-1], aligned)
     chosen = _dispatch.choose("paged_frame_attention", backend, refusals)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -297,6 +298,8 @@ def bad(message, q=(38, 2, 16), k=None, v=None, mask=MASK, dtype=torch.float32, 
         bad("q is a batch of 3 sequences and the mask has 2 clips; expected a mask of one clip", q=(3, 38, 2, 16)),
         bad("and k is on meta; expected one device", device="meta"),
         bad("mask is a Tensor; expected a FrameMask", mask=torch.ones(38, 38)),
+        bad("scale is nan; expected a finite number", scale=float("nan")),
+        bad("scale is -inf; expected a finite number", scale=-float("inf")),
         bad("frame_attention: unknown backend 'flash'; expected one of auto, ", backend="flash"),
     ],
 )
@@ -306,6 +309,12 @@ def test_bad_input(q, k, v, mask, dtype, device, options, message):
     with pytest.raises(ValueError) as error:
         frame_attention(q, k if device is None else k.to(device), v, mask, **options)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_arrays_are_not_tensors():
+    x = np.zeros((38, 2, 16), dtype=np.float32)
+    with pytest.raises(ValueError, match="v is a ndarray; expected a torch.Tensor"):
+        frame_attention(torch.from_numpy(x), torch.from_numpy(x), x, MASK)
 
 
 def test_equals_two_calls_of_sdpa_by_hand():

@@ -260,8 +260,12 @@ def test_wrong_use_is_named():
         call(v=v.half())
     with pytest.raises(ValueError, match="the view belongs to another cache"):
         call(cache=Clips(2, 8, 4).cache)
+    with pytest.raises(ValueError, match="view is a list, expected what cache.view\\(seqs\\) returns"):
+        paged_frame_attention(q, k, v, cache, layer=0, view=seqs)
     with pytest.raises(ValueError, match="layer must be in 0..1, got -1"):
         call(layer=-1)
+    with pytest.raises(ValueError, match="scale is nan, expected a finite number"):
+        call(scale=float("nan"))
     with pytest.raises(ValueError, match="unknown backend 'cutlass'"):
         call(backend="cutlass")
     with pytest.raises(ValueError, match="has no gradient: call it under torch.no_grad()"):

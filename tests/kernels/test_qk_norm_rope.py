@@ -213,6 +213,8 @@ def test_axial_rope():
     assert rope.tables_on("cpu")[0].data_ptr() == cos.data_ptr()  # made once
     for arguments, message in (
         ({"head_dim": 7}, "head_dim is 7"),
+        ({"head_dim": 8, "theta": -1.0}, "theta is -1.0, expected a positive number"),
+        ({"head_dim": 8, "theta": float("nan")}, "theta is nan"),
         ({"head_dim": 8, "split": (4, 4)}, r"split is \(4, 4\)"),
         ({"head_dim": 8, "split": (3, 3, 2)}, r"split is \(3, 3, 2\)"),
         ({"head_dim": 8, "split": (4, 4, 4)}, "with the sum 8"),
@@ -225,6 +227,7 @@ def test_axial_rope():
     ("change", "message"),
     [
         ({"qkv": torch.zeros(4, 2, 3, 16)}, r"qkv has shape \(4, 2, 3, 16\), expected \[rows, 3, heads, head_dim\]"),
+        ({"qkv": torch.zeros(4, 3, 2, 16).int()}, "qkv is torch.int32, expected float32, float16 or bfloat16"),
         ({"q_weight": torch.zeros(8)}, r"q_weight has shape \(8,\), expected \[16\]"),
         ({"k_weight": torch.zeros(16).half()}, "k_weight is torch.float16"),
         ({"coords": torch.zeros(4, 3)}, r"coords is torch.float32 of shape \(4, 3\), expected torch.int32"),
