@@ -94,7 +94,7 @@ def run(name: str, command: list[str], out: Path, limit: float, environment: dic
         "step": name,
         "status": status,
         "seconds": round(time.perf_counter() - start, 1),
-        "last_line": text.splitlines()[-1] if text else "",
+        "last_line": text.splitlines()[-1].replace(f"{out}{os.sep}", "") if text else "",  # a report travels
     }
 
 

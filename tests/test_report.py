@@ -63,6 +63,13 @@ def test_a_step_that_fails_or_is_not_there(modules, tmp_path):
     assert missing["status"] == 127 and "no-such-program" in missing["last_line"]
 
 
+def test_a_page_names_files_as_they_stand_beside_it(modules, tmp_path):
+    code = f"print('{tmp_path}/some.json, {tmp_path}/some.png')"
+    assert (
+        modules["report"].run("some", [sys.executable, "-c", code], tmp_path, 20)["last_line"] == "some.json, some.png"
+    )
+
+
 def test_time_is_shared_out(modules):
     report = modules["report"]
     assert report.seconds_for("attn_bench", ["ops_bench", "train_bench"], 300.0) == 120.0
