@@ -280,7 +280,8 @@ def _check_tensor_file(file: Path) -> None:
             raise InputError(f"{file} is not a safetensors file: it starts with {start!r}")
         header = stream.read(header_bytes)
     if len(start) < 8 or len(header) < header_bytes:
-        raise InputError(f"{file} is truncated: {size} bytes, its header alone takes {8 + header_bytes}")
+        header_takes = 8 + header_bytes if len(start) == 8 else "8 or more"
+        raise InputError(f"{file} is truncated: {size} bytes, its header alone takes {header_takes}")
     try:
         entries = json.loads(header)
         end = max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)

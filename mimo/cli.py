@@ -169,15 +169,14 @@ class Train(Clips):
         )
         with world.together():
             preview = user_input(Preview, trainer, self.out / "previews") if train_config.preview_every else None
-        if world.leads:
-            where = f"{world.size} x {trainer.device.type}" if world.size > 1 else trainer.device
-            print(f"{self.preset} on {where}, parameters:\n{trainer.model.parameter_report()}", flush=True)
+        where = f"{world.size} x {trainer.device.type}" if world.size > 1 else trainer.device
         train(
             trainer,
             self.out,
             resume=self.resume,
             keep_every=self.keep_every,
             preview=preview,
+            heading=f"{self.preset} on {where}, parameters:\n{trainer.model.parameter_report()}",
         )
 
 
@@ -268,23 +267,28 @@ class Sample:
         chosen = {name: getattr(self, name) for name in options if getattr(self, name) is not None}
         if chosen.get("class_guidance", 1) != 1 and self.label is None and not loaded.model.config.num_actions:
             raise InputError(f"--class-guidance {self.class_guidance:g}: expected a --class to guide to")
-        sample(
-            loaded,
-            user_input(replace, loaded.sample_config, **chosen),
-            self.out,
-            context=self.context,
-            context_frames=self.context_frames,
-            start=self.start,
-            interval=self.interval,
-            actions=self.actions,
-            label=self.label,
-            frames=self.frames,
-            count=self.count,
-            seed=self.seed,
-            fps=self.fps,
-            save_every=self.save_every,
-            resume=self.resume,
-        )
+        try:
+            sample(
+                loaded,
+                user_input(replace, loaded.sample_config, **chosen),
+                self.out,
+                context=self.context,
+                context_frames=self.context_frames,
+                start=self.start,
+                interval=self.interval,
+                actions=self.actions,
+                label=self.label,
+                frames=self.frames,
+                count=self.count,
+                seed=self.seed,
+                fps=self.fps,
+                save_every=self.save_every,
+                resume=self.resume,
+            )
+        except KeyboardInterrupt:
+            if (saved := self.out / "unfinished").exists():
+                raise KeyboardInterrupt(f": --resume continues the run in {saved}") from None
+            raise
 
 
 @dataclass(kw_only=True)
@@ -563,6 +567,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         command = parse(argv)
         command.run()
+        sys.stdout.flush()
     except InputError as error:
         words = " ".join(str(error).split())  # none if another process has them
         # What is wrong with the options, all that torchrun has started see alike: the first one says it.
@@ -571,13 +576,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             if command is None:
                 tell_launcher(error)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"interrupted{stop}", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        if command is not None:
+        if not (command is None or isinstance(command, DataCheck)):
             raise
-        # `mimo train --help | head` has seen enough; what Python still flushes at exit goes nowhere.
+        # `mimo data check | head` has seen enough; what Python still flushes at exit goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

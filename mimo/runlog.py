@@ -1,11 +1,15 @@
 """What a training run tells the world: a progress bar, status lines, TensorBoard, and log.jsonl to plot from."""
 
+import fcntl
 import json
+import os
 import resource
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import Tensor
@@ -163,6 +167,24 @@ class Sums:
         tokens = self.tokens
         self._clear()
         return record, tokens
+
+
+def only_process_in(run: Path) -> TextIO:
+    """An open file that keeps other processes from training in this folder until it is closed or this process ends, however
+    it ends; InputError if one does."""
+    file = (run / "lock").open("a+")
+    try:
+        fcntl.lockf(
+            file, fcntl.LOCK_EX | fcntl.LOCK_NB
+        )  # of this process alone: workers that outlive it do not have it
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise InputError(f"{run}: {file.read().strip()} is training in it, expected another --out or to wait") from None
+    except OSError:
+        return file  # a file system without locks
+    file.truncate(0)
+    print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+    return file
 
 
 def read_log(run: Path) -> list[dict[str, float]]:

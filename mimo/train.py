@@ -8,7 +8,8 @@ numbers and use their own part: how a global batch is split changes nothing but 
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from mimo.errors import InputError
 from mimo.fp8 import use_float8
 from mimo.model import MiMo
 from mimo.recipes import EMA, Objective, Recipe, step_generator
-from mimo.runlog import RunLog, Sums
+from mimo.runlog import RunLog, Sums, only_process_in
 from mimo.tokenizers import build_tokenizer
 from mimo.tokenizers.weights import checksum
 
@@ -238,28 +239,31 @@ def train(
     resume: bool = False,
     keep_every: int | None = None,
     preview: Callable[[Trainer], list[Path]] | None = None,
+    heading: str = "",
 ) -> list[dict[str, float]]:
     """Train to config.steps and return the records of the log, one per interval.
 
-    With a run folder, SIGTERM and SIGINT end training early, with a checkpoint.
+    With a run folder, SIGTERM and SIGINT end training early, with a checkpoint; SIGINT then goes on as KeyboardInterrupt.
 
     Args:
         out: run folder for checkpoints, log.jsonl and TensorBoard; None writes nothing.
         resume: continue from the newest whole checkpoint in `out`; without it, a folder that has one is an error.
         keep_every: checkpoints whose step is a multiple of it are never deleted.
         preview: called every config.preview_every steps; returns the files it wrote.
+        heading: printed when nothing more can be wrong with the run folder.
 
-    Raises: InputError for a run folder, checkpoint or dataset that does not fit, and when a loss stops being finite.
+    Raises: InputError for a run folder, checkpoint or dataset that does not fit, or when another process trains in the
+        run folder, and when a loss stops being finite.
     """
     config, world = trainer.config, trainer.world
-    notes = [] if out is None else _open_run(trainer, out, resume)
-    records, logged, saved, stopped = [], trainer.step, trainer.step, 0
     folder = out if world.leads else None
     with (
+        nullcontext([]) if out is None else _open_run(trainer, out, resume) as notes,
         StopRequest(enabled=out is not None, world=world) as stop,
         RunLog(folder, config.steps, start=trainer.step, device=trainer.device, shown=world.leads) as log,
     ):
-        for note in notes:
+        records, logged, saved, stopped = [], trainer.step, trainer.step, 0
+        for note in filter(None, (heading, *notes)):
             log.say(note)
         trainer.start_data()
         while trainer.step < config.steps and not stopped:
@@ -286,6 +290,8 @@ def train(
         if stopped:
             name = signal.Signals(stopped).name
             log.say(f"stopped by {name} after step {trainer.step}: --resume continues from there")
+    if stopped == signal.SIGINT:  # whoever pressed it also wants what would come next not to come
+        raise KeyboardInterrupt
     return records
 
 
@@ -307,9 +313,10 @@ def _next_batches(trainer: Trainer, stop: StopRequest) -> tuple[list[dict[str, T
     return micro_batches, trainer.world.agree(stop.signal, error)
 
 
-def _open_run(trainer: Trainer, out: Path, resume: bool) -> list[str]:
-    """Load the newest checkpoint if `resume`; returns what the user should know."""
-    world, found = trainer.world, None
+@contextmanager
+def _open_run(trainer: Trainer, out: Path, resume: bool) -> Iterator[list[str]]:
+    """Load the newest checkpoint if `resume`, and keep others from the folder; gives what the user should know."""
+    world, found, lock = trainer.world, None, nullcontext()
     with world.together():
         if world.leads:
             newest, passed_over = found = checkpoint.latest(out)
@@ -322,7 +329,9 @@ def _open_run(trainer: Trainer, out: Path, resume: bool) -> list[str]:
     with world.together():
         if newest is not None:
             notes += [*trainer.load(newest), f"resuming from {newest}"]
-            if trainer.step >= trainer.config.steps:
+            if trainer.step > trainer.config.steps:
+                raise InputError(f"steps={trainer.config.steps}: {out} is at step {trainer.step} already")
+            if trainer.step == trainer.config.steps:
                 notes.append(f"nothing to do: step {trainer.step} of {trainer.config.steps} is reached")
         elif resume:
             notes.append(f"{out} has no checkpoint yet: starting from step 0")
@@ -331,8 +340,10 @@ def _open_run(trainer: Trainer, out: Path, resume: bool) -> list[str]:
                 out.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise InputError(f"cannot make the run folder {out}: {error.strerror}") from None
+            lock = only_process_in(out)
             notes += [f"deleted {folder}, left by an interrupted save" for folder in checkpoint.delete_unfinished(out)]
-    return notes
+    with lock:
+        yield notes
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -377,8 +388,8 @@ def config_tokenizer(config: MiMoConfig, weights: str | Path | None = None, *, t
     shape = tokenizer.latent_shape(*config.video_shape)
     if shape != config.latent_shape:
         raise ValueError(
-            f"clips of {' x '.join(map(str, config.video_shape))} give latents (frames, height, width, channels) = "
-            f"{shape}, the network expects {config.latent_shape}"
+            f"the network expects latents (frames, height, width, channels) = {config.latent_shape}; the tokenizer makes "
+            f"{shape} of video_frames={config.video_frames} frames of {config.video_shape[1]} x {config.video_shape[2]} pixels"
         )
     if config.num_actions and tokenizer.num_frames(config.frames) != config.frames:
         raise ValueError(

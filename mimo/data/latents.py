@@ -102,6 +102,8 @@ class LatentShards:
         number, row = self._place(index)
         shard = self.open_shard(number)
         sample = {"latents": shard.get_slice("latents")[row].float().numpy()}
+        if not np.isfinite(sample["latents"]).all():
+            raise UnreadableVideo(self.path / self.index["shards"][number]["name"], f"clip {row} is not finite")
         for key in ("label", "actions", "interval"):
             if key in shard.keys():  # noqa: SIM118 (an open shard is not a mapping)
                 sample[key] = shard.get_slice(key)[row].numpy()

@@ -1,7 +1,10 @@
 """The command line's data and tokenizers: presets on the papers' layouts, shards, weights, and what is refused."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -353,6 +356,15 @@ def test_data_check(tmp_path, videos, refused, capsys):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.mp4").write_bytes(b"this is no video")
     assert "none of its 1 clips can be read" in refused("data", "check", tmp_path / "bad")
+
+
+def test_data_check_ends_quietly_when_nobody_reads_on(videos):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "mimo", "data", "check", str(videos)]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # mimo train-tokenizer ---------------------------------------------------------------------------------------------------

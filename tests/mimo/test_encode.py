@@ -11,12 +11,22 @@ import time
 import numpy as np
 import pytest
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import mimo.encode
-from mimo.data import DataError, LatentShards, ShapesDataset, VideoFolder, batches, open_dataset, to_float, write_video
+from mimo.data import (
+    DataError,
+    LatentShards,
+    ShapesDataset,
+    UnreadableVideo,
+    VideoFolder,
+    batches,
+    open_dataset,
+    to_float,
+    write_video,
+)
 from mimo.data.check import check
 from mimo.encode import Encoding, encode, verify
 from mimo.errors import InputError
@@ -242,6 +252,22 @@ def test_a_full_disk_is_one_line(tmp_path, tokenizer, monkeypatch):
 def encoded(tmp_path, tokenizer):
     dataset = VideoFolder(videos(tmp_path / "in"), **SHAPE)
     return dataset, run(dataset, tokenizer, tmp_path / "out")
+
+
+def test_clips_that_are_not_finite_are_named_and_left_out(encoded, caplog):
+    _, out = encoded
+    file = out / "shard-00001.safetensors"
+    with safe_open(file, "pt") as shard:
+        metadata = shard.metadata()
+    tensors = load_file(file)
+    tensors["latents"][2, 0, 0, 0, 0] = torch.nan
+    save_file(tensors, file, metadata=metadata)
+    with pytest.raises(UnreadableVideo, match=r"shard-00001\.safetensors: clip 2 is not finite"):
+        LatentShards(out).sample(6, 0)
+    got = list(itertools.islice(batches(LatentShards(out), 2, seed=0), 10))
+    assert all(batch["latents"].isfinite().all() for batch in got)
+    assert set(torch.cat([batch["index"] for batch in got]).tolist()) == {*range(10)} - {6}
+    assert "clip 2 is not finite" in caplog.text
 
 
 def test_a_shard_cut_short_is_named(encoded):

@@ -268,6 +268,7 @@ def test_command_line_continues_an_interrupted_video(tmp_path, monkeypatch, caps
     with monkeypatch.context() as patch:
         patch.setattr(Sampler, "_noise", interrupted)
         assert sample("--save-every", "2") == 130
+    assert f"interrupted: --resume continues the run in {out / 'unfinished'}" in capsys.readouterr().err
     assert [path.name for path in out.iterdir()] == ["unfinished"]
     assert sample("--save-every", "2") == 2 and "holds a saved run: resume it" in capsys.readouterr().err
     assert sample("--resume", "--seed", "7") == 2 and "request.seed is 0 there and 7 here" in capsys.readouterr().err

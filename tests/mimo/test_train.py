@@ -259,6 +259,32 @@ def test_a_signal_while_something_is_written_ends_training_with_a_checkpoint(tmp
     assert previews == ([1] if moment == "preview" else []), "nothing long is begun after the signal"
 
 
+def test_steps_below_those_made_are_refused(tmp_path):
+    trainer = make_trainer(steps=2)
+    train(trainer, tmp_path)
+    with pytest.raises(InputError, match=rf"steps=1: {tmp_path} is at step 2 already"):
+        train(make_trainer(steps=1), tmp_path, resume=True)
+    assert train(make_trainer(steps=2), tmp_path, resume=True) == []
+
+
+def test_one_process_trains_in_a_folder(tmp_path, capsys):
+    other = "import sys, time; from pathlib import Path; from mimo.runlog import only_process_in; "
+    other += "lock = only_process_in(Path(sys.argv[1])); print('has it', flush=True); time.sleep(600)"
+    process = subprocess.Popen([sys.executable, "-c", other, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "has it\n"
+        for resume in (False, True):
+            with pytest.raises(InputError, match=rf"{tmp_path}: process {process.pid} on .* is training in it"):
+                train(make_trainer(steps=1), tmp_path, resume=resume, heading="nothing is said before that")
+        assert not capsys.readouterr().out and not (tmp_path / "log.jsonl").exists()
+    finally:
+        process.kill()
+        process.communicate()
+    train(make_trainer(steps=1), tmp_path, heading="now it is")  # whoever was killed holds nothing
+    assert capsys.readouterr().out.startswith("now it is\n")
+    train(make_trainer(steps=2), tmp_path, resume=True)
+
+
 # The command as its own process, interrupted by signals. --------------------------------------------------------------
 
 
@@ -295,7 +321,7 @@ def test_a_signal_that_reaches_the_data_workers_too_loses_nothing(tmp_path, numb
     wait_for(lambda: len(read_log(tmp_path)) >= 2, process)
     os.killpg(process.pid, number)
     output, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
+    assert process.returncode == (130 if number == signal.SIGINT else 0), errors
     stopped = int(re.search(rf"stopped by {number.name} after step (\d+)", output)[1])
     assert checkpoint.latest(tmp_path)[0] == checkpoint.step_folder(tmp_path, stopped)
 
