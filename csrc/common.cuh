@@ -51,6 +51,20 @@ __device__ inline void store8(T* p, const Raw8<T>& raw) {
 }
 
 template <class T>
+__device__ inline Raw8<T> load8_constant(const T* p) {
+    Raw8<T> raw;
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(raw) / 16); i++) raw.part[i] = load16_constant(reinterpret_cast<const uint4*>(p) + i);
+    return raw;
+}
+
+template <class T>
+__device__ inline void store8_whole(T* p, const Raw8<T>& raw) {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(raw) / 16); i++) store16_whole(reinterpret_cast<uint4*>(p) + i, raw.part[i]);
+}
+
+template <class T>
 __device__ inline Raw8<T> zero8() {
     Raw8<T> raw;
 #pragma unroll

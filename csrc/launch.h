@@ -50,6 +50,7 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_b
 }
 
 inline int fill_bytes(void* data, int value, size_t bytes, void* stream) {
+    if (bytes == 0) return cudaSuccess;
     return cudaMemsetAsync(data, value, bytes, static_cast<cudaStream_t>(stream));
 }
 
@@ -60,7 +61,16 @@ __device__ inline float* shared_memory() {
 }
 
 __device__ inline uint4 load16(const void* p) { return *static_cast<const uint4*>(p); }
+// What no one writes while the kernel runs: such loads may pass stores.
+__device__ inline uint4 load16_constant(const void* p) { return __ldg(static_cast<const uint4*>(p)); }
 __device__ inline void store16(void* p, uint4 value) { *static_cast<uint4*>(p) = value; }
+// To global memory, spelled out: where nvcc would make four instructions of the assignment.
+__device__ inline void store16_whole(void* p, uint4 value) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "l"(__cvta_generic_to_global(p)), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+                 : "memory");
+}
 
 // One instruction each, to about 2 units in the last place.
 __device__ inline float fast_exp2(float x) {

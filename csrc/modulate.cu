@@ -33,34 +33,42 @@ __device__ inline float row_sum(float value, float* shared) {
     return value;
 }
 
+// Whether the vector j of a thread lies inside the row. When compiling that is known of all but the last ones of a warp (see with_vectors).
+template <int N, bool WIDE>
+__device__ inline bool inside_row(int j, int column, int dim) {
+    return (!WIDE && j < (N <= 6 ? N - 1 : 6)) || column < dim;
+}
+
 // value += gate * branch; a null gate is 1.
-template <class T, class G, int N>
+template <bool WIDE, class T, class G, int N>
 __device__ inline void add_branch(float (&value)[N][8], const Raw8<T> (&branch)[N], const G* gate, int thread, int threads, int dim) {
 #pragma unroll
     for (int j = 0; j < N; j++) {
         const int column = (j * threads + thread) * 8;
-        if (column >= dim) continue;  // a branch, not a predicate: loading all gates at once would cost registers that loads of rows need
+        if (!inside_row<N, WIDE>(j, column, dim)) continue;
         float factor[8] = {1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f}, b[8];
-        if (gate != nullptr) unpack8(load8(gate + column), factor);
+        if (gate != nullptr) unpack8(load8_constant(gate + column), factor);
         unpack8(branch[j], b);
 #pragma unroll
         for (int i = 0; i < 8; i++) value[j][i] = fmaf(factor[i], b[i], value[j][i]);
     }
 }
 
-// y = value * (one + factor) + offset, the value already normalised; a null factor or offset is zero.
-template <class T, class P, int N>
-__device__ inline void store_modulated(T* y, const float (&value)[N][8], const P* factor, const P* offset, float one, int thread,
+// y = value * rstd * (one + factor) + offset; a null factor or offset is zero.
+template <bool WIDE, class T, class P, int N>
+__device__ inline void store_modulated(T* y, const float (&value)[N][8], float rstd, const P* factor, const P* offset, float one, int thread,
                                        int threads, int dim) {
-    constexpr int BATCH = sizeof(P) == 2 ? 2 : 1;  // loads in flight together; the stores in between would order them
+    constexpr int BATCH = sizeof(P) == 2 ? 2 : 1;  // loads in flight together, as far as there are registers
+    const float rstd_one = rstd * one;
 #pragma unroll
     for (int first = 0; first < N; first += BATCH) {
         Raw8<P> raw_factor[BATCH], raw_offset[BATCH];
 #pragma unroll
         for (int b = 0; b < BATCH && first + b < N; b++) {
             const int column = ((first + b) * threads + thread) * 8;
-            raw_factor[b] = factor != nullptr && column < dim ? load8(factor + column) : zero8<P>();
-            raw_offset[b] = offset != nullptr && column < dim ? load8(offset + column) : zero8<P>();
+            const bool inside = inside_row<N, WIDE>(first + b, column, dim);
+            raw_factor[b] = factor != nullptr && inside ? load8_constant(factor + column) : zero8<P>();
+            raw_offset[b] = offset != nullptr && inside ? load8_constant(offset + column) : zero8<P>();
         }
 #pragma unroll
         for (int b = 0; b < BATCH && first + b < N; b++) {
@@ -69,8 +77,8 @@ __device__ inline void store_modulated(T* y, const float (&value)[N][8], const P
             unpack8(raw_factor[b], f);
             unpack8(raw_offset[b], o);
 #pragma unroll
-            for (int i = 0; i < 8; i++) o[i] = fmaf(value[first + b][i], one + f[i], o[i]);
-            if (column < dim) store8(y + column, pack8<T>(o));
+            for (int i = 0; i < 8; i++) o[i] = fmaf(value[first + b][i], fmaf(f[i], rstd, rstd_one), o[i]);
+            if (inside_row<N, WIDE>(first + b, column, dim)) store8(y + column, pack8<T>(o));
         }
     }
 }
@@ -86,14 +94,23 @@ __device__ inline void with_parameter_type(bool is_float, Function function) {
     }
 }
 
+// Blocks a multiprocessor is to hold: it bounds the registers, which otherwise go into loading everything at once.
 template <class T, int N, bool WIDE, bool GATED>
-__global__ void __launch_bounds__(WIDE ? 256 : kForwardWarps * kWarp, 1)
+constexpr int forward_blocks() {
+    if (WIDE) return 1;
+    if (sizeof(T) == 4) return N <= 4 ? 4 : N <= 6 ? 3 : 2;
+    return N <= 5 ? (GATED ? 4 : 5) : N == 6 ? 4 : 3;
+}
+
+template <class T, int N, bool WIDE, bool GATED>
+__global__ void __launch_bounds__(WIDE ? 256 : kForwardWarps * kWarp, forward_blocks<T, N, WIDE, GATED>())
     modulate_fwd_kernel(T* x_new, T* y, float* mean_out, float* rstd_out, const T* x, const T* branch, Modulation m, const int* row_group,
                         int64_t rows, int dim, float eps, int rows_per_block) {
     // N vectors of 8 columns per thread, `threads` apart
     const int threads = WIDE ? blockDim.x : kWarp;
     const int thread = threadIdx.x % threads;
     const int step = blockDim.x / threads;
+    const float inverse_dim = 1.f / dim;
     const int64_t begin = static_cast<int64_t>(blockIdx.x) * rows_per_block;
     const int64_t end = begin + rows_per_block < rows ? begin + rows_per_block : rows;
     for (int64_t row = begin + threadIdx.x / threads; row < end; row += step) {
@@ -101,13 +118,13 @@ __global__ void __launch_bounds__(WIDE ? 256 : kForwardWarps * kWarp, 1)
 #pragma unroll
         for (int j = 0; j < N; j++) {
             const int column = (j * threads + thread) * 8;
-            raw[j] = column < dim ? load8(x + row * dim + column) : zero8<T>();
+            raw[j] = inside_row<N, WIDE>(j, column, dim) ? load8(x + row * dim + column) : zero8<T>();
         }
         if constexpr (GATED) {
 #pragma unroll
             for (int j = 0; j < N; j++) {
                 const int column = (j * threads + thread) * 8;
-                raw_branch[j] = column < dim ? load8(branch + row * dim + column) : zero8<T>();
+                raw_branch[j] = inside_row<N, WIDE>(j, column, dim) ? load8(branch + row * dim + column) : zero8<T>();
             }
         }
         const int group = row_group[row];
@@ -120,7 +137,7 @@ __global__ void __launch_bounds__(WIDE ? 256 : kForwardWarps * kWarp, 1)
             with_parameter_type<T>(m.modulation_float, [&](auto type) {
                 using G = decltype(type);
                 const G* gate = history ? nullptr : static_cast<const G*>(m.gate) + group * m.gate_stride;
-                add_branch(value, raw_branch, gate, thread, threads, dim);
+                add_branch<WIDE>(value, raw_branch, gate, thread, threads, dim);
             });
 #pragma unroll
             for (int j = 0; j < N; j++) {
@@ -128,7 +145,7 @@ __global__ void __launch_bounds__(WIDE ? 256 : kForwardWarps * kWarp, 1)
                 // The backward sees x_new as stored, so the statistics are of the stored values.
                 raw[j] = pack8<T>(value[j]);
                 unpack8(raw[j], value[j]);
-                if (column < dim) store8(x_new + row * dim + column, raw[j]);
+                if (inside_row<N, WIDE>(j, column, dim)) store8(x_new + row * dim + column, raw[j]);
             }
         }
 
@@ -138,32 +155,27 @@ __global__ void __launch_bounds__(WIDE ? 256 : kForwardWarps * kWarp, 1)
 #pragma unroll
             for (int i = 0; i < 8; i++) sum += value[j][i];
         }
-        const float mean = row_sum<WIDE>(sum, shared_memory()) / dim;
+        const float mean = row_sum<WIDE>(sum, shared_memory()) * inverse_dim;
         float squares = 0.f;
 #pragma unroll
         for (int j = 0; j < N; j++) {
-            const bool inside = (j * threads + thread) * 8 < dim;
+            const bool inside = inside_row<N, WIDE>(j, (j * threads + thread) * 8, dim);
 #pragma unroll
             for (int i = 0; i < 8; i++) {
                 value[j][i] = inside ? value[j][i] - mean : 0.f;
                 squares = fmaf(value[j][i], value[j][i], squares);
             }
         }
-        const float rstd = rsqrtf(row_sum<WIDE>(squares, shared_memory()) / dim + eps);
+        const float rstd = rsqrtf(fmaf(row_sum<WIDE>(squares, shared_memory()), inverse_dim, eps));
         if (thread == 0) {
             mean_out[row] = mean;
             rstd_out[row] = rstd;
-        }
-#pragma unroll
-        for (int j = 0; j < N; j++) {
-#pragma unroll
-            for (int i = 0; i < 8; i++) value[j][i] *= rstd;
         }
         with_parameter_type<T>(history ? m.affine_float : m.modulation_float, [&](auto type) {
             using P = decltype(type);
             const P* factor = static_cast<const P*>(history ? m.weight : m.scale) + (history ? 0 : group * m.scale_stride);
             const P* offset = static_cast<const P*>(history ? m.bias : m.shift) + (history ? 0 : group * m.shift_stride);
-            store_modulated<T, P>(y + row * dim, value, factor, offset, history && factor ? 0.f : 1.f, thread, threads, dim);
+            store_modulated<WIDE, T, P>(y + row * dim, value, rstd, factor, offset, history && factor ? 0.f : 1.f, thread, threads, dim);
         });
     }
 }

@@ -11,11 +11,13 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int kForwardHeads = 4;  // per team in flight
 constexpr int kBackwardHeads = 2;
+constexpr int kCopies = 5;  // 8 columns each per lane: a row of 1152 at once
 
 // Which part of the work a lane does.
 struct Lane {
     int team, teams, lanes;  // this team, teams per warp, lanes per team
     int place;               // in the team; channels 8 place to 8 place + 7
+    int reach;               // the largest power of two below `lanes`
     bool active;             // lanes that are left over hold no channels
     __device__ explicit Lane(int head_dim) {
         const int lane = threadIdx.x % kWarp;
@@ -24,15 +26,17 @@ struct Lane {
         team = lane / lanes;
         place = lane - team * lanes;
         active = team < teams;
+        reach = 1;
+        while (reach < lanes) reach *= 2;
+        reach /= 2;
     }
 };
 
 // Sums over the team, of several heads at once; in every lane of the team.
 template <int N>
 __device__ inline void team_sums(float (&value)[N], const Lane& lane) {
-    int count = lane.lanes, offset = 1;
-    while (offset < count) offset *= 2;
-    for (offset /= 2; offset; offset /= 2) {  // lanes [0, count) of the team hold what is left to add
+    int count = lane.lanes;
+    for (int offset = lane.reach; offset; offset /= 2) {  // lanes [0, count) of the team hold what is left to add
 #pragma unroll
         for (int u = 0; u < N; u++) {
             const float other = __shfl_down_sync(kAll, value[u], offset);
@@ -93,10 +97,11 @@ struct Outputs {
 // Work items are (row, part): part i of `parts` has every parts-th group of heads. q and k heads of a row lie one after the other, v after
 // them; v is copied where it is wanted.
 template <class T>
-__global__ void __launch_bounds__(kWarps * kWarp)
+__global__ void __launch_bounds__(kWarps * kWarp, 4)  // at most 128 registers
     qk_norm_rope_fwd_kernel(Outputs<T> out, const T* qkv, const void* q_weight, const void* k_weight, bool weight_float, Rotation rotation,
                             int64_t rows, int heads, int head_dim, float eps, int parts) {
     const Lane lane(head_dim);
+    const float inverse_dim = 1.f / head_dim;
     float weight_q[8], weight_k[8];
     load_weight<T>(q_weight, weight_float, lane, weight_q);
     load_weight<T>(k_weight, weight_float, lane, weight_k);
@@ -139,7 +144,7 @@ __global__ void __launch_bounds__(kWarps * kWarp)
                 const int64_t at = static_cast<int64_t>(head - kind * heads) * head_dim + lane.place * 8;
                 const int64_t row_size = static_cast<int64_t>(heads) * head_dim;
                 if (kind < 2) {
-                    const float scale = rsqrtf(squares[u] / head_dim + eps);
+                    const float scale = rsqrtf(fmaf(squares[u], inverse_dim, eps));
                     float x[8];
                     unpack8(raw[u], x);
 #pragma unroll
@@ -169,6 +174,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, 4)  // at most 128 registers
     qk_norm_rope_bwd_kernel(T* dqkv, float* partial, const T* dq, const T* dk, const T* dv, const T* qkv, const void* q_weight,
                             const void* k_weight, bool weight_float, Rotation rotation, int64_t rows, int heads, int head_dim, float eps) {
     const Lane lane(head_dim);
+    const float inverse_dim = 1.f / head_dim;
     float weight_q[8], weight_k[8], sum_q[8] = {}, sum_k[8] = {};
     load_weight<T>(q_weight, weight_float, lane, weight_q);
     load_weight<T>(k_weight, weight_float, lane, weight_k);
@@ -181,7 +187,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, 4)  // at most 128 registers
         look_up(rotation, row, lane, cosine, sine);
         for (int head0 = 0; head0 < 2 * heads; head0 += lane.teams * kBackwardHeads) {
             Raw8<T> raw_x[kBackwardHeads], raw_g[kBackwardHeads];
-            float squares[kBackwardHeads], along[kBackwardHeads];
+            float sums[2 * kBackwardHeads];  // of x^2, and of g * weight * x
 #pragma unroll
             for (int u = 0; u < kBackwardHeads; u++) {
                 const int head = head0 + u * lane.teams + lane.team;
@@ -197,7 +203,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, 4)  // at most 128 registers
                 float x[8], g[8];
                 unpack8(raw_x[u], x);
                 unpack8(raw_g[u], g);
-                squares[u] = along[u] = 0.f;
+                float squares = 0.f, along = 0.f;
 #pragma unroll
                 for (int p = 0; p < 4; p++) {
                     const float even = g[2 * p] * cosine[p] + g[2 * p + 1] * sine[p];
@@ -207,19 +213,20 @@ __global__ void __launch_bounds__(kWarps * kWarp, 4)  // at most 128 registers
                 }
 #pragma unroll
                 for (int i = 0; i < 8; i++) {
-                    squares[u] = fmaf(x[i], x[i], squares[u]);
-                    along[u] = fmaf(g[i] * (is_q ? weight_q[i] : weight_k[i]), x[i], along[u]);
+                    squares = fmaf(x[i], x[i], squares);
+                    along = fmaf(g[i] * (is_q ? weight_q[i] : weight_k[i]), x[i], along);
                 }
+                sums[2 * u] = squares;
+                sums[2 * u + 1] = along;
             }
-            team_sums(squares, lane);
-            team_sums(along, lane);
+            team_sums(sums, lane);
 #pragma unroll
             for (int u = 0; u < kBackwardHeads; u++) {
                 const int head = head0 + u * lane.teams + lane.team;
                 if (!lane.active || head >= 2 * heads) continue;
                 const bool is_q = head < heads;
-                const float scale = rsqrtf(squares[u] / head_dim + eps);
-                const float projection = along[u] * scale * scale / head_dim;
+                const float scale = rsqrtf(fmaf(sums[2 * u], inverse_dim, eps));
+                const float projection = sums[2 * u + 1] * scale * scale * inverse_dim;
                 float x[8], g[8];
                 unpack8(raw_x[u], x);
                 unpack8(raw_g[u], g);
@@ -237,11 +244,21 @@ __global__ void __launch_bounds__(kWarps * kWarp, 4)  // at most 128 registers
                     sum_k[i] += is_q ? 0.f : part;
                     x[i] = scale * (g[i] * (is_q ? weight_q[i] : weight_k[i]) - x[i] * projection);
                 }
-                store8(target + static_cast<int64_t>(head) * head_dim + lane.place * 8, pack8<T>(x));
+                store8_whole(target + static_cast<int64_t>(head) * head_dim + lane.place * 8, pack8<T>(x));
             }
         }
-        for (int column = threadIdx.x % kWarp * 8; column < row_size; column += kWarp * 8) {
-            store8(target + 2 * row_size + column, dv != nullptr ? load8(dv + row * row_size + column) : zero8<T>());
+        for (int first = threadIdx.x % kWarp * 8; first < row_size; first += kWarp * 8 * kCopies) {
+            Raw8<T> raw[kCopies];
+#pragma unroll
+            for (int u = 0; u < kCopies; u++) {
+                const int column = first + u * kWarp * 8;
+                raw[u] = dv != nullptr && column < row_size ? load8(dv + row * row_size + column) : zero8<T>();
+            }
+#pragma unroll
+            for (int u = 0; u < kCopies; u++) {
+                const int column = first + u * kWarp * 8;
+                if (column < row_size) store8_whole(target + 2 * row_size + column, raw[u]);
+            }
         }
     }
 
@@ -250,8 +267,11 @@ __global__ void __launch_bounds__(kWarps * kWarp, 4)  // at most 128 registers
     const int all_teams = kWarps * lane.teams;
     if (lane.active) {
         float* const mine = shared + (threadIdx.x / kWarp * lane.teams + lane.team) * 2 * head_dim + lane.place * 8;
-        store8(mine, pack8<float>(sum_q));
-        store8(mine + head_dim, pack8<float>(sum_k));
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            mine[i] = sum_q[i];
+            mine[head_dim + i] = sum_k[i];
+        }
     }
     __syncthreads();
     for (int column = threadIdx.x; column < 2 * head_dim; column += blockDim.x) {

@@ -1,4 +1,5 @@
-"""Every file of CUDA kernels, compiled here for every GPU generation: registers that leave room for enough loads in flight, and no spills.
+"""Every file of CUDA kernels, compiled here for every GPU generation: registers that leave room for enough loads in flight, no spills, and rows
+written 16 bytes at a time.
 
 Reads what mimo_kernels._C holds where it holds all three architectures, and otherwise compiles the sources with the nvcc that setup.py finds.
 """
@@ -25,8 +26,11 @@ LIMITS = {
     r"invert_kernel": 64,
     r"hole_sum_kernel": 64,
     r"column_sum_kernel": 64,
-    r"modulate_fwd_kernel<\w+, [1-5],": 128,
-    r"modulate_fwd_kernel<\w+, [68],": 176,
+    r"modulate_fwd_kernel<(half_t|bfloat_t), 5, false, false>": 96,
+    r"modulate_fwd_kernel<(half_t|bfloat_t), [1-6],": 128,
+    r"modulate_fwd_kernel<(half_t|bfloat_t), 8,": 168,
+    r"modulate_fwd_kernel<float, [1-6],": 168,
+    r"modulate_fwd_kernel<float, 8,": 255,
     r"modulate_bwd_kernel<(half_t|bfloat_t), 1,": 128,
     r"modulate_bwd_kernel<float, 1,": 176,
     r"modulate_bwd_kernel<\w+, 4,": 255,
@@ -58,24 +62,33 @@ def compiled_objects(folder: Path) -> list[Path]:
     return objects
 
 
-@pytest.fixture(scope="module")
-def resources(tmp_path_factory) -> list[tuple[str, str, dict[str, int]]]:
-    """(architecture, kernel with its template arguments, resource -> amount)"""
+def dump(option: str, objects: list[Path], function: str) -> list[tuple[str, str, str]]:
+    """(architecture, kernel with its template arguments, what is said of it), from cuobjdump; `function` finds a kernel and what is said."""
     found = []
-    for path in compiled_objects(tmp_path_factory.mktemp("objects")):
-        report = subprocess.run(
-            [str(CUOBJDUMP), "--dump-resource-usage", str(path)], capture_output=True, text=True, check=True
-        )
+    for path in objects:
+        report = subprocess.run([str(CUOBJDUMP), option, str(path)], capture_output=True, text=True, check=True)
         for section in report.stdout.split("Fatbin elf code:")[1:]:
             arch = re.search(r"arch = (\w+)", section)[1]
-            for name, facts in re.findall(r"Function (\w+):\s*(.+)", section):
-                amounts = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", facts)}
-                found.append((arch, name, amounts))
+            found += [(arch, *match) for match in re.findall(function, section)]
     names = subprocess.run(
         ["c++filt"], input="\n".join(name for _, name, _ in found), capture_output=True, text=True, check=True
     )
     readable = [re.sub(r"\(anonymous namespace\)::|mimo::", "", name) for name in names.stdout.splitlines()]
-    return [(arch, name, amounts) for (arch, _, amounts), name in zip(found, readable)]
+    return [(arch, name, facts) for (arch, _, facts), name in zip(found, readable)]
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory) -> list[Path]:
+    return compiled_objects(tmp_path_factory.mktemp("objects"))
+
+
+@pytest.fixture(scope="module")
+def resources(objects) -> list[tuple[str, str, dict[str, int]]]:
+    """(architecture, kernel with its template arguments, resource -> amount)"""
+    return [
+        (arch, name, {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", facts)})
+        for arch, name, facts in dump("--dump-resource-usage", objects, r"Function (\w+):\s*(.+)")
+    ]
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -96,6 +109,16 @@ def test_registers_and_spills(resources, arch):
                 f"{name.split('(')[0]}: {amounts['REG']} registers (limit {limit}), {amounts['STACK']} bytes of stack"
             )
     assert not wrong, "\n".join(wrong)
+
+
+def test_rows_are_written_16_bytes_at_a_time(objects):
+    """The compiler splits some stores into four. What is left of 4 bytes are statistics and sums, at most two stores per kernel."""
+    seen = set()
+    for arch, name, code in dump("-sass", objects, r"Function : (\w+)\n([\s\S]*?)(?=\n\s*Function : |\Z)"):
+        if match := re.search(r"(modulate|qk_norm_rope|bias_gelu)_\w*kernel", name):
+            seen.add((arch, match[0]))
+            assert len(re.findall(r"STG\.E ", code)) <= 2 and "STG.E.128 " in code, (arch, name.split("(")[0])
+    assert len(seen) == len(ARCHS) * 5
 
 
 def test_limits_name_real_kernels(resources):

@@ -129,7 +129,9 @@ int fill_bytes(void* data, int value, size_t bytes, void* stream);
 float* shared_memory();
 
 uint4 load16(const void* p);
+inline uint4 load16_constant(const void* p) { return load16(p); }
 void store16(void* p, uint4 value);
+inline void store16_whole(void* p, uint4 value) { store16(p, value); }
 
 inline float fast_exp2(float x) { return std::exp2(x); }
 inline float fast_reciprocal(float x) { return 1.f / x; }
