@@ -105,6 +105,8 @@ class Train(Clips):
     On several GPUs or machines: torchrun --nproc-per-node 8 -m mimo train ... (see --train.strategy). The batch is that of
     all of them, and how many there are changes neither the data nor the noise: a run may be resumed on another number.
 
+    SIGTERM and Ctrl-C end it with a checkpoint, and exit status 0 and 130: --resume continues from there.
+
     Every field of the preset can be overridden: --model.* is the network and its objective, --train.* the optimisation,
     --sample.* how previews (and later samples) are drawn.
 
@@ -286,7 +288,7 @@ class Sample:
                 resume=self.resume,
             )
         except KeyboardInterrupt:
-            if (saved := self.out / "unfinished").exists():
+            if (self.save_every or self.resume) and (saved := self.out / "unfinished").exists():
                 raise KeyboardInterrupt(f": --resume continues the run in {saved}") from None
             raise
 
@@ -322,7 +324,6 @@ class Encode(Clips):
     device: Device = "auto"
 
     def run(self) -> None:
-        from mimo.data import LatentShards
         from mimo.encode import encode
         from mimo.train import config_tokenizer
 
@@ -340,12 +341,6 @@ class Encode(Clips):
             world_size=size,
             device=work_device(self.device),
         )
-        if (self.out / "index.json").exists():
-            shards, total = LatentShards(self.out), len(dataset) * self.encoding.passes
-            skipped = f", {total - len(shards)} of {total} could not be used" if len(shards) < total else ""
-            print(f"wrote and verified {shards!r}{skipped}")
-        else:
-            print(f"process {rank} of {size} has written its part of {self.out}, the others have not finished")
 
 
 @dataclass
@@ -540,7 +535,8 @@ def one_line(box: str) -> str:
     wanted = [" ".join(lines) for lines in sections if lines and "helptext" not in lines[0]]
     # "Error parsing --steps: no type matching {None}|INT could be instantiated from ['abc']. Got errors: ..."
     refused = r"Error parsing (\S+): no type matching (.+) could be instantiated from \[(.*?)\]\. .*"
-    return re.sub(refused, lambda m: f"{m[1]} {m[3]}: expected {metavar(m[2])}", "; ".join(wanted))
+    named = re.sub(r"Error parsing (model|train|sample): ", r"--\1.", "; ".join(wanted))
+    return re.sub(refused, lambda m: f"{m[1]} {m[3]}: expected {metavar(m[2])}", named)
 
 
 def metavar(kind: str) -> str:
@@ -577,7 +573,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 tell_launcher(error)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"interrupted{stop}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"interrupted{stop}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         if not (command is None or isinstance(command, DataCheck)):

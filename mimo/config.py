@@ -218,7 +218,7 @@ class TrainConfig(_Record):
         max_skipped: how many steps in a row are skipped because their gradient is not finite; 0 stops at the first. A skipped
             step counts, but leaves weights, moments and averages as they are.
         interval: take every n-th frame of a video. With two numbers, LOW HIGH, every clip draws its n between them (MAGI's
-            dynamic interval training); max_interval tells the network n, and needs two.
+            dynamic interval training); --model.max-interval tells the network n, and needs two.
         flip: mirror half of the clips.
         seed: of everything random.
         workers: processes that decode videos; 0 decodes in the training process.

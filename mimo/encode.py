@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from mimo.config import Encoding
 from mimo.data.errors import DataError, OutOfRange, UnreadableVideo
-from mimo.data.latents import FORMAT, read_index, sha256
+from mimo.data.latents import FORMAT, LatentShards, read_index, sha256
 from mimo.data.video import atomic_path, to_float
 from mimo.runlog import duration
 from mimo.tokenizers.weights import checksum
@@ -63,7 +63,7 @@ def encode(
     world_size: int = 1,
     device: torch.device | str = "cpu",
 ) -> Path:
-    """Writes the shards of this process, then index.json if all shards are there; returns `out`.
+    """Writes the shards of this process, then index.json if all shards are there, and prints which; returns `out`.
 
     Args:
         dataset: any of mimo.data with videos.
@@ -128,6 +128,12 @@ def encode(
     if all(file.exists() for file in files) and all(map(_is_whole, files, itertools.repeat(plan), ranges)):
         _finish(out, plan, len(ranges))
         verify(out, dataset, tokenizer, device=device)
+        if todo or rank == 0:  # of those that find all of it done, one says so
+            shards = LatentShards(out)
+            skipped = f", {total - len(shards)} of {total} could not be used" if len(shards) < total else ""
+            print(f"wrote and verified {shards!r}{skipped}")
+    else:
+        print(f"process {rank} of {world_size} has written its part of {out}, the others have not finished")
     return out
 
 

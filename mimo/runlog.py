@@ -173,10 +173,8 @@ def only_process_in(run: Path) -> TextIO:
     """An open file that keeps other processes from training in this folder until it is closed or this process ends, however
     it ends; InputError if one does."""
     file = (run / "lock").open("a+")
-    try:
-        fcntl.lockf(
-            file, fcntl.LOCK_EX | fcntl.LOCK_NB
-        )  # of this process alone: workers that outlive it do not have it
+    try:  # lockf, not flock: the lock is of this process alone, and workers that outlive it do not have it
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.seek(0)
         raise InputError(f"{run}: {file.read().strip()} is training in it, expected another --out or to wait") from None

@@ -250,7 +250,7 @@ def train(
         resume: continue from the newest whole checkpoint in `out`; without it, a folder that has one is an error.
         keep_every: checkpoints whose step is a multiple of it are never deleted.
         preview: called every config.preview_every steps; returns the files it wrote.
-        heading: printed when nothing more can be wrong with the run folder.
+        heading: printed when the run folder and the first batch are known to fit.
 
     Raises: InputError for a run folder, checkpoint or dataset that does not fit, or when another process trains in the
         run folder, and when a loss stops being finite.
@@ -263,12 +263,15 @@ def train(
         RunLog(folder, config.steps, start=trainer.step, device=trainer.device, shown=world.leads) as log,
     ):
         records, logged, saved, stopped = [], trainer.step, trainer.step, 0
-        for note in filter(None, (heading, *notes)):
+        for note in notes:
             log.say(note)
         trainer.start_data()
         while trainer.step < config.steps and not stopped:
             micro_batches, stopped = _next_batches(trainer, stop)
             if not stopped:
+                if heading:
+                    log.say(heading)
+                    heading = ""
                 trainer.train_step(micro_batches)
                 log.advance()
             step, ends = trainer.step, stopped or trainer.step == config.steps
@@ -330,7 +333,9 @@ def _open_run(trainer: Trainer, out: Path, resume: bool) -> Iterator[list[str]]:
         if newest is not None:
             notes += [*trainer.load(newest), f"resuming from {newest}"]
             if trainer.step > trainer.config.steps:
-                raise InputError(f"steps={trainer.config.steps}: {out} is at step {trainer.step} already")
+                raise InputError(
+                    f"steps={trainer.config.steps}: {out} is at step {trainer.step} already, expected no less"
+                )
             if trainer.step == trainer.config.steps:
                 notes.append(f"nothing to do: step {trainer.step} of {trainer.config.steps} is reached")
         elif resume:
@@ -338,9 +343,9 @@ def _open_run(trainer: Trainer, out: Path, resume: bool) -> Iterator[list[str]]:
         if world.leads:
             try:
                 out.mkdir(parents=True, exist_ok=True)
+                lock = only_process_in(out)
             except OSError as error:
-                raise InputError(f"cannot make the run folder {out}: {error.strerror}") from None
-            lock = only_process_in(out)
+                raise InputError(f"cannot write to the run folder {out}: {error.strerror}") from None
             notes += [f"deleted {folder}, left by an interrupted save" for folder in checkpoint.delete_unfinished(out)]
     with lock:
         yield notes
@@ -387,9 +392,11 @@ def config_tokenizer(config: MiMoConfig, weights: str | Path | None = None, *, t
     )
     shape = tokenizer.latent_shape(*config.video_shape)
     if shape != config.latent_shape:
+        expected = zip(("frames", "height", "width", "channels"), config.latent_shape, shape, strict=True)
+        wrong = [f"{name}={value}: expected {made}" for name, value, made in expected if value != made]
         raise ValueError(
-            f"the network expects latents (frames, height, width, channels) = {config.latent_shape}; the tokenizer makes "
-            f"{shape} of video_frames={config.video_frames} frames of {config.video_shape[1]} x {config.video_shape[2]} pixels"
+            f"{', '.join(wrong)}, as the tokenizer {config.tokenizer!r} makes of clips of "
+            f"video_frames={config.video_frames} frames, {config.video_shape[1]} x {config.video_shape[2]} pixels"
         )
     if config.num_actions and tokenizer.num_frames(config.frames) != config.frames:
         raise ValueError(

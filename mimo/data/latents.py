@@ -103,7 +103,8 @@ class LatentShards:
         shard = self.open_shard(number)
         sample = {"latents": shard.get_slice("latents")[row].float().numpy()}
         if not np.isfinite(sample["latents"]).all():
-            raise UnreadableVideo(self.path / self.index["shards"][number]["name"], f"clip {row} is not finite")
+            why = f"clip {row} is not finite (mimo data check --decode-all looks at every shard)"
+            raise UnreadableVideo(self.path / self.index["shards"][number]["name"], why)
         for key in ("label", "actions", "interval"):
             if key in shard.keys():  # noqa: SIM118 (an open shard is not a mapping)
                 sample[key] = shard.get_slice(key)[row].numpy()

@@ -129,12 +129,22 @@ def test_version_and_empty_command_line(capsys):
         ("train --preset mimo-tiny --data shapes --out y --keep-every 0", "--keep-every 0: expected at least 1"),
         (f"train --preset mimo-tiny --data shapes --out y --train.seed {2**63}", "expected less than 2**63"),
         ("demo --seed -1", "seed=-1: expected zero or more"),
-        ("train --preset mimo-tiny --data shapes --out y --model.heads 5", "heads=5"),
+        (
+            "train --preset mimo-tiny --data shapes --out y --model.heads 5",
+            "error: mimo train: --model.heads=5: expected a divisor",
+        ),
+        (
+            "train --preset mimo-tiny --data shapes --out y --train.interval 4 2",
+            "--train.interval=(4, 2): expected a whole",
+        ),
         ("train --preset mimo-tiny --data shapes --out y --model.mask-ratio 0.5 1.5", "mask_ratio=(0.5, 1.5)"),
         ("train --preset mimo-tiny --data shapes --out y --steps 0", "steps=0"),
         ("train --preset mimo-tiny --data shapes --out y --train.accumulate 3 --train.batch-size 4", "accumulate=3"),
         ("train --preset mimo-tiny --data shapes --out y --model.tokenizer vq", "unknown tokenizer 'vq'"),
-        ("train --preset mimo-tiny --data shapes --out y --model.video-frames 5", "the network expects"),
+        (
+            "train --preset mimo-tiny --data shapes --out y --model.frames 5",
+            "error: frames=5: expected 8, as the tokenizer 'dct' makes of clips of video_frames=8 frames, 48 x 48 pixels\n",
+        ),
         ("sample --out y", "--checkpoint"),
         ("demo --steps 0", "--steps 0: expected at least 1"),
     ],
@@ -178,15 +188,19 @@ def test_missing_data_of_the_demo(refused, tmp_path):
     assert str(tmp_path / "none") in refused("demo", "--data", tmp_path / "none", "--out", tmp_path / "demo")
 
 
-def test_classes_without_labels(refused, tmp_path):
-    message = refused(*train_arguments(tmp_path / "run"), "--model.num-classes", 5)
-    assert "num_classes=5, but the clips have no label" in message
+def test_classes_without_labels(tmp_path, capsys):
+    assert train(tmp_path / "run", "--model.num-classes", "5") == 2
+    output, errors = capsys.readouterr()
+    assert errors == "error: num_classes=5, but the clips have no label\n"
+    assert not output, "the parameters are of interest once the run begins"
 
 
 def test_a_run_folder_that_cannot_be_made(refused, run, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / "run"
-    assert "cannot make the run folder" in refused(*train_arguments(out))
+    assert "cannot write to the run folder" in refused(*train_arguments(out))
+    (tmp_path / "run" / "lock").mkdir(parents=True)  # no file that can be opened, as in a folder that is read-only
+    assert "cannot write to the run folder" in refused(*train_arguments(tmp_path / "run"))
     # Those that write when they are done refuse before they begin.
     for command in (["demo"], ["sample", "--checkpoint", run]):
         assert f"--out {out}: {tmp_path / 'file'} is no folder that can be written to" in refused(
@@ -200,6 +214,20 @@ def test_a_full_disk(refused, run, tmp_path, monkeypatch):
 
     monkeypatch.setattr("mimo.sample.generate", full)
     assert "No space left on device: 'sheet.png'" in refused("sample", "--checkpoint", run, "--out", tmp_path)
+
+
+def test_an_interruption_is_said_once(run, tmp_path, monkeypatch, capsys):
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    (tmp_path / "unfinished").mkdir()  # of an earlier run
+    command = ["sample", "--checkpoint", str(run), "--out", str(tmp_path)]
+    monkeypatch.setattr("mimo.sample.sample", stopped)
+    assert main(command) == 130 and capsys.readouterr().err == "interrupted\n"
+    assert main([*command, "--save-every", "2"]) == 130
+    assert capsys.readouterr().err == f"interrupted: --resume continues the run in {tmp_path / 'unfinished'}\n"
+    monkeypatch.setenv("RANK", "1")
+    assert main(command) == 130 and not capsys.readouterr().err
 
 
 # Bad input: checkpoints -----------------------------------------------------------------------------------------------

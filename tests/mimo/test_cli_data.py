@@ -279,7 +279,10 @@ def test_encoding_is_shared_and_continued(tmp_path, videos, monkeypatch, capsys)
         done(*encode(videos, out, "--shard-clips", 2))
         assert text in capsys.readouterr().out
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
-    done(*encode(videos, out, "--shard-clips", 2))
+    for rank in (0, 1):  # both find all of it done
+        monkeypatch.setenv("RANK", str(rank))
+        done(*encode(videos, out, "--shard-clips", 2))
+        assert capsys.readouterr().out.count("\n") == (rank == 0)
     assert {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")} == before and len(before) == 2
 
 
@@ -288,7 +291,8 @@ def test_refused_encodings(tmp_path, videos, refused):
     assert "--preset is missing" in refused("encode", "--data", videos, "--out", out)
     assert "dtype 'int8'" in refused(*encode(videos, out, "--dtype", "int8"))
     assert "none: no such file" in refused(*encode(tmp_path / "none", out))
-    assert "the network expects" in refused(*encode(videos, out, "--model.channels", 5, "--model.frames", 4))
+    message = refused(*encode(videos, out, "--model.channels", 5, "--model.frames", 4))
+    assert "frames=4: expected 3, as the tokenizer 'dct' makes of clips of video_frames=3" in message
     assert "unknown layout 'imagenet'" in refused(*encode(videos, out, "--layout", "imagenet"))
     assert "--split says how files are read" in refused(*encode("shapes", out, "--split", "train"))
     assert not out.exists()

@@ -1,5 +1,6 @@
 """Training: exact resume, whatever interrupts it; the schedule; accumulation; the guard against divergence."""
 
+import errno
 import os
 import re
 import signal
@@ -262,7 +263,7 @@ def test_a_signal_while_something_is_written_ends_training_with_a_checkpoint(tmp
 def test_steps_below_those_made_are_refused(tmp_path):
     trainer = make_trainer(steps=2)
     train(trainer, tmp_path)
-    with pytest.raises(InputError, match=rf"steps=1: {tmp_path} is at step 2 already"):
+    with pytest.raises(InputError, match=rf"steps=1: {tmp_path} is at step 2 already, expected no less"):
         train(make_trainer(steps=1), tmp_path, resume=True)
     assert train(make_trainer(steps=2), tmp_path, resume=True) == []
 
@@ -283,6 +284,14 @@ def test_one_process_trains_in_a_folder(tmp_path, capsys):
     train(make_trainer(steps=1), tmp_path, heading="now it is")  # whoever was killed holds nothing
     assert capsys.readouterr().out.startswith("now it is\n")
     train(make_trainer(steps=2), tmp_path, resume=True)
+
+
+def test_a_file_system_without_locks_does_not_stop_training(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    assert len(train(make_trainer(steps=1), tmp_path)) == 1
 
 
 # The command as its own process, interrupted by signals. --------------------------------------------------------------
