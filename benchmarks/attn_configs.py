@@ -190,18 +190,22 @@ def candidates(name: str, arch: int, head_dim: int, given: list[Config] | None) 
     channels = sum(split_head_dim(head_dim))
     tiles = next(tiles for limit, tiles in TILES[name].items() if channels <= limit)
     others = [parsed(f"{tile}x{stages}") for tile in tiles.split() for stages in STAGES] if given is None else given
+    if (
+        name == "forward" and given is None and len(split_head_dim(head_dim)) == 1
+    ):  # in parts, ptxas makes every product wait for the one before
+        others += [replace(config, ahead=True) for config in others if config.num_warps == 8]
     return list(dict.fromkeys([*map(plain, present_choices(name, arch, head_dim)), *others]))
 
 
 def label(config: Config) -> str:
-    return "x".join(map(str, astuple(config)[:4]))
+    return "x".join(map(str, astuple(config)[:4])) + "+ahead" * config.ahead
 
 
 def parsed(text: str) -> Config:
-    fields = text.split("x")
+    fields = text.removesuffix("+ahead").split("x")
     if len(fields) != 4 or not all(field.isdigit() and int(field) > 0 for field in fields):
-        raise argparse.ArgumentTypeError(f"{text!r}; expected TILExBLOCKxWARPSxSTAGES, such as 128x64x4x3")
-    return Config(*map(int, fields))
+        raise argparse.ArgumentTypeError(f"{text!r}; expected TILExBLOCKxWARPSxSTAGES[+ahead], such as 128x64x4x3")
+    return Config(*map(int, fields), ahead=text.endswith("+ahead"))
 
 
 def suggestion(
@@ -245,5 +249,7 @@ def mean(values) -> float:
 
 def written(choices: tuple[Config, ...]) -> str:
     """As in triton_plan.py."""
-    entries = [f"Config({', '.join(map(str, astuple(c)[: 4 + (c.cost != 1.0)]))})" for c in choices]
+    entries = [
+        f"Config({', '.join(map(str, astuple(c)[: 4 + (c.cost != 1.0)]))}{', ahead=True' * c.ahead})" for c in choices
+    ]
     return f"({', '.join(entries)}{',' * (len(entries) == 1)})"

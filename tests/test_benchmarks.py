@@ -175,10 +175,10 @@ def tune(*arguments, cache):
 
 
 def test_tiles_are_compiled_ahead_without_a_gpu(tmp_path):
-    run = tune("--dry-run", "--passes", "dq", "--head-dims", "64", "--configs", "64x32x4x2", cache=tmp_path)
+    run = tune("--dry-run", "--passes", "dq", "--head-dims", "128", "--configs", "64x32x4x2", cache=tmp_path)
     assert run.returncode == 0, run.stderr
     _, heading, present, other = run.stdout.splitlines()
-    assert present.split()[:4] == ["dq", "64", "64x64x4x3", "*"] and other.split()[:3] == ["dq", "64", "64x32x4x2"]
+    assert present.split()[:4] == ["dq", "128", "128x64x8x3", "*"] and other.split()[:3] == ["dq", "128", "64x32x4x2"]
     columns = heading[heading.index("registers") :].split("  ")
     assert [
         column.strip() for column in columns if column
@@ -208,7 +208,7 @@ def test_suggested_tiles_are_the_fastest_by_the_rule_of_the_plans(modules):
         {
             "sweep": "tiles",
             "pass": "dq",
-            "head_dim": 64,
+            "head_dim": 128,
             "candidate": name,
             "shape": f"shape {i}",
             "ms": ms,
@@ -217,12 +217,24 @@ def test_suggested_tiles_are_the_fastest_by_the_rule_of_the_plans(modules):
         for name, figures in measured.items()
         for i, (ms, pairs) in enumerate(figures)
     ]
-    best, gain, shapes = configs.suggestion(rows, "dq", 64, 90)
+    best, gain, shapes = configs.suggestion(rows, "dq", 128, 90)
     assert configs.written(best) == "(Config(128, 64, 8, 3), Config(64, 64, 4, 3, 1.2))" and shapes == [
         "shape 0",
         "shape 1",
     ]
-    assert gain == pytest.approx((1.2 * 1.2 / (1.0 * 1.2)) ** 0.5)  # the present choice is 64 x 64 alone
-    one, gain, _ = configs.suggestion([row for row in rows if row["shape"] == "shape 1"], "dq", 64, 90)
-    assert configs.written(one) == "(Config(64, 64, 4, 3),)" and gain == 1
-    assert configs.suggestion(rows[:2], "dq", 64, 90) is None  # nothing to compare with
+    assert gain == pytest.approx((1.0 * 2.0 / (1.0 * 1.2)) ** 0.5)  # the present choice is 128 x 64 alone
+    one, gain, _ = configs.suggestion([row for row in rows if row["shape"] == "shape 1"], "dq", 128, 90)
+    assert configs.written(one) == "(Config(64, 64, 4, 3),)" and gain == pytest.approx(2.0 / 1.2)
+    assert configs.suggestion(rows[2:], "dq", 128, 90) is None  # nothing to compare with
+
+
+def test_a_tile_that_works_ahead_is_written_and_read(modules):
+    configs = modules["attn_configs"]
+    ahead = configs.parsed("128x64x8x3+ahead")
+    assert (
+        configs.label(ahead) == "128x64x8x3+ahead"
+        and configs.written((ahead,)) == "(Config(128, 64, 8, 3, ahead=True),)"
+    )
+    tried = configs.candidates("forward", 90, 128, None)
+    assert ahead == tried[0] and configs.parsed("128x64x8x3") in tried
+    assert not any(config.ahead for config in configs.candidates("forward", 90, 72, None))

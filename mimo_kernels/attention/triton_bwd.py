@@ -8,6 +8,7 @@ dQ runs over tiles of rows like the forward; dK and dV run over tiles of keys, w
 S and dP are computed twice. What the schedule holds is told in triton_fwd.py, how the head dimension is split in triton_parts.py.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,6 +18,19 @@ from .triton_parts import add_parts, dot_parts, load_parts, split_head_dim, stor
 from .triton_plan import Plan
 
 DELTA_ROWS = 64
+NO_ROW = tl.constexpr(0x7F800000)  # lse +inf, delta 0: all weights come out as 0
+
+
+@triton.jit
+def pack_row(b_lse, b_delta):
+    """What the other kernels read of a row, both numbers in one word: they load it for few rows with many threads."""
+    low = b_lse.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+    return low | b_delta.to(tl.int32, bitcast=True).to(tl.int64) << 32
+
+
+@triton.jit
+def unpack_row(b_row):
+    return b_row.to(tl.int32).to(tl.float32, bitcast=True), (b_row >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "stride_b_dout", "stride_m_dout", "stride_h_dout"])
@@ -25,7 +39,7 @@ def frame_attention_rows_kernel(
     p_dout,
     p_lse,  # fp32 [B, H, L]
     p_dlse,  # fp32 [B, H, L], or not used
-    p_rows,  # fp32 [B, H, 2, L]: lse in base 2, +inf for rows that see no key so that their weights come out as 0; and delta
+    p_rows,  # int64 [B, H, L]: lse in base 2, +inf for rows that see no key; and delta
     num_tokens,
     stride_b_dout: tl.int64,
     stride_m_dout,
@@ -53,9 +67,8 @@ def frame_attention_rows_kernel(
     if HAS_DLSE:
         b_delta -= tl.load(p_dlse + o_lse, mask=m_m, other=0.0)
     b_lse = tl.load(p_lse + o_lse, mask=m_m, other=0.0)
-    p_rows += (batch * num_heads + head) * 2 * num_tokens + row + o_m
-    tl.store(p_rows, tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E), mask=m_m)
-    tl.store(p_rows + num_tokens, b_delta, mask=m_m)
+    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)
+    tl.store(p_rows + o_lse, pack_row(b_lse, b_delta), mask=m_m)
 
 
 @triton.jit(do_not_specialize=[*VARYING, *(f"{name}_{x}" for name in STRIDES for x in ("q", "k", "v", "dout"))])
@@ -64,7 +77,7 @@ def frame_attention_dq_kernel(
     p_k,
     p_v,
     p_dout,
-    p_rows,  # fp32 [B, H, 2, L]: lse in base 2, delta
+    p_rows,  # int64 [B, H, L]
     p_dq,  # [B, L, H, D]
     p_plan,
     scale,
@@ -107,14 +120,13 @@ def frame_attention_dq_kernel(
     p_k += (batch * stride_b_k + head * stride_h_k) * 8 + clip_row * stride_m_k
     p_v += (batch * stride_b_v + head * stride_h_v) * 8 + clip_row * stride_m_v
     p_dout += (batch * stride_b_dout + head * stride_h_dout) * 8 + (clip_row + row_start) * stride_m_dout
-    p_rows += (batch * num_heads + head) * 2 * num_tokens + clip_row + row_start
+    p_rows += (batch * num_heads + head) * num_tokens + clip_row + row_start
 
     o_m = tl.arange(0, BM)
     o_n = tl.arange(0, BN)
     m_m = row_start + o_m < row_end
     scale_log2 = scale * LOG2E
-    b_lse = tl.load(p_rows + o_m, mask=m_m, other=float("inf"))
-    b_delta = tl.load(p_rows + num_tokens + o_m, mask=m_m, other=0.0)
+    b_lse, b_delta = unpack_row(tl.load(p_rows + o_m, mask=m_m, other=NO_ROW))
     b_q = load_parts(p_q, o_m, stride_m_q, m_m, PARTS, D)
     b_do = load_parts(p_dout, o_m, stride_m_dout, m_m, PARTS, D)
     b_dq = zero_parts(BM, PARTS)
@@ -179,7 +191,7 @@ def frame_attention_dkv_kernel(
     p_k,
     p_v,
     p_dout,
-    p_rows,  # fp32 [B, H, 2, L]: lse in base 2, delta
+    p_rows,  # int64 [B, H, L]
     p_dk,  # [B, L, H, D]
     p_dv,  # [B, L, H, D]
     p_plan,
@@ -222,7 +234,7 @@ def frame_attention_dkv_kernel(
     p_k += (batch * stride_b_k + head * stride_h_k) * 8 + (clip_row + key_start) * stride_m_k
     p_v += (batch * stride_b_v + head * stride_h_v) * 8 + (clip_row + key_start) * stride_m_v
     p_dout += (batch * stride_b_dout + head * stride_h_dout) * 8 + clip_row * stride_m_dout
-    p_rows += (batch * num_heads + head) * 2 * num_tokens + clip_row
+    p_rows += (batch * num_heads + head) * num_tokens + clip_row
 
     o_m = tl.arange(0, BM)
     o_n = tl.arange(0, BN)
@@ -238,8 +250,7 @@ def frame_attention_dkv_kernel(
     start = tl.load(p_segment)
     end = tl.load(p_segment + 1)
     for _ in range(tl.load(p_tile + 3)):
-        b_lse = tl.load(p_rows + start + o_m)
-        b_delta = tl.load(p_rows + num_tokens + start + o_m)
+        b_lse, b_delta = unpack_row(tl.load(p_rows + start + o_m))
         b_q = load_parts(p_q + start.to(tl.int64) * stride_m_q, o_m, stride_m_q, None, PARTS, D)
         b_do = load_parts(p_dout + start.to(tl.int64) * stride_m_dout, o_m, stride_m_dout, None, PARTS, D)
         b_st = dot_parts(b_k, b_q, PRECISION)  # [BN, BM]
@@ -259,8 +270,7 @@ def frame_attention_dkv_kernel(
     for _ in tl.range(num_blocks, num_stages=1):
         o_row = start + o_m
         m_m = o_row < end
-        b_lse = tl.load(p_rows + o_row, mask=m_m, other=float("inf"))
-        b_delta = tl.load(p_rows + num_tokens + o_row, mask=m_m, other=0.0)
+        b_lse, b_delta = unpack_row(tl.load(p_rows + o_row, mask=m_m, other=NO_ROW))
         b_q = load_parts(p_q + start.to(tl.int64) * stride_m_q, o_m, stride_m_q, m_m, PARTS, D)
         b_do = load_parts(p_dout + start.to(tl.int64) * stride_m_dout, o_m, stride_m_dout, m_m, PARTS, D)
         b_st = dot_parts(b_k, b_q, PRECISION)
@@ -298,7 +308,7 @@ def backward(
 ) -> None:
     """Inputs as for `forward`, dout strided like them, dlse fp32 [B, H, L] contiguous; writes dq, dk, dv [B, L, H, D], contiguous."""
     batch, tokens, heads, dim = q.shape
-    rows = lse.new_empty((batch, heads, 2, tokens))
+    rows = lse.new_empty((batch, heads, tokens), dtype=torch.int64)
     frame_attention_rows_kernel[(triton.cdiv(tokens, DELTA_ROWS), heads, batch)](
         out,
         dout,

@@ -76,9 +76,9 @@ def row_bounds(p_groups, first, last, rows, start, end):
 
 
 @triton.jit
-def softmax_step(b_s, b_v, b_acc, b_max, b_sum, scale_log2, PRECISION: tl.constexpr):
-    """One step of the running softmax with the products b_s [BM, BN] and the values b_v."""
-    b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2)
+def softmax_step(b_s, b_top, b_v, b_acc, b_max, b_sum, scale_log2, PRECISION: tl.constexpr):
+    """One step of the running softmax with the products b_s [BM, BN], their largest in every row b_top and the values b_v."""
+    b_new = tl.maximum(b_max, b_top * scale_log2)
     b_p = tl.exp2(b_s * scale_log2 - b_new[:, None])
     b_decay = tl.exp2(b_max - b_new)
     b_acc = add_parts(scale_parts(b_acc, b_decay[:, None]), b_p.to(b_v[0].dtype), b_v, PRECISION)
@@ -112,6 +112,7 @@ def frame_attention_fwd_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     p_tile, clip = find_tile(p_plan, num_tiles, repeats, band)
     p_groups = p_plan + num_tiles * 4
@@ -141,12 +142,33 @@ def frame_attention_fwd_kernel(
     p_segment = p_plan + tl.load(p_tile + 2)
     start = tl.load(p_segment)
     end = tl.load(p_segment + 1)
-    for _ in range(tl.load(p_tile + 3)):
+    num_bare = tl.load(p_tile + 3)
+    if not AHEAD:
+        for _ in range(num_bare):
+            b_k = load_parts(p_k + start.to(tl.int64) * stride_m_k, o_n, stride_m_k, None, PARTS, D)
+            b_v = load_parts(p_v + start.to(tl.int64) * stride_m_v, o_n, stride_m_v, None, PARTS, D)
+            b_s = dot_parts(b_q, b_k, PRECISION)
+            b_acc, b_max, b_sum = softmax_step(b_s, tl.max(b_s, 1), b_v, b_acc, b_max, b_sum, scale_log2, PRECISION)
+            p_segment, start, end = next_block(p_segment, start, end, BN, 2)
+    elif num_bare > 0:
+        # The products of the next block are under way during the softmax of this one, for programs that have the multiprocessor to themselves. The
+        # values walk through the segments on their own: carried over from the keys, their loads would not be pipelined.
         b_k = load_parts(p_k + start.to(tl.int64) * stride_m_k, o_n, stride_m_k, None, PARTS, D)
-        b_v = load_parts(p_v + start.to(tl.int64) * stride_m_v, o_n, stride_m_v, None, PARTS, D)
         b_s = dot_parts(b_q, b_k, PRECISION)
-        b_acc, b_max, b_sum = softmax_step(b_s, b_v, b_acc, b_max, b_sum, scale_log2, PRECISION)
+        b_top = tl.max(b_s, 1)
+        p_values, value_start, value_end = p_segment, start, end
         p_segment, start, end = next_block(p_segment, start, end, BN, 2)
+        for _ in range(num_bare - 1):
+            b_k = load_parts(p_k + start.to(tl.int64) * stride_m_k, o_n, stride_m_k, None, PARTS, D)
+            b_v = load_parts(p_v + value_start.to(tl.int64) * stride_m_v, o_n, stride_m_v, None, PARTS, D)
+            b_next = dot_parts(b_q, b_k, PRECISION)
+            b_acc, b_max, b_sum = softmax_step(b_s, b_top, b_v, b_acc, b_max, b_sum, scale_log2, PRECISION)
+            b_s = b_next
+            b_top = tl.max(b_next, 1)
+            p_values, value_start, value_end = next_block(p_values, value_start, value_end, BN, 2)
+            p_segment, start, end = next_block(p_segment, start, end, BN, 2)
+        b_v = load_parts(p_v + value_start.to(tl.int64) * stride_m_v, o_n, stride_m_v, None, PARTS, D)
+        b_acc, b_max, b_sum = softmax_step(b_s, b_top, b_v, b_acc, b_max, b_sum, scale_log2, PRECISION)
 
     # The masked segments follow the bare ones.
     first_group = tl.load(p_segment + 1)
@@ -166,7 +188,7 @@ def frame_attention_fwd_kernel(
             b_s = dot_parts(b_q, b_k, PRECISION)
             b_seen = (o_key[None, :] >= b_lo[:, None]) & (o_key[None, :] < b_hi[:, None])
             b_s = tl.where(b_seen, b_s, float("-inf"))
-            b_acc, b_max, b_sum = softmax_step(b_s, b_v, b_acc, b_max, b_sum, scale_log2, PRECISION)
+            b_acc, b_max, b_sum = softmax_step(b_s, tl.max(b_s, 1), b_v, b_acc, b_max, b_sum, scale_log2, PRECISION)
 
     # Read again, not kept: registers are short.
     row_start = tl.load(p_segment)
@@ -220,5 +242,6 @@ def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Pla
         PARTS=split_head_dim(dim),
         BM=plan.config.tile,
         BN=plan.config.block,
+        AHEAD=plan.config.ahead,
         **options(plan, q),
     )

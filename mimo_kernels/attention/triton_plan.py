@@ -17,13 +17,15 @@ BAND_ROWS = 16384
 
 @dataclass(frozen=True)
 class Config:
-    """tile: rows (dK/dV: keys) of a program; block: keys (dK/dV: rows) of one step; cost: time per query-key pair relative to the other choices."""
+    """tile: rows (dK/dV: keys) of a program; block: keys (dK/dV: rows) of one step; cost: time per query-key pair relative to the other choices; ahead:
+    the forward multiplies one block ahead of its softmax."""
 
     tile: int
     block: int
     num_warps: int
     num_stages: int
     cost: float = 1.0
+    ahead: bool = False
 
 
 # Pass -> up to this many channels (the padded head dimension) -> the choices for a mask: the one whose schedule computes the fewest pairs, weighed by
@@ -32,6 +34,8 @@ SM80 = {
     "forward": {128: (Config(128, 64, 8, 2),), 192: (Config(64, 16, 8, 2),), 256: (Config(64, 32, 8, 2),)},
     "dq": {
         80: (Config(128, 64, 8, 2),),
+        96: (Config(64, 64, 8, 2),),
+        112: (Config(64, 32, 8, 2),),
         128: (Config(64, 64, 8, 2),),
         192: (Config(32, 32, 8, 1),),
         256: (Config(64, 32, 8, 1),),
@@ -39,22 +43,29 @@ SM80 = {
     "dkv": {
         80: (Config(128, 32, 8, 2),),
         96: (Config(64, 16, 8, 2),),
+        112: (Config(64, 16, 4, 2),),
         128: (Config(64, 32, 8, 2),),
         256: (Config(32, 32, 8, 1),),
     },
 }
 # 99 KiB of shared memory instead of 163.
 SM86 = {**SM80, "dq": {**SM80["dq"], 256: (Config(32, 32, 8, 1),)}}
-# Programs of 4 warps leave room for a second one on the multiprocessor: one computes its softmax while the other multiplies. Three stages because the
-# loads of the next but one block are issued behind the current one's matrix products.
+# Programs of 4 warps leave room for a second one on the multiprocessor: one computes its softmax while the other multiplies. Where only one fits, it
+# works a block ahead. Three stages because the loads of the next but one block are issued behind the current one's matrix products. Keys and values come
+# from the L2 cache for every program anew: tiles of 64 rows ask more of it than it gives, which is what they cost.
 SM90 = {
     "forward": {
-        80: (Config(128, 64, 4, 3), Config(64, 64, 4, 3, 1.15)),
-        128: (Config(128, 64, 8, 3),),
+        80: (Config(128, 64, 4, 3), Config(64, 64, 4, 3, 1.45)),
+        112: (Config(128, 64, 8, 3),),  # in parts: the products of two blocks would wait for each other
+        128: (Config(128, 64, 8, 3, ahead=True),),
         192: (Config(128, 64, 8, 2),),
         256: (Config(128, 32, 8, 2),),
     },
-    "dq": {96: (Config(64, 64, 4, 3),), 128: (Config(128, 64, 8, 3),), 256: (Config(128, 32, 8, 2),)},
+    "dq": {
+        96: (Config(128, 64, 8, 3), Config(64, 64, 4, 3, 1.45)),
+        128: (Config(128, 64, 8, 3),),
+        256: (Config(128, 32, 8, 2),),
+    },
     # Two sums of 64 keys x 256 channels do not fit in registers beside the rest: the last entry does without wgmma, which wants 64 keys.
     "dkv": {
         80: (Config(128, 64, 8, 3),),
@@ -76,12 +87,18 @@ SM100 = {
         128: (Config(64, 64, 8, 2),),
         256: (Config(32, 32, 8, 1),),
     },
-    "dkv": {80: (Config(128, 64, 8, 2),), 128: (Config(64, 64, 8, 2),), 256: (Config(64, 32, 8, 2),)},
+    "dkv": {
+        64: (Config(128, 64, 8, 2),),
+        80: (Config(128, 32, 8, 2),),
+        128: (Config(64, 64, 8, 2),),
+        256: (Config(64, 32, 8, 2),),
+    },
 }
 HALF = {80: SM80, 86: SM86, 90: SM90, 100: SM100, 120: SM86}
 PASSES = ("forward", "dq", "dkv")
 SINGLE = {name: {64: (Config(32, 32, 4, 1),), 256: (Config(16, 16, 4, 1),)} for name in PASSES}
-INTERPRETED = {name: {256: (Config(32, 32, 1, 1), Config(16, 16, 1, 1, 1.2))} for name in PASSES}
+SINGLE["dq"] = {64: (Config(32, 32, 4, 1),), 80: (Config(32, 16, 4, 1),), 256: (Config(16, 16, 4, 1),)}
+INTERPRETED = {name: {256: (Config(32, 32, 1, 1, ahead=True), Config(16, 16, 1, 1, 1.2))} for name in PASSES}
 
 
 @functools.cache
