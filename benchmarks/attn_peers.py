@@ -315,7 +315,7 @@ def candidates(device: torch.device, mask_mod: Callable | None = None) -> dict[s
     """Label -> constructor (mask, device, heads, head_dim) of everything that is compared, ours first."""
     found = {"frame_attention": Ours, "FlexAttention": partial(Flex, mask_mod=mask_mod)}
     if device.type == "cuda":
-        found["frame_attention, reference"] = partial(Ours, backend="reference")
+        found["SDPA, frame by frame"] = partial(Ours, backend="reference")
         found["SDPA, dense mask, efficient"] = partial(DenseSDPA, backend=SDPBackend.EFFICIENT_ATTENTION)
         found["SDPA, dense mask, cudnn"] = partial(DenseSDPA, backend=SDPBackend.CUDNN_ATTENTION)
     else:

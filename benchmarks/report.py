@@ -149,7 +149,7 @@ def readme_table(results: list[dict]) -> str:
     measured = [row for row in attention["rows"] if "ms" in row]
     for ours in [row for row in measured if row["implementation"] == "frame_attention"]:
         peers = [row for row in measured if (row["shape"], row["direction"]) == (ours["shape"], ours["direction"])]
-        peers = [row for row in peers if not row["implementation"].startswith("frame_attention")]
+        peers = [row for row in peers if row is not ours]
         best = min(peers, key=lambda row: row["ms"], default=None)
         rows.append(
             {**ours, "peer": best and best["implementation"], "times": best and f"{best['ms'] / ours['ms']:.2f}x"}

@@ -271,7 +271,7 @@ class CachedRun(Run):
             actions = None if self.actions is None else self.actions[::trajectories, moment][here]
             intervals = None if self.intervals is None else self.intervals[::trajectories][here]
             self.slot = self.cache.begin_frame(seqs, self.tokens)
-            self._as_history(x, moment, actions, intervals, self.cache.view(seqs))
+            self._as_history(x, moment, actions, intervals, self.cache.view(seqs, max_pages=self.seen.max_pages))
             self._commit()
         self.seqs = []
         for first in firsts:

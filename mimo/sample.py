@@ -68,6 +68,13 @@ def load(
     return Loaded(model.to(device).eval(), tokenizer.to(device), train_config, sample_config, folder)
 
 
+def round_weights(model: MiMo) -> None:
+    """Keep in bf16 what autocast rounds to it before every product: a captured graph would do so in every step."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data = module.weight.data.bfloat16()
+
+
 def _load_tokenizer(
     folder: Path, config: MiMoConfig, recorded: dict, given: str | Path | None, trust_pickle: bool
 ) -> nn.Module:
@@ -223,6 +230,8 @@ def sample(
         saving = Saving(unfinished, save_every or Saving.every, request)
     # bf16 saves time on a GPU; a CPU computes in fp32, whatever the training did.
     precision = loaded.train_config.precision if next(loaded.model.parameters()).device.type == "cuda" else "fp32"
+    if precision != "fp32":
+        round_weights(loaded.model)
     videos = generate(
         user_input(Sampler, loaded.model, config),
         tokenizer=tokenizer,

@@ -44,11 +44,12 @@ class CacheView:
         self.cache = cache
         self.seqs = seqs
         self.max_pages = max_pages
-        # One buffer, so that a refresh is a single copy: [S, 1 + 2 * max_pages].
-        self._buffer = torch.zeros(len(seqs), 1 + 2 * max_pages, dtype=torch.int32, device=cache.device)
+        # One buffer, so that a refresh is a single copy. Its parts begin at whole 16 bytes, whatever their sizes: Triton
+        # compiles a kernel anew for pointers that do not.
+        self._width = 4 * (max_pages // 4 + 1)
+        self._buffer = torch.zeros(len(seqs), 4 + 2 * self._width, dtype=torch.int32, device=cache.device)
         self.num_pages = self._buffer[:, 0]
-        self.page_table = self._buffer[:, 1 : 1 + max_pages]
-        self.page_rows = self._buffer[:, 1 + max_pages :]
+        self.page_table, self.page_rows = (x[:, :max_pages] for x in self._buffer[:, 4:].split(self._width, dim=1))
         self.lengths: list[int] = []  # cached tokens per sequence, on the host
         self._rows: Tensor | None = None
         self._frames: list[list] = [[] for _ in seqs]
@@ -70,7 +71,7 @@ class CacheView:
             )
         host = torch.zeros_like(self._buffer, device="cpu", pin_memory=self._buffer.is_cuda)
         host[:, 0] = torch.tensor(counts)
-        for row, table in zip(host[:, 1:].unflatten(1, (2, self.max_pages)), tables, strict=True):
+        for row, table in zip(host[:, 4:].unflatten(1, (2, self._width)), tables, strict=True):
             row[:, : table.shape[1]] = table
         self._buffer.copy_(host, non_blocking=True)
         self._rows = None

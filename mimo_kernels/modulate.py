@@ -37,13 +37,15 @@ class FrameRows:
         lens   = [2, 2, 3, 3]        rows   0 0 | 1 1 | 2 2 2 | 3 3 3       frame
         groups = [-1, -1, 0, 1]            -1 -1 -1 -1  0 0 0   1 1 1       group
 
-    Built on the host once per batch; uploaded once per device without waiting for it.
+    Built on the host once per batch; uploaded once per device without waiting for it. Work in another stream than that of
+    the first use has to be ordered behind it, as for any tensor.
 
     Args:
         lens, groups: one int per frame, as sequences or 1-d CPU tensors.
     Raises ValueError for what is not a list of whole numbers, a negative length, a group below -1, or unequal numbers of them.
     """
 
+    @torch.inference_mode(False)  # what is made in it could not serve training later
     def __init__(self, lens: Sequence[int] | Tensor, groups: Sequence[int] | Tensor):
         lens, groups = _integers("lens", lens), _integers("groups", groups)
         if lens.numel() != groups.numel():
@@ -92,8 +94,9 @@ class FrameRows:
                     f"FrameRows: these rows were not used on {device} before and cannot be uploaded inside a CUDA graph capture;"
                     " run the operators once before capturing"
                 )
-            hosts = (host.pin_memory() if pin else host for host in self._host)
-            self._devices[key] = tuple(host.to(device, non_blocking=True) for host in hosts)
+            with torch.inference_mode(False):
+                hosts = (host.pin_memory() if pin else host for host in self._host)
+                self._devices[key] = tuple(host.to(device, non_blocking=True) for host in hosts)
         return self._devices[key]
 
 

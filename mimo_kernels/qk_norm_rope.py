@@ -93,10 +93,11 @@ class AxialRoPE:
                     f" CUDA graph capture; call tables_on({str(device)!r}, {max_position}) before capturing"
                 )
             positions = 1 << max(10, max_position.bit_length())
-            angle = torch.arange(positions, dtype=torch.float64, device=device)[:, None] * self.frequencies(device)
-            whole = torch.stack([angle.cos(), angle.sin()], dim=-1).float()
-            parts = whole.split([channels // 2 for channels in self.split], dim=1)
-            kept.append(_Table(whole, [part.flatten(1).contiguous() for part in parts]))
+            with torch.inference_mode(False):  # a table made in it could not serve training later
+                angle = torch.arange(positions, dtype=torch.float64, device=device)[:, None] * self.frequencies(device)
+                whole = torch.stack([angle.cos(), angle.sin()], dim=-1).float()
+                parts = whole.split([channels // 2 for channels in self.split], dim=1)
+                kept.append(_Table(whole, [part.flatten(1).contiguous() for part in parts]))
         return kept[-1]
 
 
@@ -339,6 +340,8 @@ def qk_norm_rope_cache(
         k_cache.index_copy_(0, cache_rows, k)
         v_cache.index_copy_(0, cache_rows, v)
         return q, k
+    if not torch.compiler.is_compiling() and (k_cache.data_ptr() | v_cache.data_ptr()) % 16:
+        raise ValueError("qk_norm_rope_cache: k_cache and v_cache are expected to begin at a multiple of 16 bytes")
     table, split = (None, (0, 0, 0)) if rope is None else (rope._table(qkv.device).whole, rope.split)
     return torch.ops.mimo_kernels.qk_norm_rope_cache(
         qkv, q_weight, k_weight, coords, table, split, eps, k_cache, v_cache, cache_rows.contiguous()

@@ -4,6 +4,7 @@ import importlib
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,6 +93,13 @@ def test_extension_loads_without_driver_torch_or_libcudart():
 )
 def test_which_gpu_runs_what(archs: tuple[str, ...], capability: tuple[int, int], serves: bool):
     assert _dispatch._runs_on(capability, archs) is serves
+
+
+@pytest.mark.parametrize(("driver", "serves"), [(12080, False), (13000, True), (13010, True), (14000, True)])
+def test_a_driver_of_an_older_major_version_is_refused(driver, serves, monkeypatch):
+    monkeypatch.setattr(_dispatch, "_extension", SimpleNamespace(cuda_version="13.0"))
+    refusal = _dispatch._driver_refusal(driver)
+    assert refusal == ("" if serves else "the GPU's driver serves CUDA up to 12.8, compiled with 13.0")
 
 
 def test_choose():

@@ -38,6 +38,7 @@ class FrameMask:
         pattern, repeats: the same mask with alike clips told once: a table as `frames`, and how many such clips follow one another.
     """
 
+    @torch.inference_mode(False)  # a table made in it could not serve training later
     def __init__(self, kind: str, table: tuple, window: int | None = None, sink: int = 0):
         cells, self.num_pairs, self.clip_lens, alike, *self._lens = table
         self.kind, self.window, self.sink = kind, window, sink

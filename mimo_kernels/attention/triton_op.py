@@ -45,8 +45,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, frames: Tensor, repeats: int, scal
     lse = q.new_empty((batch, heads, tokens), dtype=torch.float32)
     if out.numel():
         q, k, v = (_addressable(x) for x in (q, k, v))
-        plan = plan_for("forward", frames, repeats, q.device, q.dtype, head_dim)
         with _on_device(q):
+            plan = plan_for("forward", frames, repeats, q.device, q.dtype, head_dim)
             triton_fwd.forward(q, k, v, out, lse, plan, scale)
     return out, lse
 
@@ -70,9 +70,11 @@ def _backward(
     gradients = tuple(x.new_empty(x.shape) for x in (q, k, v))
     if out.numel():
         dout, q, k, v = (_addressable(x) for x in (dout, q, k, v))
-        row_plan, key_plan = (plan_for(name, frames, repeats, q.device, q.dtype, q.shape[-1]) for name in ("dq", "dkv"))
         dlse = None if dlse is None else dlse.contiguous()
         with _on_device(q):
+            row_plan, key_plan = (
+                plan_for(name, frames, repeats, q.device, q.dtype, q.shape[-1]) for name in ("dq", "dkv")
+            )
             triton_bwd.backward(
                 dout, dlse, q, k, v, out.contiguous(), lse.contiguous(), *gradients, row_plan, key_plan, scale
             )

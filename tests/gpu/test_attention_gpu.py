@@ -118,6 +118,8 @@ def test_more_elements_than_32_bits_count():
     mask = FrameMask.block_causal([[1024] * 2] * 128)
     tokens, heads, head_dim = mask.num_tokens, 65, 128
     assert tokens * heads * head_dim > 2**31
+    if torch.cuda.mem_get_info()[0] < 20 * tokens * heads * head_dim:  # ten such tensors of 2 bytes
+        pytest.skip("other processes hold too much of the GPU's memory")
     q, k, v = (
         torch.randn(tokens, heads, head_dim, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3)
     )

@@ -311,6 +311,14 @@ def test_bad_input(q, k, v, mask, dtype, device, options, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_mask_made_in_inference_mode_serves_training():
+    with torch.inference_mode():
+        mask = FrameMask.block_causal([[3, 4]])
+    q = torch.randn(7, 2, 16, requires_grad=True)
+    frame_attention(q, q, q, mask).sum().backward()
+    assert q.grad.isfinite().all()
+
+
 def test_arrays_are_not_tensors():
     x = np.zeros((38, 2, 16), dtype=np.float32)
     with pytest.raises(ValueError, match="v is a ndarray; expected a torch.Tensor"):

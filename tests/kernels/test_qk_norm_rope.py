@@ -263,6 +263,23 @@ def test_bad_cache(cache, slots, message):
         qk_norm_rope_cache(qkv, q_weight, k_weight, coords, AxialRoPE(16), cache, cache, slots)
 
 
+def test_a_cache_between_16_bytes_is_refused(emulated):
+    qkv, q_weight, k_weight, coords = sample(4, 2, 16)
+    odd, even = (torch.zeros(8 * 2 * 16 + 4)[start:][: 8 * 2 * 16].view(8, 2, 16) for start in (1, 0))
+    with pytest.raises(ValueError, match="expected to begin at a multiple of 16 bytes"):
+        qk_norm_rope_cache(qkv, q_weight, k_weight, coords, AxialRoPE(16), odd, even, torch.arange(4), backend="cuda")
+
+
+def test_tables_made_in_inference_mode_serve_training():
+    qkv, q_weight, k_weight, coords = sample(4, 2, 16)
+    rope = AxialRoPE(16)
+    with torch.inference_mode():
+        qk_norm_rope(qkv, q_weight, k_weight, coords, rope)
+    q, k = qk_norm_rope(qkv.requires_grad_(), q_weight, k_weight, coords, rope)
+    (q.sum() + k.sum()).backward()
+    assert qkv.grad.isfinite().all()
+
+
 def test_widths_that_only_the_reference_serves(emulated):
     inputs = sample(4, 2, 12)
     with pytest.raises(ValueError, match="head_dim is 12, expected a multiple of 8"):

@@ -16,6 +16,7 @@ from mimo import MiMo, MiMoConfig
 from mimo.config import SampleConfig
 from mimo.denoiser import CachePolicy, guidance_branches
 from mimo.diffusion import FlowSchedule, VPredictionSchedule
+from mimo.sample import round_weights
 from mimo.sampler import Sampler
 from mimo_kernels import FrameCache, paged_frame_attention
 
@@ -449,6 +450,20 @@ def test_autocast_keeps_keys_and_values_in_its_dtype(model):
     (run,) = sampler._idle.values()
     assert run.cache.dtype == torch.bfloat16 and video.dtype == torch.float32
     assert 1e-4 < (video - exact).abs().max() < 0.3
+
+
+def test_weights_rounded_ahead_make_the_same_video():
+    """Autocast rounds them before every product; biases, norms and whatever it leaves alone stay as they are."""
+    model, given = network(num_classes=CLASSES), {"labels": torch.tensor([0, 2])}
+    sampler = Sampler(model, config(class_guidance=1.5, context_frames=2))
+    videos = []
+    for rounds in (False, True):
+        if rounds:
+            round_weights(model)
+            assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.float32}
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            videos.append(sampler.sample(context(), 6, generator=seed(), **given))
+    assert torch.equal(*videos)
 
 
 def test_guidance_branches():
