@@ -29,6 +29,7 @@ void bind(pybind11::module_& m, const char* name, int (*function)(Parameters...)
 }
 
 void bind_ops(pybind11::module_& m) {
+    m.def("driver_version", mimo::driver_version);
     bind(m, "gather_rows", mimo::gather_rows);
     bind(m, "scatter_rows", mimo::scatter_rows);
     bind(m, "hole_sum", mimo::hole_sum);

@@ -9,6 +9,9 @@ namespace mimo {
 
 const char* error_string(int status);
 
+// The newest CUDA that the driver serves, 1000 major + 10 minor; 0 without a driver.
+int driver_version();
+
 // y[i] = x[index[i]]. Any alignment. index: int32, or int64 with wide_index.
 int gather_rows(void* y, const void* x, const void* index, bool wide_index, int64_t kept, int64_t rows, int64_t row_bytes, int device,
                 void* stream);

@@ -79,17 +79,11 @@ def cuda_refusals(device: torch.device) -> list[str]:
     capability = _torch.cuda.get_device_capability(device)
     if cuda_archs() and not _runs_on(capability, cuda_archs()):
         reasons.append(f"the GPU is {_sm(capability)}, compiled are {', '.join(cuda_archs())}")
-    if too_old := _driver_refusal(_torch._C._cuda_getDriverVersion()):
-        reasons.append(too_old)
+    if cuda_archs() and (driver := _extension.driver_version()) // 1000 < int(_extension.cuda_version.split(".")[0]):
+        # Within a major version every driver serves.
+        served = f"{driver // 1000}.{driver % 1000 // 10}"
+        reasons.append(f"the driver serves CUDA up to {served}, compiled with {_extension.cuda_version}")
     return reasons
-
-
-def _driver_refusal(driver: int) -> str:
-    """Why a driver that serves CUDA up to `driver` (12080 for 12.8) cannot run the extension: within a major version all can."""
-    compiled = _extension.cuda_version if _extension else ""
-    if not compiled or driver // 1000 >= int(compiled.split(".")[0]):
-        return ""
-    return f"the GPU's driver serves CUDA up to {driver // 1000}.{driver % 1000 // 10}, compiled with {compiled}"
 
 
 def triton_refusals(device: torch.device) -> list[str]:

@@ -97,9 +97,12 @@ def test_which_gpu_runs_what(archs: tuple[str, ...], capability: tuple[int, int]
 
 @pytest.mark.parametrize(("driver", "serves"), [(12080, False), (13000, True), (13010, True), (14000, True)])
 def test_a_driver_of_an_older_major_version_is_refused(driver, serves, monkeypatch):
-    monkeypatch.setattr(_dispatch, "_extension", SimpleNamespace(cuda_version="13.0"))
-    refusal = _dispatch._driver_refusal(driver)
-    assert refusal == ("" if serves else "the GPU's driver serves CUDA up to 12.8, compiled with 13.0")
+    extension = {"cuda_archs": ("sm_90a",), "cuda_version": "13.0", "driver_version": lambda: driver}
+    monkeypatch.setattr(_dispatch, "_extension", SimpleNamespace(**extension))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    refusals = _dispatch.cuda_refusals(torch.device("cuda"))
+    assert refusals == ([] if serves else ["the driver serves CUDA up to 12.8, compiled with 13.0"])
 
 
 def test_choose():
