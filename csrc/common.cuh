@@ -181,9 +181,9 @@ __device__ inline float warp_sums(float (&values)[N]) {
 struct SumOutputs {
     void *s0, *s1, *s2;  // a null one is not wanted
 };
-constexpr int kSumColumns = 4;  // per thread, a warp's width apart
 
-template <class T>
+// COLUMNS per thread, a warp's width apart: few lists need many blocks to be done soon, many lists wide loads.
+template <class T, int COLUMNS>
 __global__ void column_sum_kernel(SumOutputs out, const float* partial, const int* first, int parts, int lists, int sums, int dim) {
     // grid: (lists, column tiles, sums); block: (32, lanes that share a list)
     const int list = blockIdx.x, s = blockIdx.z;
@@ -191,25 +191,33 @@ __global__ void column_sum_kernel(SumOutputs out, const float* partial, const in
     if (result == nullptr) return;
     const int begin = list >= lists ? 0 : first ? first[list] : 0;
     const int end = list >= lists ? 0 : first ? first[list + 1] : parts;
-    const int column = blockIdx.y * (kWarp * kSumColumns) + threadIdx.x;
-    float total[kSumColumns] = {};
-#pragma unroll 4
-    for (int i = begin + static_cast<int>(threadIdx.y); i < end; i += blockDim.y) {
-        const float* row = partial + (static_cast<int64_t>(i) * sums + s) * dim;
+    const int column = blockIdx.y * (kWarp * COLUMNS) + threadIdx.x;
+    float total[COLUMNS] = {};
+    constexpr int LOADS = 16 / COLUMNS;  // of each column, under way at once
+    for (int i0 = begin + static_cast<int>(threadIdx.y); i0 < end; i0 += blockDim.y * LOADS) {
+        float value[LOADS][COLUMNS];
 #pragma unroll
-        for (int k = 0; k < kSumColumns; k++) {
-            if (column + k * kWarp < dim) total[k] += row[column + k * kWarp];
+        for (int u = 0; u < LOADS; u++) {
+            const int i = i0 + u * static_cast<int>(blockDim.y);
+            const float* row = partial + (static_cast<int64_t>(i) * sums + s) * dim;
+#pragma unroll
+            for (int k = 0; k < COLUMNS; k++) value[u][k] = i < end && column + k * kWarp < dim ? row[column + k * kWarp] : 0.f;
+        }
+#pragma unroll
+        for (int u = 0; u < LOADS; u++) {
+#pragma unroll
+            for (int k = 0; k < COLUMNS; k++) total[k] += value[u][k];
         }
     }
-    float* shared = shared_memory();  // [lanes, 128]
+    float* shared = shared_memory();  // [lanes, COLUMNS, 32]
 #pragma unroll
-    for (int k = 0; k < kSumColumns; k++) shared[(threadIdx.y * kSumColumns + k) * kWarp + threadIdx.x] = total[k];
+    for (int k = 0; k < COLUMNS; k++) shared[(threadIdx.y * COLUMNS + k) * kWarp + threadIdx.x] = total[k];
     __syncthreads();
     // Each lane finishes some of the columns, so that long lists end quickly too.
-    for (int k = threadIdx.y; k < kSumColumns; k += blockDim.y) {
+    for (int k = threadIdx.y; k < COLUMNS; k += blockDim.y) {
         float sum = 0.f;
         for (int lane = 0; lane < static_cast<int>(blockDim.y); lane++) {
-            sum += shared[(lane * kSumColumns + k) * kWarp + threadIdx.x];
+            sum += shared[(lane * COLUMNS + k) * kWarp + threadIdx.x];
         }
         if (column + k * kWarp < dim) result[static_cast<int64_t>(list) * dim + column + k * kWarp] = from_float<T>(sum);
     }
@@ -221,9 +229,11 @@ template <class T>
 int column_sum(SumOutputs out, const float* partial, const int* first, int parts, int lists, int out_lists, int sums, int dim,
                int typical, void* stream) {
     const int lanes = typical > 64 ? 16 : typical > 8 ? 8 : 4;
-    const dim3 grid(out_lists, divide_up(dim, kWarp * kSumColumns), sums), block(kWarp, lanes);
-    const size_t shared = sizeof(float) * kWarp * kSumColumns * lanes;
-    return launch(column_sum_kernel<T>, grid, block, shared, stream, out, partial, first, parts, lists, sums, dim);
+    const auto start = [&](auto kernel, int columns) {
+        const dim3 grid(out_lists, divide_up(dim, kWarp * columns), sums), block(kWarp, lanes);
+        return launch(kernel, grid, block, sizeof(float) * kWarp * columns * lanes, stream, out, partial, first, parts, lists, sums, dim);
+    };
+    return out_lists == 1 ? start(column_sum_kernel<T, 1>, 1) : start(column_sum_kernel<T, 4>, 4);
 }
 
 }  // namespace mimo
