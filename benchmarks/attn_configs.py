@@ -190,9 +190,8 @@ def candidates(name: str, arch: int, head_dim: int, given: list[Config] | None) 
     channels = sum(split_head_dim(head_dim))
     tiles = next(tiles for limit, tiles in TILES[name].items() if channels <= limit)
     others = [parsed(f"{tile}x{stages}") for tile in tiles.split() for stages in STAGES] if given is None else given
-    if (
-        name == "forward" and given is None and len(split_head_dim(head_dim)) == 1
-    ):  # in parts, ptxas makes every product wait for the one before
+    # With the head dimension in parts, ptxas would make every product wait for the one before.
+    if name == "forward" and given is None and len(split_head_dim(head_dim)) == 1:
         others += [replace(config, ahead=True) for config in others if config.num_warps == 8]
     return list(dict.fromkeys([*map(plain, present_choices(name, arch, head_dim)), *others]))
 

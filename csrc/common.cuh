@@ -36,32 +36,26 @@ struct Raw8 {
     uint4 part[sizeof(T) / 2];
 };
 
-template <class T>
+constexpr bool kConstant = true;  // what no one writes while the kernel runs: such loads may pass stores
+constexpr bool kWhole = true;     // to global memory, where nvcc would make four instructions of a store
+
+template <bool CONSTANT = false, class T>
 __device__ inline Raw8<T> load8(const T* p) {
+    const uint4* const parts = reinterpret_cast<const uint4*>(p);
     Raw8<T> raw;
 #pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(raw) / 16); i++) raw.part[i] = load16(reinterpret_cast<const uint4*>(p) + i);
+    for (int i = 0; i < static_cast<int>(sizeof(raw) / 16); i++) raw.part[i] = CONSTANT ? load16_constant(parts + i) : load16(parts + i);
     return raw;
 }
 
-template <class T>
+template <bool WHOLE = false, class T>
 __device__ inline void store8(T* p, const Raw8<T>& raw) {
+    uint4* const parts = reinterpret_cast<uint4*>(p);
 #pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(raw) / 16); i++) store16(reinterpret_cast<uint4*>(p) + i, raw.part[i]);
-}
-
-template <class T>
-__device__ inline Raw8<T> load8_constant(const T* p) {
-    Raw8<T> raw;
-#pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(raw) / 16); i++) raw.part[i] = load16_constant(reinterpret_cast<const uint4*>(p) + i);
-    return raw;
-}
-
-template <class T>
-__device__ inline void store8_whole(T* p, const Raw8<T>& raw) {
-#pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(raw) / 16); i++) store16_whole(reinterpret_cast<uint4*>(p) + i, raw.part[i]);
+    for (int i = 0; i < static_cast<int>(sizeof(raw) / 16); i++) {
+        if constexpr (WHOLE) store16_whole(parts + i, raw.part[i]);
+        else store16(parts + i, raw.part[i]);
+    }
 }
 
 template <class T>

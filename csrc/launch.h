@@ -61,10 +61,8 @@ __device__ inline float* shared_memory() {
 }
 
 __device__ inline uint4 load16(const void* p) { return *static_cast<const uint4*>(p); }
-// What no one writes while the kernel runs: such loads may pass stores.
 __device__ inline uint4 load16_constant(const void* p) { return __ldg(static_cast<const uint4*>(p)); }
 __device__ inline void store16(void* p, uint4 value) { *static_cast<uint4*>(p) = value; }
-// To global memory, spelled out: where nvcc would make four instructions of the assignment.
 __device__ inline void store16_whole(void* p, uint4 value) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
                  :

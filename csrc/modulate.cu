@@ -47,7 +47,7 @@ __device__ inline void add_branch(float (&value)[N][8], const Raw8<T> (&branch)[
         const int column = (j * threads + thread) * 8;
         if (!inside_row<N, WIDE>(j, column, dim)) continue;
         float factor[8] = {1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f}, b[8];
-        if (gate != nullptr) unpack8(load8_constant(gate + column), factor);
+        if (gate != nullptr) unpack8(load8<kConstant>(gate + column), factor);
         unpack8(branch[j], b);
 #pragma unroll
         for (int i = 0; i < 8; i++) value[j][i] = fmaf(factor[i], b[i], value[j][i]);
@@ -67,8 +67,8 @@ __device__ inline void store_modulated(T* y, const float (&value)[N][8], float r
         for (int b = 0; b < BATCH && first + b < N; b++) {
             const int column = ((first + b) * threads + thread) * 8;
             const bool inside = inside_row<N, WIDE>(first + b, column, dim);
-            raw_factor[b] = factor != nullptr && inside ? load8_constant(factor + column) : zero8<P>();
-            raw_offset[b] = offset != nullptr && inside ? load8_constant(offset + column) : zero8<P>();
+            raw_factor[b] = factor != nullptr && inside ? load8<kConstant>(factor + column) : zero8<P>();
+            raw_offset[b] = offset != nullptr && inside ? load8<kConstant>(offset + column) : zero8<P>();
         }
 #pragma unroll
         for (int b = 0; b < BATCH && first + b < N; b++) {

@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, 4)  // at most 128 registers
                     sum_k[i] += is_q ? 0.f : part;
                     x[i] = scale * (g[i] * (is_q ? weight_q[i] : weight_k[i]) - x[i] * projection);
                 }
-                store8_whole(target + static_cast<int64_t>(head) * head_dim + lane.place * 8, pack8<T>(x));
+                store8<kWhole>(target + static_cast<int64_t>(head) * head_dim + lane.place * 8, pack8<T>(x));
             }
         }
         for (int first = threadIdx.x % kWarp * 8; first < row_size; first += kWarp * 8 * kCopies) {
@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, 4)  // at most 128 registers
 #pragma unroll
             for (int u = 0; u < kCopies; u++) {
                 const int column = first + u * kWarp * 8;
-                if (column < row_size) store8_whole(target + 2 * row_size + column, raw[u]);
+                if (column < row_size) store8<kWhole>(target + 2 * row_size + column, raw[u]);
             }
         }
     }

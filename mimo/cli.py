@@ -269,24 +269,11 @@ class Sample:
         chosen = {name: getattr(self, name) for name in options if getattr(self, name) is not None}
         if chosen.get("class_guidance", 1) != 1 and self.label is None and not loaded.model.config.num_actions:
             raise InputError(f"--class-guidance {self.class_guidance:g}: expected a --class to guide to")
+        config = user_input(replace, loaded.sample_config, **chosen)
+        names = ("context", "context_frames", "start", "interval", "actions", "label", "frames", "count", "seed", "fps")
+        names += ("save_every", "resume")
         try:
-            sample(
-                loaded,
-                user_input(replace, loaded.sample_config, **chosen),
-                self.out,
-                context=self.context,
-                context_frames=self.context_frames,
-                start=self.start,
-                interval=self.interval,
-                actions=self.actions,
-                label=self.label,
-                frames=self.frames,
-                count=self.count,
-                seed=self.seed,
-                fps=self.fps,
-                save_every=self.save_every,
-                resume=self.resume,
-            )
+            sample(loaded, config, self.out, **{name: getattr(self, name) for name in names})
         except KeyboardInterrupt:
             if (self.save_every or self.resume) and (saved := self.out / "unfinished").exists():
                 raise KeyboardInterrupt(f": --resume continues the run in {saved}") from None

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import logging
 import os
 import resource
 import socket
@@ -18,6 +19,8 @@ from tqdm import tqdm
 from mimo.data.video import atomic_path
 from mimo.distributed import World
 from mimo.errors import InputError
+
+log = logging.getLogger("mimo.train")
 
 
 class RunLog:
@@ -178,8 +181,9 @@ def only_process_in(run: Path) -> TextIO:
     except (BlockingIOError, PermissionError):
         file.seek(0)
         raise InputError(f"{run}: {file.read().strip()} is training in it, expected another --out or to wait") from None
-    except OSError:
-        return file  # a file system without locks
+    except OSError as error:
+        log.warning("%s: nothing keeps a second process from training in it: %s", run, error.strerror)
+        return file
     file.truncate(0)
     print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
     return file

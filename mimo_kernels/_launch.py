@@ -1,6 +1,7 @@
 """What the op families share: the operator library, which device the compiled kernels serve, and how tensors are handed to them."""
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,25 +14,20 @@ DTYPE_NAMES = "float32, float16 or bfloat16"
 
 
 @functools.cache
-def _device_refusals(device: torch.device) -> tuple[str, ...]:
-    return tuple(_dispatch.cuda_refusals(device))
+def _remembered(ask: Callable[[torch.device], list[str]], device: torch.device) -> tuple[str, ...]:
+    return tuple(ask(device))
 
 
 @torch.compiler.assume_constant_result
 def device_refusals(device: torch.device) -> list[str]:
     """Why the compiled kernels cannot work on tensors of this device; empty when they can. Every call asks, so it is remembered."""
-    return list(_device_refusals(device))
-
-
-@functools.cache
-def _triton_refusals(device: torch.device) -> tuple[str, ...]:
-    return tuple(_dispatch.triton_refusals(device))
+    return list(_remembered(_dispatch.cuda_refusals, device))
 
 
 @torch.compiler.assume_constant_result
 def triton_refusals(device: torch.device) -> list[str]:
-    """Why Triton kernels cannot work on tensors of this device; remembered as well."""
-    return list(_triton_refusals(device))
+    """The same of Triton kernels."""
+    return list(_remembered(_dispatch.triton_refusals, device))
 
 
 def same_device(op: str, reference: Tensor, **tensors: Tensor | None) -> None:

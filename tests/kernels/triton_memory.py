@@ -81,7 +81,8 @@ def watched_kernels() -> Iterator[list[str]]:
         stores to an element that another program or lane stores to or another program loads, or loads what is stored
         in the same launch: programs of a launch have no order, nor have the threads of a program.
 
-    Gives the names of the kernels launched so far. Atomic operations are refused."""
+    Gives the names of the kernels launched so far. An atomic operation is an error too: results are to be the same bits
+    every time."""
     launches: list[str] = []
     launch = None
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
@@ -114,7 +115,7 @@ def watched_kernels() -> Iterator[list[str]]:
         return store(self, pointers, value, mask, *rest, **options)
 
     def refuse(self, *args):
-        raise NotImplementedError("an atomic operation is not watched")
+        raise AssertionError("an atomic operation: nothing fixes the order of its sums, so no kernel here has one")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(executor, "_init_args_hst", watch_arguments)

@@ -286,12 +286,13 @@ def test_one_process_trains_in_a_folder(tmp_path, capsys):
     train(make_trainer(steps=2), tmp_path, resume=True)
 
 
-def test_a_file_system_without_locks_does_not_stop_training(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_does_not_stop_training(tmp_path, monkeypatch, caplog):
     def refuse(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr("fcntl.lockf", refuse)
     assert len(train(make_trainer(steps=1), tmp_path)) == 1
+    assert f"{tmp_path}: nothing keeps a second process from training in it" in caplog.text
 
 
 # The command as its own process, interrupted by signals. --------------------------------------------------------------
