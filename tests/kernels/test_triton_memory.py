@@ -39,6 +39,8 @@ def faulty_kernel(p_y, p_x, n, KIND: tl.constexpr):
     elif KIND == "own store":
         tl.store(p_y + o, tl.load(p_x + o, mask=o < n), mask=o < n)
         tl.load(p_y + o, mask=o < n)
+    elif KIND == "atomic":
+        tl.atomic_add(p_x + o, 1.0, mask=o < n)
     elif KIND == "stored after a load elsewhere":
         tl.load(p_x + 8)
         tl.store(p_x + o, 1.0, mask=(o >= 8) & (o < n))
@@ -55,6 +57,7 @@ def faulty_kernel(p_y, p_x, n, KIND: tl.constexpr):
         ("two lanes store", "two lanes store to one element"),
         ("another program's element", "a load of what"),
         ("own store", "a load of what the program itself stored"),
+        ("atomic", "an atomic operation: nothing fixes the order of its sums"),
         ("stored after a load elsewhere", "a store to what another program loads: p_x"),
     ],
 )
