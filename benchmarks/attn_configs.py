@@ -25,9 +25,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from mimo_kernels.attention import triton_bwd, triton_fwd
-from mimo_kernels.attention.triton_parts import split_head_dim
-from mimo_kernels.attention.triton_plan import Config, Plan, configs
+from mimo_kernels.attention.triton import backward as triton_bwd
+from mimo_kernels.attention.triton import forward as triton_fwd
+from mimo_kernels.attention.triton.schedule import Config, Plan, configs
+from mimo_kernels.attention.triton.tiles import split_head_dim
 
 # Pass -> up to this many channels (the padded head dimension) -> TILExBLOCKxWARPS, each tried with every number of stages. For sm_90, where every 4 warps
 # multiply 64 rows of the tile, or 128 one half after the other. What outgrows shared memory or spills is left out once it is compiled.

@@ -62,8 +62,8 @@ class Ours(Implementation):
     def executed(self, direction, dtype):
         if self.backend == "reference" or self.device.type == "cpu":
             return super().executed(direction, dtype)
-        from mimo_kernels.attention import triton_op
-        from mimo_kernels.attention.triton_parts import split_head_dim
+        from mimo_kernels.attention.triton import operator as triton_op
+        from mimo_kernels.attention.triton.tiles import split_head_dim
 
         q = torch.empty(0, self.heads, self.head_dim, dtype=dtype, device=self.device)
         pairs = {name: plan.executed_pairs for name, plan in triton_op.plans(q, self.mask).items()}

@@ -39,9 +39,9 @@ from attn_configs import (
 from attn_peers import exact_attention
 from torch import Tensor
 
-from mimo_kernels.attention import triton_plan
-from mimo_kernels.attention.triton_parts import split_head_dim
-from mimo_kernels.attention.triton_plan import PASSES, Config, Plan
+from mimo_kernels.attention.triton import schedule as triton_plan
+from mimo_kernels.attention.triton.schedule import PASSES, Config, Plan
+from mimo_kernels.attention.triton.tiles import split_head_dim
 
 BAND_ROWS = (4096, 8192, 16384, 32768, 65536)
 PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4}  # matrix products per pair

@@ -35,8 +35,8 @@ from mimo_kernels import (
     sample_tube_mask,
     scatter_tokens,
 )
-from mimo_kernels.gelu import bias_gelu
-from mimo_kernels.losses import weighted_squared_error
+from mimo_kernels.ops.gelu import bias_gelu
+from mimo_kernels.ops.losses import weighted_squared_error
 
 ROTATION_BYTES = 256 * 2**20  # inputs and outputs of one round, at least; no L2 cache is as large
 LATENT_CHANNELS = 16

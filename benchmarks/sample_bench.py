@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mimo import MiMo, MiMoConfig
 from mimo.config import SampleConfig
-from mimo.denoiser import CachedRun, CachePolicy, Run
-from mimo.sampler import Sampler
+from mimo.sampling.denoiser import CachedRun, CachePolicy, Run
+from mimo.sampling.sampler import Sampler
 
 WINDOW = 8  # frames, of "paged, window" and of the shifted buffer
 

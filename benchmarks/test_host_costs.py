@@ -8,8 +8,11 @@ import random
 import pytest
 import torch
 
-from mimo_kernels.attention import FrameMask, frame_attention, triton_bwd, triton_fwd, triton_plan
-from mimo_kernels.attention.triton_plan import PASSES, plan_for
+from mimo_kernels.attention import FrameMask, frame_attention
+from mimo_kernels.attention.triton import backward as triton_bwd
+from mimo_kernels.attention.triton import forward as triton_fwd
+from mimo_kernels.attention.triton import schedule as triton_plan
+from mimo_kernels.attention.triton.schedule import PASSES, plan_for
 
 RANDOM = random.Random(0)
 
@@ -78,7 +81,7 @@ def triton_call(monkeypatch, sm90):
     for module in (triton_fwd, triton_bwd):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, NoLaunch())
-    monkeypatch.setattr("mimo_kernels.attention._serving_backend", lambda *args: "triton")
+    monkeypatch.setattr("mimo_kernels.attention.frame._serving_backend", lambda *args: "triton")
     monkeypatch.setattr(NoLaunch, "calls", 0)
     inputs = [torch.zeros(64, 2, 64, dtype=torch.bfloat16) for _ in range(3)]
     return lambda mask: frame_attention(*inputs, mask), inputs

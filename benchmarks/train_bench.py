@@ -28,7 +28,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from mimo import MiMo, MiMoConfig
-from mimo.layout import Plan
+from mimo.network.frames import Plan
 from mimo.recipes import Recipe, acdit, step_generator
 from mimo_kernels.attention import FrameMask
 
@@ -99,7 +99,7 @@ def compiled_baseline(step: Step) -> Callable[[], None]:
     step.model.run = torch.compile(step.model.run, fullgraph=True)
 
     def run() -> None:
-        with mock.patch("mimo.model.frame_attention", flex_frame_attention):
+        with mock.patch("mimo.network.network.frame_attention", flex_frame_attention):
             step()
 
     return run

@@ -1,4 +1,5 @@
-// Python names of the operators in ops.h: same arguments, pointers and streams as integers; a failure raises RuntimeError.
+// Python names of the operators in ops.h: same arguments, pointers and streams as integers; a failure raises
+// RuntimeError.
 #ifdef MIMO_WITH_CUDA
 
 #include <stdexcept>
@@ -15,8 +16,10 @@ using FromPython = std::conditional_t<std::is_pointer_v<T>, uintptr_t, T>;
 
 template <class T>
 T to_cpp(FromPython<T> value) {
-    if constexpr (std::is_pointer_v<T>) return reinterpret_cast<T>(value);
-    else return value;
+    if constexpr (std::is_pointer_v<T>)
+        return reinterpret_cast<T>(value);
+    else
+        return value;
 }
 
 template <class... Parameters>

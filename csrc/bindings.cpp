@@ -11,7 +11,8 @@ namespace py = pybind11;
 
 namespace mimo {
 
-// A function-local static, because the families register from static initialisers whose order across files is not defined.
+// A function-local static, because the families register from static initialisers whose order across files is not
+// defined.
 static std::vector<BindFunction>& bindings() {
     static std::vector<BindFunction> functions;
     return functions;

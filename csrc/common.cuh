@@ -1,4 +1,5 @@
-// Loads and stores of 8 consecutive values, sums across a warp, and the second pass of every deterministic sum over rows.
+// Loads and stores of 8 consecutive values, sums across a warp, and the second pass of every deterministic sum over
+// rows.
 #pragma once
 
 #include "launch.h"
@@ -16,9 +17,12 @@ struct bfloat_t {
 template <class Function>
 int with_dtype(int dtype, Function function) {
     switch (dtype) {
-        case 0: return function(float{});
-        case 1: return function(half_t{});
-        case 2: return function(bfloat_t{});
+        case 0:
+            return function(float{});
+        case 1:
+            return function(half_t{});
+        case 2:
+            return function(bfloat_t{});
     }
     return 1;
 }
@@ -44,7 +48,8 @@ __device__ inline Raw8<T> load8(const T* p) {
     const uint4* const parts = reinterpret_cast<const uint4*>(p);
     Raw8<T> raw;
 #pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(raw) / 16); i++) raw.part[i] = CONSTANT ? load16_constant(parts + i) : load16(parts + i);
+    for (int i = 0; i < static_cast<int>(sizeof(raw) / 16); i++)
+        raw.part[i] = CONSTANT ? load16_constant(parts + i) : load16(parts + i);
     return raw;
 }
 
@@ -53,8 +58,10 @@ __device__ inline void store8(T* p, const Raw8<T>& raw) {
     uint4* const parts = reinterpret_cast<uint4*>(p);
 #pragma unroll
     for (int i = 0; i < static_cast<int>(sizeof(raw) / 16); i++) {
-        if constexpr (WHOLE) store16_whole(parts + i, raw.part[i]);
-        else store16(parts + i, raw.part[i]);
+        if constexpr (WHOLE)
+            store16_whole(parts + i, raw.part[i]);
+        else
+            store16(parts + i, raw.part[i]);
     }
 }
 
@@ -119,8 +126,10 @@ __device__ inline float to_float(T value) {
 }
 template <class T>
 __device__ inline T from_float(float value) {
-    if constexpr (sizeof(T) == 4) return value;
-    else return T{static_cast<uint16_t>(narrow(value, 0.f, T{}))};
+    if constexpr (sizeof(T) == 4)
+        return value;
+    else
+        return T{static_cast<uint16_t>(narrow(value, 0.f, T{}))};
 }
 
 // V = 8 or 1 neighbouring values, as stored.
@@ -151,8 +160,8 @@ __device__ inline float warp_sum(float value) {
     return value;
 }
 
-// N sums over the warp with about N + log2(32 / N) shuffles instead of 5 N: each step hands half of the values to the other half of the
-// lanes. Lane l gets the total of values[l / (32 / N)].
+// N sums over the warp with about N + log2(32 / N) shuffles instead of 5 N: each step hands half of the values to the
+// other half of the lanes. Lane l gets the total of values[l / (32 / N)].
 template <int N>
 __device__ inline float warp_sums(float (&values)[N]) {
     const int lane = threadIdx.x % kWarp;
@@ -171,14 +180,16 @@ __device__ inline float warp_sums(float (&values)[N]) {
     return values[0];
 }
 
-// Second pass of a sum over rows: out[s][list, c] = sum of partial[i, s, c] over the parts i of the list, always in the same order.
+// Second pass of a sum over rows: out[s][list, c] = sum of partial[i, s, c] over the parts i of the list, always in the
+// same order.
 struct SumOutputs {
     void *s0, *s1, *s2;  // a null one is not wanted
 };
 
 // COLUMNS per thread, a warp's width apart: few lists need many blocks to be done soon, many lists wide loads.
 template <class T, int COLUMNS>
-__global__ void column_sum_kernel(SumOutputs out, const float* partial, const int* first, int parts, int lists, int sums, int dim) {
+__global__ void column_sum_kernel(SumOutputs out, const float* partial, const int* first, int parts, int lists,
+                                  int sums, int dim) {
     // grid: (lists, column tiles, sums); block: (32, lanes that share a list)
     const int list = blockIdx.x, s = blockIdx.z;
     T* const result = static_cast<T*>(s == 0 ? out.s0 : s == 1 ? out.s1 : out.s2);
@@ -195,7 +206,8 @@ __global__ void column_sum_kernel(SumOutputs out, const float* partial, const in
             const int i = i0 + u * static_cast<int>(blockDim.y);
             const float* row = partial + (static_cast<int64_t>(i) * sums + s) * dim;
 #pragma unroll
-            for (int k = 0; k < COLUMNS; k++) value[u][k] = i < end && column + k * kWarp < dim ? row[column + k * kWarp] : 0.f;
+            for (int k = 0; k < COLUMNS; k++)
+                value[u][k] = i < end && column + k * kWarp < dim ? row[column + k * kWarp] : 0.f;
         }
 #pragma unroll
         for (int u = 0; u < LOADS; u++) {
@@ -213,19 +225,21 @@ __global__ void column_sum_kernel(SumOutputs out, const float* partial, const in
         for (int lane = 0; lane < static_cast<int>(blockDim.y); lane++) {
             sum += shared[(lane * COLUMNS + k) * kWarp + threadIdx.x];
         }
-        if (column + k * kWarp < dim) result[static_cast<int64_t>(list) * dim + column + k * kWarp] = from_float<T>(sum);
+        if (column + k * kWarp < dim)
+            result[static_cast<int64_t>(list) * dim + column + k * kWarp] = from_float<T>(sum);
     }
 }
 
-// first: where the parts of a list begin, [lists + 1]; null for one list of all `parts`. out_lists >= lists; the rest become zero.
-// typical: parts in a list, about; decides how many threads share it.
+// first: where the parts of a list begin, [lists + 1]; null for one list of all `parts`. out_lists >= lists; the rest
+// become zero. typical: parts in a list, about; decides how many threads share it.
 template <class T>
-int column_sum(SumOutputs out, const float* partial, const int* first, int parts, int lists, int out_lists, int sums, int dim,
-               int typical, void* stream) {
+int column_sum(SumOutputs out, const float* partial, const int* first, int parts, int lists, int out_lists, int sums,
+               int dim, int typical, void* stream) {
     const int lanes = typical > 64 ? 16 : typical > 8 ? 8 : 4;
     const auto start = [&](auto kernel, int columns) {
         const dim3 grid(out_lists, divide_up(dim, kWarp * columns), sums), block(kWarp, lanes);
-        return launch(kernel, grid, block, sizeof(float) * kWarp * columns * lanes, stream, out, partial, first, parts, lists, sums, dim);
+        return launch(kernel, grid, block, sizeof(float) * kWarp * columns * lanes, stream, out, partial, first, parts,
+                      lists, sums, dim);
     };
     return out_lists == 1 ? start(column_sum_kernel<T, 1>, 1) : start(column_sum_kernel<T, 4>, 4);
 }

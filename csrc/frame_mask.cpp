@@ -1,5 +1,6 @@
-// The frame table of a FrameMask: for every group of rows that sees the same keys, its row range and up to three key intervals.
-// O(frames) work and memory; batches are described anew for every training step, so this must cost microseconds.
+// The frame table of a FrameMask: for every group of rows that sees the same keys, its row range and up to three key
+// intervals. O(frames) work and memory; batches are described anew for every training step, so this must cost
+// microseconds.
 #include <algorithm>
 #include <array>
 #include <cstdint>
@@ -55,11 +56,12 @@ bool is_list(py::handle value) { return PyList_Check(value.ptr()) || PyTuple_Che
 
 // An array as the lists it stands for, anything else as it is.
 py::object listed(py::handle value) {
-    return !is_list(value) && py::hasattr(value, "tolist") ? py::object(value.attr("tolist")()) : py::reinterpret_borrow<py::object>(value);
+    return !is_list(value) && py::hasattr(value, "tolist") ? py::object(value.attr("tolist")())
+                                                           : py::reinterpret_borrow<py::object>(value);
 }
 
-// Reads a list of lists (or tuples, or arrays; a clip may be empty), or a contiguous tensor [clips, frames] of `Element` on the host.
-// `read(item, clip, frame)` makes a value of a Python object or of an element, or refuses it.
+// Reads a list of lists (or tuples, or arrays; a clip may be empty), or a contiguous tensor [clips, frames] of
+// `Element` on the host. `read(item, clip, frame)` makes a value of a Python object or of an element, or refuses it.
 template <typename Element, typename T, typename Read>
 Frames<T> read_frames(py::handle value, const char* name, const char* inner, Read read) {
     Frames<T> frames;
@@ -73,11 +75,13 @@ Frames<T> read_frames(py::handle value, const char* name, const char* inner, Rea
         return frames;
     }
     const py::object list = listed(value);
-    if (!is_list(list)) fail(std::string(name) + " is " + text(list) + "; expected a list of clips, each a list of " + inner);
+    if (!is_list(list))
+        fail(std::string(name) + " is " + text(list) + "; expected a list of clips, each a list of " + inner);
     const size_t clips = PySequence_Fast_GET_SIZE(list.ptr());
     for (size_t c = 0; c < clips; ++c) {
         const py::object clip = listed(PySequence_Fast_GET_ITEM(list.ptr(), c));
-        if (!is_list(clip)) fail(at(name, c) + " is " + text(clip) + "; expected a list of " + inner + ", one per frame of the clip");
+        if (!is_list(clip))
+            fail(at(name, c) + " is " + text(clip) + "; expected a list of " + inner + ", one per frame of the clip");
         const size_t count = PySequence_Fast_GET_SIZE(clip.ptr());
         T* values = frames.add_clip(count);
         for (size_t t = 0; t < count; ++t) values[t] = read(py::handle(PySequence_Fast_GET_ITEM(clip.ptr(), t)), c, t);
@@ -104,9 +108,12 @@ int64_t to_count(py::handle value) {
 Lens read_lens(py::handle value, const char* name, int64_t& total) {
     return read_frames<int64_t, int32_t>(value, name, "token counts", [&](auto item, size_t clip, size_t frame) {
         const int64_t count = to_count(item);
-        if (count < 0) fail(at(name, clip) + "[" + std::to_string(frame) + "] is " + text(item) + "; expected a token count, an int >= 0");
+        if (count < 0)
+            fail(at(name, clip) + "[" + std::to_string(frame) + "] is " + text(item) +
+                 "; expected a token count, an int >= 0");
         if (count > kMaxTokens - total) {
-            fail(std::string(name) + " brings the mask to more than 2147483647 tokens at " + at(name, clip) + "; rows are numbered in int32");
+            fail(std::string(name) + " brings the mask to more than 2147483647 tokens at " + at(name, clip) +
+                 "; rows are numbered in int32");
         }
         total += count;
         return static_cast<int32_t>(count);
@@ -117,7 +124,8 @@ struct ReadDrop {
     const char* name;
     uint8_t operator()(bool value, size_t, size_t) const { return value; }
     uint8_t operator()(py::handle value, size_t clip, size_t frame) const {
-        if (!PyBool_Check(value.ptr())) fail(at(name, clip) + "[" + std::to_string(frame) + "] is " + text(value) + "; expected a bool");
+        if (!PyBool_Check(value.ptr()))
+            fail(at(name, clip) + "[" + std::to_string(frame) + "] is " + text(value) + "; expected a bool");
         return value.ptr() == Py_True;
     }
 };
@@ -132,7 +140,9 @@ py::bytearray new_bytes(size_t size) {
 class Table {
 public:
     explicit Table(size_t most_groups)
-        : bytes_(new_bytes(most_groups * kColumns * sizeof(int32_t))), cells_(reinterpret_cast<int32_t*>(PyByteArray_AS_STRING(bytes_.ptr()))), end_(cells_) {}
+        : bytes_(new_bytes(most_groups * kColumns * sizeof(int32_t))),
+          cells_(reinterpret_cast<int32_t*>(PyByteArray_AS_STRING(bytes_.ptr()))),
+          end_(cells_) {}
 
     void begin_clip() { first_row_.push_back(rows_), first_group_.push_back(groups()); }
 
@@ -154,7 +164,8 @@ public:
         rows_ += rows, pairs_ += rows * seen;
     }
 
-    // (table bytes, pairs, rows per clip, all clips alike, frames per clip, token counts of both copies as int32 bytes, the future's or None)
+    // (table bytes, pairs, rows per clip, all clips alike, frames per clip, token counts of both copies as int32 bytes,
+    // the future's or None)
     py::tuple result(const Lens& history, const Lens* future = nullptr) {
         const size_t clips = first_row_.size();
         py::list clip_lens(clips), frames(clips);
@@ -164,7 +175,8 @@ public:
         }
         const bool alike = uniform();
         if (PyByteArray_Resize(bytes_.ptr(), groups() * kColumns * sizeof(int32_t))) throw py::error_already_set();
-        return py::make_tuple(std::move(bytes_), pairs_, clip_lens, alike, frames, counts(history), future ? counts(*future) : py::none());
+        return py::make_tuple(std::move(bytes_), pairs_, clip_lens, alike, frames, counts(history),
+                              future ? counts(*future) : py::none());
     }
 
 private:
@@ -220,14 +232,15 @@ py::tuple teacher_forcing(py::handle history, py::handle future, py::handle drop
     const Lens future_lens = read_lens(future, "future_lens", total);
     const size_t clips = history_lens.clips();
     if (clips != future_lens.clips()) {
-        fail("history_lens has " + std::to_string(clips) + " clips and future_lens has " + std::to_string(future_lens.clips()) + "; expected the same number");
+        fail("history_lens has " + std::to_string(clips) + " clips and future_lens has " +
+             std::to_string(future_lens.clips()) + "; expected the same number");
     }
     Drops dropped;
     if (!drop.is_none()) {
         dropped = read_frames<bool, uint8_t>(drop, "drop_history", "bools", ReadDrop{"drop_history"});
         if (dropped.clips() != clips) {
-            fail("drop_history has " + std::to_string(dropped.clips()) + " clips and future_lens has " + std::to_string(clips) +
-                 "; expected bool [clips, frames]");
+            fail("drop_history has " + std::to_string(dropped.clips()) + " clips and future_lens has " +
+                 std::to_string(clips) + "; expected bool [clips, frames]");
         }
     }
     if (window <= 0) window = kMaxTokens;
@@ -237,8 +250,8 @@ py::tuple teacher_forcing(py::handle history, py::handle future, py::handle drop
     for (size_t c = 0; c < clips; ++c) {
         const int64_t frames = history_lens.count(c);
         const auto differs = [&](const char* name, size_t count) {
-            fail(at("history_lens", c) + " has " + std::to_string(frames) + " frames and " + at(name, c) + " has " + std::to_string(count) +
-                 "; expected the same number");
+            fail(at("history_lens", c) + " has " + std::to_string(frames) + " frames and " + at(name, c) + " has " +
+                 std::to_string(count) + "; expected the same number");
         };
         if (future_lens.count(c) != history_lens.count(c)) differs("future_lens", future_lens.count(c));
         if (dropped.clips() && dropped.count(c) != history_lens.count(c)) differs("drop_history", dropped.count(c));
@@ -260,7 +273,8 @@ py::tuple teacher_forcing(py::handle history, py::handle future, py::handle drop
     return table.result(history_lens, &future_lens);
 }
 
-// Every frame sees itself and earlier frames of its clip (causal), or the whole clip: then the clip is a single group of rows.
+// Every frame sees itself and earlier frames of its clip (causal), or the whole clip: then the clip is a single group
+// of rows.
 py::tuple one_copy(py::handle frames, bool causal, const char* name, int64_t window, int64_t sink) {
     int64_t total = 0;
     const Lens lens = read_lens(frames, name, total);
@@ -288,7 +302,8 @@ py::tuple from_cells(uintptr_t address, size_t groups, const std::optional<std::
     std::vector<int64_t> ends{0};
     for (int64_t len : lens) ends.push_back(ends.back() + len);
     if (ends.back() != tokens || std::any_of(lens.begin(), lens.end(), [](int64_t len) { return len < 0; })) {
-        fail("clip_lens add up to " + std::to_string(ends.back()) + " and frames has " + std::to_string(tokens) + " rows; expected the same number");
+        fail("clip_lens add up to " + std::to_string(ends.back()) + " and frames has " + std::to_string(tokens) +
+             " rows; expected the same number");
     }
     if (tokens > kMaxTokens) fail("frames has " + std::to_string(tokens) + " rows; expected at most 2147483647");
 
@@ -304,9 +319,13 @@ py::tuple from_cells(uintptr_t address, size_t groups, const std::optional<std::
     for (size_t g = 0; g < groups; ++g, cells += kColumns) {
         const auto range = [&](int i) { return std::to_string(cells[i]) + ".." + std::to_string(cells[i + 1]); };
         const auto name = [&] { return at("frames", g); };
-        if (cells[0] != row || cells[1] <= row) fail(name() + " has rows " + range(0) + "; expected a range that starts at " + std::to_string(row) + " and is not empty");
+        if (cells[0] != row || cells[1] <= row)
+            fail(name() + " has rows " + range(0) + "; expected a range that starts at " + std::to_string(row) +
+                 " and is not empty");
         while (clip < lens.size() && ends[clip] <= row) begin_clip();
-        if (cells[1] > ends[clip]) fail(name() + " has rows " + range(0) + "; expected none beyond its clip, which ends at " + std::to_string(ends[clip]));
+        if (cells[1] > ends[clip])
+            fail(name() + " has rows " + range(0) + "; expected none beyond its clip, which ends at " +
+                 std::to_string(ends[clip]));
         std::array<Interval, kIntervals> keys;
         int64_t end = ends[clip - 1] - 1;  // keys are of the own clip, with gaps between intervals
         bool unused = false, legal = true;
@@ -320,7 +339,8 @@ py::tuple from_cells(uintptr_t address, size_t groups, const std::optional<std::
             end = keys[i].end;
         }
         if (!legal) {
-            fail(name() + " has key intervals " + range(2) + ", " + range(4) + ", " + range(6) + "; expected ascending ones with gaps between, then 0..0, inside its clip " +
+            fail(name() + " has key intervals " + range(2) + ", " + range(4) + ", " + range(6) +
+                 "; expected ascending ones with gaps between, then 0..0, inside its clip " +
                  std::to_string(ends[clip - 1]) + ".." + std::to_string(ends[clip]));
         }
         table.add(cells[1] - row, keys);
@@ -335,8 +355,9 @@ py::tuple from_cells(uintptr_t address, size_t groups, const std::optional<std::
 void bind(py::module_& m) {
     m.def("frame_table_from_cells", &from_cells);
     m.def("frame_table_teacher_forcing", &teacher_forcing);
-    m.def("frame_table_block_causal",
-          [](py::handle lens, int64_t window, int64_t sink) { return one_copy(lens, true, "frame_lens", window, sink); });
+    m.def("frame_table_block_causal", [](py::handle lens, int64_t window, int64_t sink) {
+        return one_copy(lens, true, "frame_lens", window, sink);
+    });
     m.def("frame_table_bidirectional", [](py::handle lens) { return one_copy(lens, false, "lens", 0, 0); });
 }
 

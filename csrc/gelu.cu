@@ -1,5 +1,5 @@
-// Bias and GELU in one pass, forward and backward. The backward computes the activation again instead of having it saved, and sums the bias
-// gradient on the way: a block owns a chunk of rows, a thread 8 of its columns.
+// Bias and GELU in one pass, forward and backward. The backward computes the activation again instead of having it
+// saved, and sums the bias gradient on the way: a block owns a chunk of rows, a thread 8 of its columns.
 #include "common.cuh"
 #include "ops.h"
 
@@ -9,10 +9,11 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kRows = 4;  // loaded before the first is used
 
-// gelu(x) = x * s with s = 1 / (1 + exp(-2 u)), u = sqrt(2 / pi) * (x + 0.044715 x^3): 0.5 * x * (1 + tanh(u)), written differently
+// gelu(x) = x * s with s = 1 / (1 + exp(-2 u)), u = sqrt(2 / pi) * (x + 0.044715 x^3): 0.5 * x * (1 + tanh(u)), written
+// differently
 constexpr float kCubic = 0.044715f;
-constexpr float kTwoU = 1.5957691216057308f;         // 2 sqrt(2 / pi)
-constexpr float kExponent = -2.302208198144325f;     // -2 sqrt(2 / pi) / log(2)
+constexpr float kTwoU = 1.5957691216057308f;      // 2 sqrt(2 / pi)
+constexpr float kExponent = -2.302208198144325f;  // -2 sqrt(2 / pi) / log(2)
 
 __device__ inline float gate(float x, float square) {
     return fast_reciprocal(1.f + fast_exp2(kExponent * x * fmaf(kCubic, square, 1.f)));
@@ -28,15 +29,17 @@ __device__ inline void load_bias(const void* bias, bool is_float, int column, fl
 #pragma unroll
     for (int i = 0; i < 8; i++) value[i] = 0.f;
     if (bias == nullptr) return;
-    if (is_float) unpack8(load8(static_cast<const float*>(bias) + column), value);
-    else unpack8(load8(static_cast<const T*>(bias) + column), value);
+    if (is_float)
+        unpack8(load8(static_cast<const float*>(bias) + column), value);
+    else
+        unpack8(load8(static_cast<const T*>(bias) + column), value);
 }
 
 // out = gelu(x + bias), or with BACKWARD dy * gelu'(x + bias) and its sum over the block's rows.
 template <class T, bool BACKWARD>
 __global__ void __launch_bounds__(kThreads)
-    bias_gelu_kernel(T* out, float* partial, const T* dy, const T* x, const void* bias, bool bias_float, int64_t rows, int dim,
-                     int rows_per_block) {
+    bias_gelu_kernel(T* out, float* partial, const T* dy, const T* x, const void* bias, bool bias_float, int64_t rows,
+                     int dim, int rows_per_block) {
     const int column = (blockIdx.y * blockDim.x + threadIdx.x) * 8;
     if (column >= dim) return;
     const int64_t begin = static_cast<int64_t>(blockIdx.x) * rows_per_block;
@@ -71,7 +74,8 @@ __global__ void __launch_bounds__(kThreads)
             store8(out + (row0 + k) * dim + column, pack8<T>(value));
         }
     }
-    if (BACKWARD && partial != nullptr) store8(partial + static_cast<int64_t>(blockIdx.x) * dim + column, pack8<float>(total));
+    if (BACKWARD && partial != nullptr)
+        store8(partial + static_cast<int64_t>(blockIdx.x) * dim + column, pack8<float>(total));
 }
 
 // The columns of a row over blocks of nearly equal size.
@@ -82,21 +86,22 @@ dim3 threads_for(int dim) {
 
 }  // namespace
 
-int bias_gelu_forward(void* y, const void* x, const void* bias, bool bias_float, int64_t rows, int dim, int dtype, int device,
-                      void* stream) {
+int bias_gelu_forward(void* y, const void* x, const void* bias, bool bias_float, int64_t rows, int dim, int dtype,
+                      int device, void* stream) {
     if (dim < 8 || dim % 8) return 1;  // cudaErrorInvalidValue
     OnDevice guard(device);
     return with_dtype(dtype, [&](auto type) {
         using T = decltype(type);
         const dim3 block = threads_for(dim);
         const dim3 grid(divide_up(rows, kRows), divide_up(dim / 8, block.x));
-        return launch(bias_gelu_kernel<T, false>, grid, block, 0, stream, static_cast<T*>(y), nullptr, nullptr, static_cast<const T*>(x),
-                      bias, bias_float, rows, dim, kRows);
+        return launch(bias_gelu_kernel<T, false>, grid, block, 0, stream, static_cast<T*>(y), nullptr, nullptr,
+                      static_cast<const T*>(x), bias, bias_float, rows, dim, kRows);
     });
 }
 
-int bias_gelu_backward(void* dx, void* dbias, float* partial, const void* dy, const void* x, const void* bias, bool bias_float,
-                       int64_t rows, int dim, int rows_per_block, int dtype, int device, void* stream) {
+int bias_gelu_backward(void* dx, void* dbias, float* partial, const void* dy, const void* x, const void* bias,
+                       bool bias_float, int64_t rows, int dim, int rows_per_block, int dtype, int device,
+                       void* stream) {
     if (dim < 8 || dim % 8) return 1;  // cudaErrorInvalidValue
     OnDevice guard(device);
     return with_dtype(dtype, [&](auto type) {
@@ -104,8 +109,9 @@ int bias_gelu_backward(void* dx, void* dbias, float* partial, const void* dy, co
         const dim3 block = threads_for(dim);
         const int parts = divide_up(rows, rows_per_block);
         const dim3 grid(parts, divide_up(dim / 8, block.x));
-        if (int status = launch(bias_gelu_kernel<T, true>, grid, block, 0, stream, static_cast<T*>(dx), dbias ? partial : nullptr,
-                                static_cast<const T*>(dy), static_cast<const T*>(x), bias, bias_float, rows, dim, rows_per_block)) {
+        if (int status = launch(bias_gelu_kernel<T, true>, grid, block, 0, stream, static_cast<T*>(dx),
+                                dbias ? partial : nullptr, static_cast<const T*>(dy), static_cast<const T*>(x), bias,
+                                bias_float, rows, dim, rows_per_block)) {
             return status;
         }
         if (dbias == nullptr) return 0;

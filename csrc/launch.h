@@ -1,5 +1,6 @@
-// The one way to start a kernel, and the few things that differ between a GPU and the block emulator of the tests (MIMO_EMULATE), which
-// runs the same sources on the CPU. Kernels use thread indices, shared_memory(), __syncthreads and warp shuffles, and nothing else.
+// The one way to start a kernel, and the few things that differ between a GPU and the block emulator of the tests
+// (MIMO_EMULATE), which runs the same sources on the CPU. Kernels use thread indices, shared_memory(), __syncthreads
+// and warp shuffles, and nothing else.
 #pragma once
 
 #include <cstddef>
@@ -25,8 +26,10 @@ class OnDevice {
 public:
     explicit OnDevice(int device) {
         cudaGetDevice(&before_);
-        if (before_ == device) before_ = -1;
-        else cudaSetDevice(device);
+        if (before_ == device)
+            before_ = -1;
+        else
+            cudaSetDevice(device);
     }
     ~OnDevice() {
         if (before_ >= 0) cudaSetDevice(before_);
@@ -43,9 +46,10 @@ inline int multiprocessors(int device) {
 }
 
 template <class... Parameters, class... Arguments>
-int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream, Arguments... arguments) {
+int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+           Arguments... arguments) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
-    kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(static_cast<Parameters>(arguments)...);
+    kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)> > >(static_cast<Parameters>(arguments)...);
     return cudaGetLastError();
 }
 

@@ -9,8 +9,8 @@ constexpr int kThreads = 256;
 
 // partial[block] = sum over the block's share. V: values per load, 8 or 1; a group is a whole number of loads.
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads)
-    squared_error_kernel(float* partial, const T* prediction, const T* target, const float* weight, int64_t count, int64_t group) {
+__global__ void __launch_bounds__(kThreads) squared_error_kernel(float* partial, const T* prediction, const T* target,
+                                                                 const float* weight, int64_t count, int64_t group) {
     float total = 0.f;
     const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads * V;
     for (int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * V; i < count; i += stride) {
@@ -33,8 +33,9 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads) squared_error_bwd_kernel(T* dprediction, const float* dloss, const T* prediction, const T* target,
-                                                                     const float* weight, int64_t count, int64_t group) {
+__global__ void __launch_bounds__(kThreads)
+    squared_error_bwd_kernel(T* dprediction, const float* dloss, const T* prediction, const T* target,
+                             const float* weight, int64_t count, int64_t group) {
     const int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * V;
     if (i >= count) return;
     const float scale = 2.f * dloss[0] * weight[i / group];
@@ -47,35 +48,40 @@ __global__ void __launch_bounds__(kThreads) squared_error_bwd_kernel(T* dpredict
 }
 
 bool in_vectors(const void* a, const void* b, const void* c, int64_t group) {
-    const uintptr_t all = reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b) | reinterpret_cast<uintptr_t>(c);
+    const uintptr_t all =
+        reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b) | reinterpret_cast<uintptr_t>(c);
     return all % 16 == 0 && group % 8 == 0;
 }
 
 }  // namespace
 
-int squared_error_forward(float* loss, float* partial, int blocks, const void* prediction, const void* target, const float* weight,
-                          int64_t count, int64_t group, int dtype, int device, void* stream) {
+int squared_error_forward(float* loss, float* partial, int blocks, const void* prediction, const void* target,
+                          const float* weight, int64_t count, int64_t group, int dtype, int device, void* stream) {
     OnDevice guard(device);
     return with_dtype(dtype, [&](auto type) {
         using T = decltype(type);
-        auto kernel = in_vectors(prediction, target, nullptr, group) ? squared_error_kernel<T, 8> : squared_error_kernel<T, 1>;
-        if (int status = launch(kernel, dim3(blocks), dim3(kThreads), sizeof(float) * kThreads / kWarp, stream, partial,
-                                static_cast<const T*>(prediction), static_cast<const T*>(target), weight, count, group)) {
+        auto kernel =
+            in_vectors(prediction, target, nullptr, group) ? squared_error_kernel<T, 8> : squared_error_kernel<T, 1>;
+        if (int status =
+                launch(kernel, dim3(blocks), dim3(kThreads), sizeof(float) * kThreads / kWarp, stream, partial,
+                       static_cast<const T*>(prediction), static_cast<const T*>(target), weight, count, group)) {
             return status;
         }
-        return column_sum<float>(SumOutputs{loss, nullptr, nullptr}, partial, nullptr, blocks, 1, 1, 1, 1, blocks, stream);
+        return column_sum<float>(SumOutputs{loss, nullptr, nullptr}, partial, nullptr, blocks, 1, 1, 1, 1, blocks,
+                                 stream);
     });
 }
 
-int squared_error_backward(void* dprediction, const float* dloss, const void* prediction, const void* target, const float* weight,
-                           int64_t count, int64_t group, int dtype, int device, void* stream) {
+int squared_error_backward(void* dprediction, const float* dloss, const void* prediction, const void* target,
+                           const float* weight, int64_t count, int64_t group, int dtype, int device, void* stream) {
     OnDevice guard(device);
     return with_dtype(dtype, [&](auto type) {
         using T = decltype(type);
         const bool vectors = in_vectors(prediction, target, dprediction, group);
         auto kernel = vectors ? squared_error_bwd_kernel<T, 8> : squared_error_bwd_kernel<T, 1>;
-        return launch(kernel, dim3(divide_up(count, kThreads * (vectors ? 8 : 1))), dim3(kThreads), 0, stream, static_cast<T*>(dprediction),
-                      dloss, static_cast<const T*>(prediction), static_cast<const T*>(target), weight, count, group);
+        return launch(kernel, dim3(divide_up(count, kThreads * (vectors ? 8 : 1))), dim3(kThreads), 0, stream,
+                      static_cast<T*>(dprediction), dloss, static_cast<const T*>(prediction),
+                      static_cast<const T*>(target), weight, count, group);
     });
 }
 

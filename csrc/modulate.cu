@@ -1,8 +1,9 @@
-// AdaLN and separate LayerNorm over packed rows in one pass, with or without the gated residual in front; forward and backward.
+// AdaLN and separate LayerNorm over packed rows in one pass, with or without the gated residual in front; forward and
+// backward.
 //
 // Forward: a warp per row, the row in registers (wider than 2048: a block per row).
-// Backward: a block per chunk of rows of one group. A thread owns 8 columns, so the sums over rows stay in its registers; they leave once
-// per chunk, and column_sum adds the chunks of a group in order.
+// Backward: a block per chunk of rows of one group. A thread owns 8 columns, so the sums over rows stay in its
+// registers; they leave once per chunk, and column_sum adds the chunks of a group in order.
 #include "common.cuh"
 #include "ops.h"
 
@@ -33,7 +34,8 @@ __device__ inline float row_sum(float value, float* shared) {
     return value;
 }
 
-// Whether the vector j of a thread lies inside the row. When compiling that is known of all but the last ones of a warp (see with_vectors).
+// Whether the vector j of a thread lies inside the row. When compiling that is known of all but the last ones of a warp
+// (see with_vectors).
 template <int N, bool WIDE>
 __device__ inline bool inside_row(int j, int column, int dim) {
     return (!WIDE && j < (N <= 6 ? N - 1 : 6)) || column < dim;
@@ -41,7 +43,8 @@ __device__ inline bool inside_row(int j, int column, int dim) {
 
 // value += gate * branch; a null gate is 1.
 template <bool WIDE, class T, class G, int N>
-__device__ inline void add_branch(float (&value)[N][8], const Raw8<T> (&branch)[N], const G* gate, int thread, int threads, int dim) {
+__device__ inline void add_branch(float (&value)[N][8], const Raw8<T> (&branch)[N], const G* gate, int thread,
+                                  int threads, int dim) {
 #pragma unroll
     for (int j = 0; j < N; j++) {
         const int column = (j * threads + thread) * 8;
@@ -56,8 +59,8 @@ __device__ inline void add_branch(float (&value)[N][8], const Raw8<T> (&branch)[
 
 // y = value * rstd * (one + factor) + offset; a null factor or offset is zero.
 template <bool WIDE, class T, class P, int N>
-__device__ inline void store_modulated(T* y, const float (&value)[N][8], float rstd, const P* factor, const P* offset, float one, int thread,
-                                       int threads, int dim) {
+__device__ inline void store_modulated(T* y, const float (&value)[N][8], float rstd, const P* factor, const P* offset,
+                                       float one, int thread, int threads, int dim) {
     constexpr int BATCH = sizeof(P) == 2 ? 2 : 1;  // loads in flight together, as far as there are registers
     const float rstd_one = rstd * one;
 #pragma unroll
@@ -83,14 +86,17 @@ __device__ inline void store_modulated(T* y, const float (&value)[N][8], float r
     }
 }
 
-// Calls function(P{}) with the type of a parameter. Outside the loop over columns, so that the loads inside can overlap.
+// Calls function(P{}) with the type of a parameter. Outside the loop over columns, so that the loads inside can
+// overlap.
 template <class T, class Function>
 __device__ inline void with_parameter_type(bool is_float, Function function) {
     if constexpr (sizeof(T) == 4) {
         function(float{});
     } else {
-        if (is_float) function(float{});
-        else function(T{});
+        if (is_float)
+            function(float{});
+        else
+            function(T{});
     }
 }
 
@@ -104,8 +110,8 @@ constexpr int forward_blocks() {
 
 template <class T, int N, bool WIDE, bool GATED>
 __global__ void __launch_bounds__(WIDE ? 256 : kForwardWarps * kWarp, forward_blocks<T, N, WIDE, GATED>())
-    modulate_fwd_kernel(T* x_new, T* y, float* mean_out, float* rstd_out, const T* x, const T* branch, Modulation m, const int* row_group,
-                        int64_t rows, int dim, float eps, int rows_per_block) {
+    modulate_fwd_kernel(T* x_new, T* y, float* mean_out, float* rstd_out, const T* x, const T* branch, Modulation m,
+                        const int* row_group, int64_t rows, int dim, float eps, int rows_per_block) {
     // N vectors of 8 columns per thread, `threads` apart
     const int threads = WIDE ? blockDim.x : kWarp;
     const int thread = threadIdx.x % threads;
@@ -173,9 +179,12 @@ __global__ void __launch_bounds__(WIDE ? 256 : kForwardWarps * kWarp, forward_bl
         }
         with_parameter_type<T>(history ? m.affine_float : m.modulation_float, [&](auto type) {
             using P = decltype(type);
-            const P* factor = static_cast<const P*>(history ? m.weight : m.scale) + (history ? 0 : group * m.scale_stride);
-            const P* offset = static_cast<const P*>(history ? m.bias : m.shift) + (history ? 0 : group * m.shift_stride);
-            store_modulated<WIDE, T, P>(y + row * dim, value, rstd, factor, offset, history && factor ? 0.f : 1.f, thread, threads, dim);
+            const P* factor =
+                static_cast<const P*>(history ? m.weight : m.scale) + (history ? 0 : group * m.scale_stride);
+            const P* offset =
+                static_cast<const P*>(history ? m.bias : m.shift) + (history ? 0 : group * m.shift_stride);
+            store_modulated<WIDE, T, P>(y + row * dim, value, rstd, factor, offset, history && factor ? 0.f : 1.f,
+                                        thread, threads, dim);
         });
     }
 }
@@ -192,8 +201,8 @@ __device__ inline void load_parameter8(const void* base, int64_t offset, bool is
     });
 }
 
-// Totals over the block of N values per thread, in every thread. shared [2, warps, N] alternates between its halves, so that one barrier
-// per call is enough.
+// Totals over the block of N values per thread, in every thread. shared [2, warps, N] alternates between its halves, so
+// that one barrier per call is enough.
 template <int N>
 __device__ inline void block_sums(float (&values)[N], float* shared, int& half) {
     const int warps = blockDim.x / kWarp, lane = threadIdx.x % kWarp;
@@ -210,21 +219,22 @@ __device__ inline void block_sums(float (&values)[N], float* shared, int& half) 
     }
 }
 
-// With h = (x - mean) * rstd and w = dy * factor:   dx = rstd * (w - mean(w) - h * mean(w * h)) + dx_new,   dbranch = gate * dx,
-// and over the rows   dscale = sum dy * h,   dshift = sum dy,   dgate = sum dx * branch.
-// N vectors of 8 columns per thread, ROWS rows at a time. With more than one vector, the second half reads the row again (it is in the L1
-// or L2 cache) rather than keep it in registers.
+// With h = (x - mean) * rstd and w = dy * factor:   dx = rstd * (w - mean(w) - h * mean(w * h)) + dx_new,   dbranch =
+// gate * dx, and over the rows   dscale = sum dy * h,   dshift = sum dy,   dgate = sum dx * branch. N vectors of 8
+// columns per thread, ROWS rows at a time. With more than one vector, the second half reads the row again (it is in the
+// L1 or L2 cache) rather than keep it in registers.
 template <class T, int N, int ROWS, bool GATED>
 __global__ void __launch_bounds__(kBackwardThreads)
-    modulate_bwd_kernel(T* dx, T* dbranch, float* partial, const T* dy, const T* dx_new, const T* x, const float* mean_in,
-                        const float* rstd_in, const T* branch, Modulation m, const int* chunks, int dim) {
+    modulate_bwd_kernel(T* dx, T* dbranch, float* partial, const T* dy, const T* dx_new, const T* x,
+                        const float* mean_in, const float* rstd_in, const T* branch, Modulation m, const int* chunks,
+                        int dim) {
     constexpr bool KEEP = N == 1;
     const int begin = chunks[3 * blockIdx.x], end = chunks[3 * blockIdx.x + 1], group = chunks[3 * blockIdx.x + 2];
     const bool history = group < 0;
     const float inverse_dim = 1.f / dim;
     float sum_scale[N][8] = {}, sum_shift[N][8] = {}, sum_gate[GATED ? N : 1][8] = {};
 
-    const auto factor_of = [&](int column, float(&factor)[8]) {
+    const auto factor_of = [&](int column, float (&factor)[8]) {
         if (history && m.weight == nullptr) {
 #pragma unroll
             for (int i = 0; i < 8; i++) factor[i] = 1.f;
@@ -235,7 +245,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
 #pragma unroll
         for (int i = 0; i < 8; i++) factor[i] += history ? 0.f : 1.f;
     };
-    const auto gate_of = [&](int column, float(&gate)[8]) {
+    const auto gate_of = [&](int column, float (&gate)[8]) {
 #pragma unroll
         for (int i = 0; i < 8; i++) gate[i] = 1.f;
         if (!history) load_parameter8<T>(m.gate, group * m.gate_stride + column, m.modulation_float, gate);
@@ -352,17 +362,25 @@ __global__ void __launch_bounds__(kBackwardThreads)
     }
 }
 
-// Calls function with the vectors per lane of a row that one warp holds; widths in between leave some lanes idle in the last vector.
+// Calls function with the vectors per lane of a row that one warp holds; widths in between leave some lanes idle in the
+// last vector.
 template <class Function>
 int with_vectors(int vectors, Function function) {
     switch (divide_up(vectors, kWarp)) {
-        case 1: return function(std::integral_constant<int, 1>{});
-        case 2: return function(std::integral_constant<int, 2>{});
-        case 3: return function(std::integral_constant<int, 3>{});
-        case 4: return function(std::integral_constant<int, 4>{});
-        case 5: return function(std::integral_constant<int, 5>{});
-        case 6: return function(std::integral_constant<int, 6>{});
-        default: return function(std::integral_constant<int, 8>{});
+        case 1:
+            return function(std::integral_constant<int, 1>{});
+        case 2:
+            return function(std::integral_constant<int, 2>{});
+        case 3:
+            return function(std::integral_constant<int, 3>{});
+        case 4:
+            return function(std::integral_constant<int, 4>{});
+        case 5:
+            return function(std::integral_constant<int, 5>{});
+        case 6:
+            return function(std::integral_constant<int, 6>{});
+        default:
+            return function(std::integral_constant<int, 8>{});
     }
 }
 
@@ -370,45 +388,50 @@ bool unsupported(int dim) { return dim < 8 || dim > 8192 || dim % 8; }
 
 }  // namespace
 
-int modulate_forward(void* x_new, void* y, float* mean, float* rstd, const void* x, const void* branch, const void* scale,
-                     int64_t scale_stride, const void* shift, int64_t shift_stride, const void* gate, int64_t gate_stride,
-                     bool modulation_float, const void* weight, const void* bias, bool affine_float, const int* row, int64_t rows, int dim,
-                     float eps, int dtype, int device, void* stream) {
+int modulate_forward(void* x_new, void* y, float* mean, float* rstd, const void* x, const void* branch,
+                     const void* scale, int64_t scale_stride, const void* shift, int64_t shift_stride, const void* gate,
+                     int64_t gate_stride, bool modulation_float, const void* weight, const void* bias,
+                     bool affine_float, const int* row, int64_t rows, int dim, float eps, int dtype, int device,
+                     void* stream) {
     if (unsupported(dim)) return 1;  // cudaErrorInvalidValue
     OnDevice guard(device);
-    const Modulation m{scale, shift, gate, weight, bias, scale_stride, shift_stride, gate_stride, modulation_float, affine_float};
+    const Modulation m{scale,        shift,        gate,        weight,           bias,
+                       scale_stride, shift_stride, gate_stride, modulation_float, affine_float};
     return with_dtype(dtype, [&](auto type) {
         using T = decltype(type);
         const auto start = [&](auto kernel, int threads, int rows_per_block, size_t shared) {
-            return launch(kernel, dim3(divide_up(rows, rows_per_block)), dim3(threads), shared, stream, static_cast<T*>(x_new),
-                          static_cast<T*>(y), mean, rstd, static_cast<const T*>(x), static_cast<const T*>(branch), m, row, rows, dim, eps,
-                          rows_per_block);
+            return launch(kernel, dim3(divide_up(rows, rows_per_block)), dim3(threads), shared, stream,
+                          static_cast<T*>(x_new), static_cast<T*>(y), mean, rstd, static_cast<const T*>(x),
+                          static_cast<const T*>(branch), m, row, rows, dim, eps, rows_per_block);
         };
         if (dim > kNarrow) {
             const int threads = round_up(divide_up(dim / 8, 4), kWarp);
             const auto kernel = branch ? modulate_fwd_kernel<T, 4, true, true> : modulate_fwd_kernel<T, 4, true, false>;
             return start(kernel, threads, 1, sizeof(float) * (threads / kWarp));
         }
-        // Neighbouring rows share their modulation, which then comes from the L1 cache; with few rows it matters more to use every
-        // multiprocessor.
+        // Neighbouring rows share their modulation, which then comes from the L1 cache; with few rows it matters more
+        // to use every multiprocessor.
         const int64_t waves = rows / (static_cast<int64_t>(multiprocessors(device)) * kForwardWarps * 16);
         const int rows_per_block = kForwardWarps * (waves >= 4 ? 4 : waves >= 2 ? 2 : 1);
         return with_vectors(dim / 8, [&](auto vectors) {
             constexpr int N = decltype(vectors)::value;
-            const auto kernel = branch ? modulate_fwd_kernel<T, N, false, true> : modulate_fwd_kernel<T, N, false, false>;
+            const auto kernel =
+                branch ? modulate_fwd_kernel<T, N, false, true> : modulate_fwd_kernel<T, N, false, false>;
             return start(kernel, kForwardWarps * kWarp, rows_per_block, 0);
         });
     });
 }
 
-int modulate_backward(void* dx, void* dbranch, void* dscale, void* dshift, void* dgate, void* dweight, void* dbias, float* partial,
-                      const void* dy, const void* dx_new, const void* x, const float* mean, const float* rstd, const void* branch,
-                      const void* scale, int64_t scale_stride, const void* gate, int64_t gate_stride, bool modulation_float,
-                      bool gated, const void* weight, bool affine_float, const int* chunks, int num_chunks, const int* first, int groups,
-                      int modulation_rows, int dim, int dtype, int device, void* stream) {
+int modulate_backward(void* dx, void* dbranch, void* dscale, void* dshift, void* dgate, void* dweight, void* dbias,
+                      float* partial, const void* dy, const void* dx_new, const void* x, const float* mean,
+                      const float* rstd, const void* branch, const void* scale, int64_t scale_stride, const void* gate,
+                      int64_t gate_stride, bool modulation_float, bool gated, const void* weight, bool affine_float,
+                      const int* chunks, int num_chunks, const int* first, int groups, int modulation_rows, int dim,
+                      int dtype, int device, void* stream) {
     if (unsupported(dim)) return 1;  // cudaErrorInvalidValue
     OnDevice guard(device);
-    const Modulation m{scale, nullptr, gate, weight, nullptr, scale_stride, 0, gate_stride, modulation_float, affine_float};
+    const Modulation m{scale,        nullptr, gate,        weight,           nullptr,
+                       scale_stride, 0,       gate_stride, modulation_float, affine_float};
     return with_dtype(dtype, [&](auto type) {
         using T = decltype(type);
         constexpr int ROWS = 2;
@@ -416,9 +439,9 @@ int modulate_backward(void* dx, void* dbranch, void* dscale, void* dshift, void*
         const auto start = [&](auto kernel, int rows) {
             const int threads = narrow ? round_up(dim / 8, kWarp) : kBackwardThreads;
             const size_t shared = sizeof(float) * 2 * (threads / kWarp) * 2 * rows;
-            return launch(kernel, dim3(num_chunks), dim3(threads), shared, stream, static_cast<T*>(dx), static_cast<T*>(dbranch), partial,
-                          static_cast<const T*>(dy), static_cast<const T*>(dx_new), static_cast<const T*>(x), mean, rstd,
-                          static_cast<const T*>(branch), m, chunks, dim);
+            return launch(kernel, dim3(num_chunks), dim3(threads), shared, stream, static_cast<T*>(dx),
+                          static_cast<T*>(dbranch), partial, static_cast<const T*>(dy), static_cast<const T*>(dx_new),
+                          static_cast<const T*>(x), mean, rstd, static_cast<const T*>(branch), m, chunks, dim);
         };
         const int status =
             narrow ? start(gated ? modulate_bwd_kernel<T, 1, ROWS, true> : modulate_bwd_kernel<T, 1, ROWS, false>, ROWS)
@@ -426,11 +449,13 @@ int modulate_backward(void* dx, void* dbranch, void* dscale, void* dshift, void*
         if (status) return status;
         const int sums = gated ? 3 : 2;
         const auto sum = [&](bool is_float, SumOutputs out, const int* list, int lists, int out_lists, int typical) {
-            return is_float ? column_sum<float>(out, partial, list, num_chunks, lists, out_lists, sums, dim, typical, stream)
-                            : column_sum<T>(out, partial, list, num_chunks, lists, out_lists, sums, dim, typical, stream);
+            return is_float
+                       ? column_sum<float>(out, partial, list, num_chunks, lists, out_lists, sums, dim, typical, stream)
+                       : column_sum<T>(out, partial, list, num_chunks, lists, out_lists, sums, dim, typical, stream);
         };
         const int typical = num_chunks / (groups > 0 ? groups : 1);
-        if (int failed = sum(modulation_float, SumOutputs{dscale, dshift, dgate}, first + 1, groups, modulation_rows, typical)) {
+        if (int failed =
+                sum(modulation_float, SumOutputs{dscale, dshift, dgate}, first + 1, groups, modulation_rows, typical)) {
             return failed;
         }
         if (dweight == nullptr && dbias == nullptr) return 0;

@@ -1,26 +1,33 @@
 // Tile schedules of the attention kernels, from the frame table of a FrameMask (see frame_mask.cpp for the table).
 //
-// A schedule is a list of tiles, and for each tile the blocks it has to visit. Blocks that every row of the tile sees whole form *bare*
-// segments, which a kernel runs without any test; the rest forms *masked* segments. All numbers are int32 and their count is O(groups + tiles):
+// A schedule is a list of tiles, and for each tile the blocks it has to visit. Blocks that every row of the tile sees
+// whole form *bare* segments, which a kernel runs without any test; the rest forms *masked* segments. All numbers are
+// int32 and their count is O(groups + tiles):
 //
 //     tiles     [T, 4]  start, end, place of its segments (counted from the first tile), bare blocks
 //     groups    [G, 8]  the frame table itself
-//     segments          tile after tile: bare segments (start, end); masked steps, first group, end group, 0; masked segments;
-//                       start and end of the tile once more: a kernel that reads them again at its end need not keep them in registers
+//     segments          tile after tile: bare segments (start, end); masked steps, first group, end group, 0; masked
+//     segments;
+//                       start and end of the tile once more: a kernel that reads them again at its end need not keep
+//                       them in registers
 //
-// plan_rows: a tile is a range of query rows, its segments are ranges of keys (forward, dQ). A masked segment is (start, end); every row sees at most
+// plan_rows: a tile is a range of query rows, its segments are ranges of keys (forward, dQ). A masked segment is
+// (start, end); every row sees at most
 //            one interval of keys in it, so two bounds per row describe it. A masked step is a segment.
-// plan_keys: a tile is a range of keys, its segments are ranges of query rows (dK, dV). A masked segment holds rows of up to four groups,
-//            (start, end, three rows where the next group begins, 0, 0, 0, four times the first and the end of the keys the group sees in the tile),
-//            and is a single block unless all its rows are of one group. A masked step is a block.
+// plan_keys: a tile is a range of keys, its segments are ranges of query rows (dK, dV). A masked segment holds rows of
+// up to four groups,
+//            (start, end, three rows where the next group begins, 0, 0, 0, four times the first and the end of the keys
+//            the group sees in the tile), and is a single block unless all its rows are of one group. A masked step is
+//            a block.
 //
-// Tiles come longest first inside bands of clips, each of about `band_rows` rows: within a band to keep the end of a launch short, in bands so that
-// what runs at the same time shares its keys in the cache.
+// Tiles come longest first inside bands of clips, each of about `band_rows` rows: within a band to keep the end of a
+// launch short, in bands so that what runs at the same time shares its keys in the cache.
 //
-// Three steps make a schedule. choose_cuts decides where tiles end before they are full, walk goes through the tiles and writes the segments of each,
-// result sorts the tiles. Where a tile ends matters because frames seldom fill tiles: a tile that reaches over a boundary visits what either side
-// sees, one that ends there leaves rows of the matrix units idle. The search is a shortest path over the groups, from the last to the first: the
-// blocks from a group on are those up to the next early end plus those from there on.
+// Three steps make a schedule. choose_cuts decides where tiles end before they are full, walk goes through the tiles
+// and writes the segments of each, result sorts the tiles. Where a tile ends matters because frames seldom fill tiles:
+// a tile that reaches over a boundary visits what either side sees, one that ends there leaves rows of the matrix units
+// idle. The search is a shortest path over the groups, from the last to the first: the blocks from a group on are those
+// up to the next early end plus those from there on.
 #include <algorithm>
 #include <cstdint>
 #include <limits>
@@ -37,9 +44,11 @@ namespace {
 constexpr int kTileColumns = 4;
 constexpr int kSegmentCells = 16;  // of the larger kind
 constexpr int kGroupsPerBlock = 4;
-constexpr int kLookAhead = 64;         // groups from one early end of a tile to the next
-constexpr int kRowGroupsPerTile = 32;  // with more (frames of a few tokens) no tile of rows ends early: the choice is not worth its time
-constexpr int kKeyGroupsPerTile = 8;   // with more the rows that see a tile do not tell its blocks: where a tile of keys ends is decided on the spot
+constexpr int kLookAhead = 64;  // groups from one early end of a tile to the next
+constexpr int kRowGroupsPerTile =
+    32;  // with more (frames of a few tokens) no tile of rows ends early: the choice is not worth its time
+constexpr int kKeyGroupsPerTile =
+    8;  // with more the rows that see a tile do not tell its blocks: where a tile of keys ends is decided on the spot
 
 struct Interval {
     int start, end;
@@ -53,7 +62,9 @@ struct Group {
     int rows() const { return row_end - row_start; }
     bool empty() const { return keys[0].end == 0; }
     const Interval* begin() const { return keys; }
-    const Interval* end() const { return keys[0].end == 0 ? keys : keys[1].end == 0 ? keys + 1 : keys[2].end == 0 ? keys + 2 : keys + 3; }
+    const Interval* end() const {
+        return keys[0].end == 0 ? keys : keys[1].end == 0 ? keys + 1 : keys[2].end == 0 ? keys + 2 : keys + 3;
+    }
 };
 static_assert(sizeof(Group) == 8 * sizeof(int32_t));
 
@@ -107,7 +118,8 @@ void intersect(const Intervals& a, const Group& group, Intervals& into) {
     }
 }
 
-// Steps blocks from `range.start` and calls bare(start, end) for runs of blocks inside one interval of `common`, masked(start, end) for the rest.
+// Steps blocks from `range.start` and calls bare(start, end) for runs of blocks inside one interval of `common`,
+// masked(start, end) for the rest.
 template <typename Bare, typename Masked>
 void split_blocks(Interval range, const Intervals& common, Blocks blocks, Bare bare, Masked masked) {
     int place = range.start;
@@ -127,8 +139,14 @@ void split_blocks(Interval range, const Intervals& common, Blocks blocks, Bare b
 class Schedule {
 public:
     Schedule(const Group* groups, int count, int tile, int block, int band_rows)
-        : groups_(groups), count_(count), rows_(count ? groups[count - 1].row_end : 0), tile_(tile), blocks_(block), tiles_(most_tiles()),
-          segments_(most_tiles() * kSegmentCells), masked_(kSegmentCells) {
+        : groups_(groups),
+          count_(count),
+          rows_(count ? groups[count - 1].row_end : 0),
+          tile_(tile),
+          blocks_(block),
+          tiles_(most_tiles()),
+          segments_(most_tiles() * kSegmentCells),
+          masked_(kSegmentCells) {
         find_bands(band_rows);
     }
 
@@ -138,7 +156,8 @@ public:
         std::fill_n(segments_.extend(kSegmentCells), kSegmentCells, 0);  // kernels look one segment ahead
         const int first_segment = static_cast<int>(tiles_.size()) * kTileColumns + count_ * 8;
         py::bytearray bytes(nullptr, 0);
-        if (PyByteArray_Resize(bytes.ptr(), (first_segment + segments_.size()) * sizeof(int32_t))) throw py::error_already_set();
+        if (PyByteArray_Resize(bytes.ptr(), (first_segment + segments_.size()) * sizeof(int32_t)))
+            throw py::error_already_set();
         int32_t* out = reinterpret_cast<int32_t*>(PyByteArray_AS_STRING(bytes.ptr()));
         int64_t blocks = 0;
         for (const int t : order) {
@@ -159,8 +178,8 @@ protected:
         int64_t blocks = 0;
     };
 
-    // Cuts the rows into tiles. A tile begins at begin(row, group), ends at the first further group for which joins(group) is false or when it is full,
-    // and goes to emit(tile).
+    // Cuts the rows into tiles. A tile begins at begin(row, group), ends at the first further group for which
+    // joins(group) is false or when it is full, and goes to emit(tile).
     template <typename Begin, typename Joins, typename Emit>
     void walk(Begin begin, Joins joins, Emit emit) {
         for (int start = 0, group = 0; start < rows_;) {
@@ -182,8 +201,9 @@ protected:
         tile.bare_blocks += blocks, tile.blocks += blocks;
     }
 
-    // Decides at which groups tiles end early: the fewest blocks over all choices. Where the short tile of a clip stands makes the difference: it should
-    // be where tiles visit few blocks. `cost` gives the blocks of a tile: begin(group), extend(group), blocks().
+    // Decides at which groups tiles end early: the fewest blocks over all choices. Where the short tile of a clip
+    // stands makes the difference: it should be where tiles visit few blocks. `cost` gives the blocks of a tile:
+    // begin(group), extend(group), blocks().
     template <typename Cost>
     void choose_cuts(Cost cost) {
         const Group* const groups = groups_;  // in registers, whatever is written
@@ -218,7 +238,8 @@ protected:
                     consider(group + 1, blocks);
                     break;
                 }
-                if (blocks + best[group + 1] >= least) break;  // the rows left over need at least as much as those of the groups to come
+                if (blocks + best[group + 1] >= least)
+                    break;  // the rows left over need at least as much as those of the groups to come
             }
             best[first] = least, next_cut[first] = cut;
         }
@@ -227,7 +248,9 @@ protected:
     }
 
     // Whether tiles hold at most so many groups, on average.
-    bool holds_at_most(int groups) const { return static_cast<int64_t>(count_) * tile_ <= static_cast<int64_t>(rows_) * groups; }
+    bool holds_at_most(int groups) const {
+        return static_cast<int64_t>(count_) * tile_ <= static_cast<int64_t>(rows_) * groups;
+    }
 
     void close(const Tile& tile) {
         segments_.append({tile.masked_steps, tile.group, tile.end_group, 0});
@@ -252,7 +275,8 @@ private:
         bands_.assign(count_, 0);
         if (rows_ < band_rows) return;
         std::vector<int> first_key(count_ + 1, rows_);  // of a group and those after it
-        for (int g = count_ - 1; g >= 0; --g) first_key[g] = std::min(first_key[g + 1], groups_[g].empty() ? rows_ : groups_[g].keys[0].start);
+        for (int g = count_ - 1; g >= 0; --g)
+            first_key[g] = std::min(first_key[g + 1], groups_[g].empty() ? rows_ : groups_[g].keys[0].start);
         int last_key = 0, band = 0, band_start = 0;
         for (int g = 0; g < count_; ++g) {
             const int row = groups_[g].row_start;
@@ -270,7 +294,9 @@ private:
         while (longest >> bits) ++bits;
         Array<int> order(tiles_.size()), spare(tiles_.size());
         for (size_t t = 0; t < tiles_.size(); ++t) order.push(static_cast<int>(t));
-        radix_sort(order, spare, [&](int t) { return static_cast<uint64_t>(tiles_[t].band) << bits | static_cast<uint64_t>(longest - tiles_[t].blocks); });
+        radix_sort(order, spare, [&](int t) {
+            return static_cast<uint64_t>(tiles_[t].band) << bits | static_cast<uint64_t>(longest - tiles_[t].blocks);
+        });
         return order;
     }
 
@@ -283,7 +309,9 @@ public:
         : Schedule(groups, count, tile, block, band_rows), seen_(most()), common_(most()), scratch_(most()) {
         const bool chooses = holds_at_most(kRowGroupsPerTile);
         if (chooses) choose_cuts(UnionCost{*this});
-        const auto begin = [&](int, int group) { assign_keys(groups_[group], seen_), assign_keys(groups_[group], common_); };
+        const auto begin = [&](int, int group) {
+            assign_keys(groups_[group], seen_), assign_keys(groups_[group], common_);
+        };
         const auto joins = [&](int group) {
             if (chooses && ends_early_[group]) return false;
             unite(seen_, groups_[group]);
@@ -325,13 +353,15 @@ private:
         close(tile);
     }
 
-    // Fewest positions so that every gap between two intervals of one group holds one: cut there, and no masked segment holds two intervals of a row.
+    // Fewest positions so that every gap between two intervals of one group holds one: cut there, and no masked segment
+    // holds two intervals of a row.
     void find_gaps(const Tile& tile) {
         cuts_.clear();
         if (tile.end_group - tile.group == 1) return;  // what a single group does not see is not in its union either
         gaps_.clear();
         for (int g = tile.group; g < tile.end_group; ++g) {
-            for (const Interval* key = groups_[g].keys + 1; key < groups_[g].end(); ++key) gaps_.push_back({key[-1].end, key[0].start});
+            for (const Interval* key = groups_[g].keys + 1; key < groups_[g].end(); ++key)
+                gaps_.push_back({key[-1].end, key[0].start});
         }
         std::sort(gaps_.begin(), gaps_.end(), [](const Interval& a, const Interval& b) { return a.end < b.end; });
         for (const Interval& gap : gaps_) {
@@ -377,7 +407,8 @@ private:
         uint32_t group : 31, begins : 1;
     };
 
-    // Of 64 groups, a bit for each that sees the current key, some key of the tile, the whole tile, several intervals in the tile.
+    // Of 64 groups, a bit for each that sees the current key, some key of the tile, the whole tile, several intervals
+    // in the tile.
     struct Word {
         uint64_t active, some, whole, several;
     };
@@ -397,7 +428,8 @@ private:
     }
 
     struct ViewerCost {
-        const std::vector<int64_t>&at_start, &joining;  // rows that see the first key of a group; that begin to see keys in it
+        const std::vector<int64_t>&at_start,
+            &joining;  // rows that see the first key of a group; that begin to see keys in it
         Blocks sizes;
         int64_t viewers = 0;
         void begin(int group) { viewers = at_start[group]; }
@@ -430,7 +462,8 @@ private:
 
     // Outside [first_word_, end_word_) all words are 0: what a tile costs does not grow with the number of clips.
     void begin_tile() {
-        for (int w = first_word_; w < end_word_; ++w) words_[w] = {words_[w].active, words_[w].active, words_[w].active, 0};
+        for (int w = first_word_; w < end_word_; ++w)
+            words_[w] = {words_[w].active, words_[w].active, words_[w].active, 0};
         while (first_word_ < end_word_ && words_[first_word_].active == 0) ++first_word_;
         while (first_word_ < end_word_ && words_[end_word_ - 1].active == 0) --end_word_;
     }
@@ -453,8 +486,8 @@ private:
         return rows;
     }
 
-    // Whether a tile from `start` that `before` rows see should end at the group `ahead` rather than reach over the boundary, which saves a part of a
-    // tile of that group.
+    // Whether a tile from `start` that `before` rows see should end at the group `ahead` rather than reach over the
+    // boundary, which saves a part of a tile of that group.
     bool cut_here(int start, const Group& ahead, int64_t before) const {
         int64_t joining = 0, leaving = 0;
         for (size_t e = event_; events_[e].place == ahead.row_start; ++e) {
@@ -478,8 +511,8 @@ private:
         return std::min(end, w * 64 + __builtin_ctzll(bits));
     }
 
-    // Runs of neighbouring groups that see keys of the tile become segments. A group with several intervals in the tile is a run of its own per
-    // interval, each with its window of keys.
+    // Runs of neighbouring groups that see keys of the tile become segments. A group with several intervals in the tile
+    // is a run of its own per interval, each with its window of keys.
     void emit(Tile& tile) {
         const auto seeing = [&](int w) { return words_[w].some; };
         const auto ends_run = [&](int w) { return ~words_[w].some | words_[w].several; };
@@ -512,10 +545,12 @@ private:
         }
         int group = first;  // split_blocks walks upwards
         split_blocks(
-            {groups_[first].row_start, groups_[end - 1].row_end}, common_, blocks_, [&](int start, int stop) { add_bare(tile, start, stop); },
+            {groups_[first].row_start, groups_[end - 1].row_end}, common_, blocks_,
+            [&](int start, int stop) { add_bare(tile, start, stop); },
             [&](int start, int stop) {
                 const auto ends_before = [](const Group& x, int row) { return x.row_end <= row; };
-                group = static_cast<int>(std::lower_bound(groups_ + group, groups_ + end, start, ends_before) - groups_);
+                group =
+                    static_cast<int>(std::lower_bound(groups_ + group, groups_ + end, start, ends_before) - groups_);
                 add_masked_rows(tile, start, stop, group, window);
             });
     }
@@ -562,8 +597,9 @@ private:
 template <typename Kind>
 py::tuple plan(uintptr_t table, int groups, int tile, int block, int band_rows) {
     if (groups < 0 || tile <= 0 || block <= 0 || (block & (block - 1))) {
-        throw py::value_error("plan of " + std::to_string(groups) + " groups with tiles of " + std::to_string(tile) + " and blocks of " +
-                              std::to_string(block) + "; expected positive sizes and a power of two for the blocks");
+        throw py::value_error("plan of " + std::to_string(groups) + " groups with tiles of " + std::to_string(tile) +
+                              " and blocks of " + std::to_string(block) +
+                              "; expected positive sizes and a power of two for the blocks");
     }
     return Kind(reinterpret_cast<const Group*>(table), groups, tile, block, band_rows).result();
 }

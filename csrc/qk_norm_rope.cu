@@ -1,7 +1,8 @@
 // Per-head RMSNorm and axial 3D RoPE from the packed qkv projection, forward (also into cache pages) and backward.
 //
-// A team of head_dim / 8 neighbouring lanes holds a head, 8 channels each: 9 lanes for 72 channels, so a warp holds 3 such heads. Rotated
-// pairs stay inside a lane. A warp works on the heads of one row, so sines and cosines are looked up once per row.
+// A team of head_dim / 8 neighbouring lanes holds a head, 8 channels each: 9 lanes for 72 channels, so a warp holds 3
+// such heads. Rotated pairs stay inside a lane. A warp works on the heads of one row, so sines and cosines are looked
+// up once per row.
 #include "common.cuh"
 #include "ops.h"
 
@@ -56,7 +57,8 @@ struct Rotation {
 };
 
 // Cosine and sine of the lane's four channel pairs at a row's position.
-__device__ inline void look_up(const Rotation& rotation, int64_t row, const Lane& lane, float (&cosine)[4], float (&sine)[4]) {
+__device__ inline void look_up(const Rotation& rotation, int64_t row, const Lane& lane, float (&cosine)[4],
+                               float (&sine)[4]) {
 #pragma unroll
     for (int p = 0; p < 4; p++) {
         cosine[p] = 1.f;
@@ -66,13 +68,16 @@ __device__ inline void look_up(const Rotation& rotation, int64_t row, const Lane
     const int* position = rotation.coords + row * 3;
     const int t = position[0], y = position[1], x = position[2];
     const unsigned positions = rotation.positions;  // a negative one is too large as well
-    MIMO_REQUIRE(static_cast<unsigned>(t) < positions && static_cast<unsigned>(y) < positions && static_cast<unsigned>(x) < positions,
-                 "qk_norm_rope: a position is negative or beyond the table; AxialRoPE.tables_on(device, max_position) makes it longer");
+    MIMO_REQUIRE(static_cast<unsigned>(t) < positions && static_cast<unsigned>(y) < positions &&
+                     static_cast<unsigned>(x) < positions,
+                 "qk_norm_rope: a position is negative or beyond the table; AxialRoPE.tables_on(device, max_position) "
+                 "makes it longer");
 #pragma unroll
     for (int p = 0; p < 4; p++) {
         const int pair = lane.place * 4 + p;
         const int at = pair < rotation.t_end ? t : pair < rotation.y_end ? y : x;
-        const float2 turn = reinterpret_cast<const float2*>(rotation.table)[static_cast<int64_t>(at) * (lane.lanes * 4) + pair];
+        const float2 turn =
+            reinterpret_cast<const float2*>(rotation.table)[static_cast<int64_t>(at) * (lane.lanes * 4) + pair];
         cosine[p] = turn.x;
         sine[p] = turn.y;
     }
@@ -83,8 +88,10 @@ __device__ inline void load_weight(const void* weight, bool is_float, const Lane
 #pragma unroll
     for (int i = 0; i < 8; i++) value[i] = 0.f;
     if (!lane.active) return;
-    if (is_float) unpack8(load8(static_cast<const float*>(weight) + lane.place * 8), value);
-    else unpack8(load8(static_cast<const T*>(weight) + lane.place * 8), value);
+    if (is_float)
+        unpack8(load8(static_cast<const float*>(weight) + lane.place * 8), value);
+    else
+        unpack8(load8(static_cast<const T*>(weight) + lane.place * 8), value);
 }
 
 template <class T>
@@ -94,12 +101,12 @@ struct Outputs {
     int64_t slots;
 };
 
-// Work items are (row, part): part i of `parts` has every parts-th group of heads. q and k heads of a row lie one after the other, v after
-// them; v is copied where it is wanted.
+// Work items are (row, part): part i of `parts` has every parts-th group of heads. q and k heads of a row lie one after
+// the other, v after them; v is copied where it is wanted.
 template <class T>
-__global__ void __launch_bounds__(kWarps * kWarp, 4)  // at most 128 registers
-    qk_norm_rope_fwd_kernel(Outputs<T> out, const T* qkv, const void* q_weight, const void* k_weight, bool weight_float, Rotation rotation,
-                            int64_t rows, int heads, int head_dim, float eps, int parts) {
+__global__ void __launch_bounds__(kWarps* kWarp, 4)  // at most 128 registers
+    qk_norm_rope_fwd_kernel(Outputs<T> out, const T* qkv, const void* q_weight, const void* k_weight, bool weight_float,
+                            Rotation rotation, int64_t rows, int heads, int head_dim, float eps, int parts) {
     const Lane lane(head_dim);
     const float inverse_dim = 1.f / head_dim;
     float weight_q[8], weight_k[8];
@@ -108,7 +115,8 @@ __global__ void __launch_bounds__(kWarps * kWarp, 4)  // at most 128 registers
     const int wanted = (out.v != nullptr || out.v_cache != nullptr ? 3 : 2) * heads;
     const int stride = lane.teams * parts;
     const int64_t warps = static_cast<int64_t>(gridDim.x) * kWarps;
-    for (int64_t item = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp; item < rows * parts; item += warps) {
+    for (int64_t item = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp; item < rows * parts;
+         item += warps) {
         const int64_t row = item / parts;
         const int first = static_cast<int>(item - row * parts) * lane.teams;
         const T* source = qkv + row * 3 * heads * head_dim + lane.place * 8;
@@ -170,9 +178,10 @@ __global__ void __launch_bounds__(kWarps * kWarp, 4)  // at most 128 registers
 //     dx = s * (g * weight - n * mean(g * weight * n)),   dweight = sum of g * n over rows and heads.
 // dqkv's third part is dv, or zero.
 template <class T>
-__global__ void __launch_bounds__(kWarps * kWarp, 4)  // at most 128 registers
-    qk_norm_rope_bwd_kernel(T* dqkv, float* partial, const T* dq, const T* dk, const T* dv, const T* qkv, const void* q_weight,
-                            const void* k_weight, bool weight_float, Rotation rotation, int64_t rows, int heads, int head_dim, float eps) {
+__global__ void __launch_bounds__(kWarps* kWarp, 4)  // at most 128 registers
+    qk_norm_rope_bwd_kernel(T* dqkv, float* partial, const T* dq, const T* dk, const T* dv, const T* qkv,
+                            const void* q_weight, const void* k_weight, bool weight_float, Rotation rotation,
+                            int64_t rows, int heads, int head_dim, float eps) {
     const Lane lane(head_dim);
     const float inverse_dim = 1.f / head_dim;
     float weight_q[8], weight_k[8], sum_q[8] = {}, sum_k[8] = {};
@@ -285,16 +294,21 @@ bool unsupported(int head_dim) { return head_dim < 8 || head_dim > 256 || head_d
 
 }  // namespace
 
-int qk_norm_rope_forward(void* q, void* k, void* v, void* k_cache, void* v_cache, const int64_t* cache_rows, int64_t slots, const void* qkv,
-                         const void* q_weight, const void* k_weight, bool weight_float, const int* coords, const float* table,
-                         int positions, int t_end, int y_end, int64_t rows, int heads, int head_dim, float eps, int dtype, int device,
-                         void* stream) {
+int qk_norm_rope_forward(void* q, void* k, void* v, void* k_cache, void* v_cache, const int64_t* cache_rows,
+                         int64_t slots, const void* qkv, const void* q_weight, const void* k_weight, bool weight_float,
+                         const int* coords, const float* table, int positions, int t_end, int y_end, int64_t rows,
+                         int heads, int head_dim, float eps, int dtype, int device, void* stream) {
     if (unsupported(head_dim)) return 1;  // cudaErrorInvalidValue
     OnDevice guard(device);
     return with_dtype(dtype, [&](auto type) {
         using T = decltype(type);
-        const Outputs<T> out{static_cast<T*>(q),       static_cast<T*>(k), static_cast<T*>(v), static_cast<T*>(k_cache),
-                             static_cast<T*>(v_cache), cache_rows,         slots};
+        const Outputs<T> out{static_cast<T*>(q),
+                             static_cast<T*>(k),
+                             static_cast<T*>(v),
+                             static_cast<T*>(k_cache),
+                             static_cast<T*>(v_cache),
+                             cache_rows,
+                             slots};
         const Rotation rotation{coords, table, positions, t_end, y_end};
         // A warp takes a whole row where there are enough of them, else the heads of a row are shared between warps.
         const int teams = kWarp / (head_dim / 8);
@@ -302,24 +316,26 @@ int qk_norm_rope_forward(void* q, void* k, void* v, void* k_cache, void* v_cache
         const int steps = divide_up(3 * heads, teams * kForwardHeads);
         const int parts = rows * 2 > resident ? 1 : steps;
         const int64_t blocks = (rows * parts + kWarps - 1) / kWarps, most = resident * 4 / kWarps;
-        return launch(qk_norm_rope_fwd_kernel<T>, dim3(blocks < most ? blocks : most), dim3(kWarps * kWarp), 0, stream, out,
-                      static_cast<const T*>(qkv), q_weight, k_weight, weight_float, rotation, rows, heads, head_dim, eps, parts);
+        return launch(qk_norm_rope_fwd_kernel<T>, dim3(blocks < most ? blocks : most), dim3(kWarps * kWarp), 0, stream,
+                      out, static_cast<const T*>(qkv), q_weight, k_weight, weight_float, rotation, rows, heads,
+                      head_dim, eps, parts);
     });
 }
 
-int qk_norm_rope_backward(void* dqkv, void* dq_weight, void* dk_weight, float* partial, int blocks, const void* dq, const void* dk,
-                          const void* dv, const void* qkv, const void* q_weight, const void* k_weight, bool weight_float,
-                          const int* coords, const float* table, int positions, int t_end, int y_end, int64_t rows, int heads,
-                          int head_dim, float eps, int dtype, int device, void* stream) {
+int qk_norm_rope_backward(void* dqkv, void* dq_weight, void* dk_weight, float* partial, int blocks, const void* dq,
+                          const void* dk, const void* dv, const void* qkv, const void* q_weight, const void* k_weight,
+                          bool weight_float, const int* coords, const float* table, int positions, int t_end, int y_end,
+                          int64_t rows, int heads, int head_dim, float eps, int dtype, int device, void* stream) {
     if (unsupported(head_dim)) return 1;  // cudaErrorInvalidValue
     OnDevice guard(device);
     return with_dtype(dtype, [&](auto type) {
         using T = decltype(type);
         const Rotation rotation{coords, table, positions, t_end, y_end};
         const size_t shared = sizeof(float) * kWarps * (kWarp / (head_dim / 8)) * 2 * head_dim;
-        if (int status = launch(qk_norm_rope_bwd_kernel<T>, dim3(blocks), dim3(kWarps * kWarp), shared, stream, static_cast<T*>(dqkv),
-                                partial, static_cast<const T*>(dq), static_cast<const T*>(dk), static_cast<const T*>(dv),
-                                static_cast<const T*>(qkv), q_weight, k_weight, weight_float, rotation, rows, heads, head_dim, eps)) {
+        if (int status = launch(qk_norm_rope_bwd_kernel<T>, dim3(blocks), dim3(kWarps * kWarp), shared, stream,
+                                static_cast<T*>(dqkv), partial, static_cast<const T*>(dq), static_cast<const T*>(dk),
+                                static_cast<const T*>(dv), static_cast<const T*>(qkv), q_weight, k_weight, weight_float,
+                                rotation, rows, heads, head_dim, eps)) {
             return status;
         }
         const SumOutputs out{dq_weight, dk_weight, nullptr};

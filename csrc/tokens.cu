@@ -19,8 +19,8 @@ struct Lookup {
 
 // y[r] = x[source[r]]; with holes, a row whose source is negative becomes `fill` or zero.
 template <class Word, bool HOLES>
-__global__ void __launch_bounds__(kThreads)
-    copy_rows_kernel(Word* y, const Word* x, Lookup source, const Word* fill, int64_t out_rows, int64_t in_rows, uint32_t row_words) {
+__global__ void __launch_bounds__(kThreads) copy_rows_kernel(Word* y, const Word* x, Lookup source, const Word* fill,
+                                                             int64_t out_rows, int64_t in_rows, uint32_t row_words) {
     const int64_t begin = static_cast<int64_t>(blockIdx.x) * (kThreads * kWords);
     const int64_t row0 = begin / row_words;
     const uint32_t offset0 = static_cast<uint32_t>(begin - row0 * row_words) + threadIdx.x;
@@ -91,20 +91,21 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class Word>
-int copy_rows(void* y, const void* x, Lookup source, bool holes, const void* fill, int64_t out_rows, int64_t in_rows, int64_t row_bytes,
-              void* stream) {
+int copy_rows(void* y, const void* x, Lookup source, bool holes, const void* fill, int64_t out_rows, int64_t in_rows,
+              int64_t row_bytes, void* stream) {
     const int64_t row_words = row_bytes / sizeof(Word);
     const int64_t blocks = (out_rows * row_words + kThreads * kWords - 1) / (kThreads * kWords);
     if (blocks > INT32_MAX || row_words > INT32_MAX) return 1;  // cudaErrorInvalidValue
     auto kernel = holes ? copy_rows_kernel<Word, true> : copy_rows_kernel<Word, false>;
-    return launch(kernel, dim3(blocks), dim3(kThreads), 0, stream, static_cast<Word*>(y), static_cast<const Word*>(x), source,
-                  static_cast<const Word*>(fill), out_rows, in_rows, static_cast<uint32_t>(row_words));
+    return launch(kernel, dim3(blocks), dim3(kThreads), 0, stream, static_cast<Word*>(y), static_cast<const Word*>(x),
+                  source, static_cast<const Word*>(fill), out_rows, in_rows, static_cast<uint32_t>(row_words));
 }
 
-int copy_rows(void* y, const void* x, Lookup source, bool holes, const void* fill, int64_t out_rows, int64_t in_rows, int64_t row_bytes,
-              void* stream) {
+int copy_rows(void* y, const void* x, Lookup source, bool holes, const void* fill, int64_t out_rows, int64_t in_rows,
+              int64_t row_bytes, void* stream) {
     if (row_bytes == 0) return 0;
-    const uint64_t all = reinterpret_cast<uintptr_t>(y) | reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(fill) | row_bytes;
+    const uint64_t all =
+        reinterpret_cast<uintptr_t>(y) | reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(fill) | row_bytes;
     if (all % 16 == 0) return copy_rows<uint4>(y, x, source, holes, fill, out_rows, in_rows, row_bytes, stream);
     if (all % 4 == 0) return copy_rows<uint32_t>(y, x, source, holes, fill, out_rows, in_rows, row_bytes, stream);
     if (all % 2 == 0) return copy_rows<uint16_t>(y, x, source, holes, fill, out_rows, in_rows, row_bytes, stream);
@@ -113,23 +114,25 @@ int copy_rows(void* y, const void* x, Lookup source, bool holes, const void* fil
 
 }  // namespace
 
-int gather_rows(void* y, const void* x, const void* index, bool wide_index, int64_t kept, int64_t rows, int64_t row_bytes, int device,
-                void* stream) {
+int gather_rows(void* y, const void* x, const void* index, bool wide_index, int64_t kept, int64_t rows,
+                int64_t row_bytes, int device, void* stream) {
     OnDevice guard(device);
     return copy_rows(y, x, Lookup{index, wide_index}, false, nullptr, kept, rows, row_bytes, stream);
 }
 
-int scatter_rows(void* y, int* inverse, const void* x, const void* index, bool wide_index, const void* fill, int64_t kept, int64_t rows,
-                 int64_t row_bytes, int device, void* stream) {
+int scatter_rows(void* y, int* inverse, const void* x, const void* index, bool wide_index, const void* fill,
+                 int64_t kept, int64_t rows, int64_t row_bytes, int device, void* stream) {
     OnDevice guard(device);
     if (int status = fill_bytes(inverse, 0xff, rows * sizeof(int), stream)) return status;
     const dim3 grid(divide_up(kept, kThreads));
-    if (int status = launch(invert_kernel, grid, dim3(kThreads), 0, stream, inverse, Lookup{index, wide_index}, kept, rows)) return status;
+    if (int status =
+            launch(invert_kernel, grid, dim3(kThreads), 0, stream, inverse, Lookup{index, wide_index}, kept, rows))
+        return status;
     return copy_rows(y, x, Lookup{inverse, false}, true, fill, rows, kept, row_bytes, stream);
 }
 
-int hole_sum(void* total, float* partial, const void* dy, const int* inverse, int64_t rows, int dim, int rows_per_block, int dtype,
-             int device, void* stream) {
+int hole_sum(void* total, float* partial, const void* dy, const int* inverse, int64_t rows, int dim, int rows_per_block,
+             int dtype, int device, void* stream) {
     OnDevice guard(device);
     return with_dtype(dtype, [&](auto type) {
         using T = decltype(type);
@@ -139,11 +142,12 @@ int hole_sum(void* total, float* partial, const void* dy, const int* inverse, in
         const int blocks = divide_up(rows, rows_per_block);
         auto kernel = vector == 8 ? hole_sum_kernel<T, 8> : hole_sum_kernel<T, 1>;
         const dim3 grid(blocks, divide_up(columns, threads > 0 ? threads : 1));
-        if (int status = launch(kernel, grid, dim3(threads), 0, stream, partial, static_cast<const T*>(dy), inverse, rows, dim,
-                                rows_per_block)) {
+        if (int status = launch(kernel, grid, dim3(threads), 0, stream, partial, static_cast<const T*>(dy), inverse,
+                                rows, dim, rows_per_block)) {
             return status;
         }
-        return column_sum<T>(SumOutputs{total, nullptr, nullptr}, partial, nullptr, blocks, 1, 1, 1, dim, blocks, stream);
+        return column_sum<T>(SumOutputs{total, nullptr, nullptr}, partial, nullptr, blocks, 1, 1, 1, dim, blocks,
+                             stream);
     });
 }
 

@@ -5,7 +5,7 @@ import importlib
 __version__ = "0.1.0"
 __all__ = ["MiMo", "MiMoConfig"]
 
-_HOME = {"MiMo": "mimo.model", "MiMoConfig": "mimo.config"}
+_HOME = {"MiMo": "mimo.network.network", "MiMoConfig": "mimo.config"}
 
 
 def __getattr__(name: str):

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
-from mimo.distributed import World
 from mimo.errors import InputError
+from mimo.training.distributed import World
 
 FORMAT = 2  # 1 had one file per part and knew no shards
 _STEP = re.compile(r"step_(\d{8,})")

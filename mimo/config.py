@@ -209,7 +209,7 @@ class TrainConfig(_Record):
         grad_clip: largest global gradient norm.
         ema_decay: decay of the weight average that samples are drawn from.
         unmasked_steps: the last steps of training drop no history tokens (the paper's fine-tuning for high ratios).
-        precision: "bf16" (autocast, fp32 weights), "fp32", or "fp8": bf16 with the blocks' projections in float8 (mimo.fp8;
+        precision: "bf16" (autocast, fp32 weights), "fp32", or "fp8": bf16 with the blocks' projections in float8 (mimo.network.fp8;
             ask benchmarks/fp8_check.py before).
         strategy: how processes share the model: "ddp" (each has all of it), "fsdp" (each has a part of every parameter) or
             "auto", ddp if there are several.

@@ -14,10 +14,10 @@ from mimo.data import ShapesDataset, UnreadableVideo, contact_sheet, write_gif, 
 from mimo.data.datasets import find_files
 from mimo.data.video import VIDEO_SUFFIXES, NpzReader, atomic_path, open_clip, upscale
 from mimo.errors import InputError, user_input
-from mimo.runlog import duration
-from mimo.sample import generate
-from mimo.sampler import Sampler
-from mimo.train import Trainer, train
+from mimo.sampling.sampler import Sampler
+from mimo.sampling.videos import generate
+from mimo.training.log import duration
+from mimo.training.trainer import Trainer, train
 
 TEST_CLIPS = 8  # predicted and scored
 SHOWN_CLIPS = 4  # of these, in the pictures

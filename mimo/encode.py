@@ -28,8 +28,8 @@ from mimo.config import Encoding
 from mimo.data.errors import DataError, OutOfRange, UnreadableVideo
 from mimo.data.latents import FORMAT, LatentShards, read_index, sha256
 from mimo.data.video import atomic_path, to_float
-from mimo.runlog import duration
 from mimo.tokenizers.weights import checksum
+from mimo.training.log import duration
 
 log = logging.getLogger("mimo.encode")
 

@@ -5,27 +5,25 @@ Importing this package imports neither torch nor Triton; the names below load on
 """
 
 import importlib
-import sys
-import types
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "AxialRoPE": "qk_norm_rope",
-    "FrameCache": "cache",
+    "AxialRoPE": "ops.rope",
+    "FrameCache": "cache.pages",
     "FrameMask": "attention",
-    "FrameRows": "modulate",
-    "bias_gelu": "gelu",
+    "FrameRows": "ops.adaln",
+    "bias_gelu": "ops.gelu",
     "frame_attention": "attention",
-    "gated_residual_modulate": "modulate",
-    "gather_tokens": "tokens",
-    "guided_step": "guided_step",
-    "modulate": "modulate",
+    "gated_residual_modulate": "ops.adaln",
+    "gather_tokens": "ops.token_rows",
+    "guided_step": "ops.guidance",
+    "modulate": "ops.adaln",
     "paged_frame_attention": "attention.paged",
-    "qk_norm_rope": "qk_norm_rope",
-    "sample_tube_mask": "tokens",
-    "scatter_tokens": "tokens",
-    "weighted_squared_error": "losses",
+    "qk_norm_rope": "ops.rope",
+    "sample_tube_mask": "ops.token_rows",
+    "scatter_tokens": "ops.token_rows",
+    "weighted_squared_error": "ops.losses",
 }
 __all__ = list(_EXPORTS)
 
@@ -40,15 +38,3 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_EXPORTS])
-
-
-class _Package(types.ModuleType):
-    """`modulate` and `qk_norm_rope` name a file and its function; as attributes of the package they are always the
-    function, also after `import mimo_kernels.modulate`, where the import system would put the module."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _EXPORTS and isinstance(value, types.ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

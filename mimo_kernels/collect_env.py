@@ -12,19 +12,19 @@ import sys
 import types
 
 import mimo_kernels
-from mimo_kernels import _dispatch
+from mimo_kernels.core import backends
 
 OPS = {
     "frame_attention": "attention",
     "paged_frame_attention": "attention.paged",
-    "gather_tokens": "tokens",
-    "scatter_tokens": "tokens",
-    "modulate": "modulate",
-    "gated_residual_modulate": "modulate",
-    "qk_norm_rope": "qk_norm_rope",
-    "bias_gelu": "gelu",
-    "weighted_squared_error": "losses",
-    "guided_step": "guided_step",
+    "gather_tokens": "ops.token_rows",
+    "scatter_tokens": "ops.token_rows",
+    "modulate": "ops.adaln",
+    "gated_residual_modulate": "ops.adaln",
+    "qk_norm_rope": "ops.rope",
+    "bias_gelu": "ops.gelu",
+    "weighted_squared_error": "ops.losses",
+    "guided_step": "ops.guidance",
 }
 PACKAGES = ("torch", "triton", "flash-attn", "einops", "numpy")
 
@@ -84,9 +84,9 @@ def _gpu(torch: types.ModuleType | None, torch_reason: str) -> dict[str, str]:
 
 
 def _extension() -> dict[str, str]:
-    module = _dispatch.extension()
+    module = backends.extension()
     if module is None:
-        return {"mimo_kernels._C": _dispatch.extension_reason()}
+        return {"mimo_kernels._C": backends.extension_reason()}
     facts = {"mimo_kernels._C": module.__file__, "compiled for": ", ".join(module.cuda_archs) or "host code only"}
     if module.cuda_archs:
         facts |= {"compiler": module.cuda_compiler, "CUDA runtime": f"{module.cuda_version}, linked statically"}

@@ -40,9 +40,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header() -> str:
     import mimo_kernels
-    from mimo_kernels import _dispatch
+    from mimo_kernels.core import backends
 
-    archs = ", ".join(_dispatch.cuda_archs()) or _dispatch.extension_reason()
+    archs = ", ".join(backends.cuda_archs()) or backends.extension_reason()
     return f"mimo_kernels {mimo_kernels.__version__} from {Path(mimo_kernels.__file__).parent}, compiled for: {archs}"
 
 

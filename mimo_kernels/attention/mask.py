@@ -8,7 +8,7 @@ from itertools import accumulate
 
 import torch
 
-from .._dispatch import extension, extension_reason
+from mimo_kernels.core.backends import extension, extension_reason
 
 INTERVALS = 3  # key intervals a row can have: sinks, the latest frames, its own future frame
 COLUMNS = 2 + 2 * INTERVALS

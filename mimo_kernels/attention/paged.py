@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimo_kernels import _dispatch, _launch
+from mimo_kernels.core import backends, launch
 
 if TYPE_CHECKING:
-    from mimo_kernels.cache import CacheView, FrameCache, ViewHead
+    from mimo_kernels.cache.pages import CacheView, FrameCache, ViewHead
 
-if _dispatch.triton_available():
-    from mimo_kernels.attention import triton_paged
+if backends.triton_available():
+    from mimo_kernels.attention.triton import paged as triton_paged
 
 
 @torch.library.custom_op("mimo_kernels::paged_frame_attention_triton", mutates_args=())
@@ -43,9 +43,9 @@ def _(q, k_self, v_self, k_pages, v_pages, page_table, page_rows, num_pages, sca
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
-def backends(device: torch.device, dtype: torch.dtype, head_dim: int, aligned: bool = True) -> dict[str, list[str]]:
+def serving(device: torch.device, dtype: torch.dtype, head_dim: int, aligned: bool = True) -> dict[str, list[str]]:
     """backend -> the reasons why it cannot serve such tensors, in order of preference."""
-    triton = _launch.triton_refusals(device)
+    triton = launch.triton_refusals(device)
     if device.type == "cpu" and dtype == torch.bfloat16:
         triton.append("Triton's interpreter computes bfloat16 products wrongly")
     if head_dim % 8 or head_dim > 256:
@@ -64,7 +64,7 @@ def backends(device: torch.device, dtype: torch.dtype, head_dim: int, aligned: b
 def describe_backends(device: torch.device | str) -> dict[str, list[str]]:
     """backend -> the reasons why it cannot serve a typical call on `device`."""
     device = torch.device(device)
-    return backends(device, torch.float32 if device.type == "cpu" else torch.bfloat16, 64)
+    return serving(device, torch.float32 if device.type == "cpu" else torch.bfloat16, 64)
 
 
 def paged_frame_attention(
@@ -118,8 +118,8 @@ def paged_frame_attention(
     if not -math.inf < scale < math.inf:
         raise ValueError(f"scale is {scale}, expected a finite number")
     aligned = all(x.stride(-1) == 1 and not any(s % 8 for s in x.stride()[:3]) for x in (q, k_self, v_self))
-    refusals = backends(q.device, q.dtype, q.shape[-1], aligned)
-    chosen = _dispatch.choose("paged_frame_attention", backend, refusals)
+    refusals = serving(q.device, q.dtype, q.shape[-1], aligned)
+    chosen = backends.choose("paged_frame_attention", backend, refusals)
     if chosen == "triton":
         k_pages, v_pages = cache.pool[layer]
         return _triton_op(q, k_self, v_self, k_pages, v_pages, view.page_table, view.page_rows, view.num_pages, scale)

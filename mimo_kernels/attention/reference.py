@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .mask import FrameMask
-from .operator import register
+from mimo_kernels.attention.mask import FrameMask
+from mimo_kernels.attention.register import register
 
 DEVICES = ("cpu", "cuda", "meta")
 

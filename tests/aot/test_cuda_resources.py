@@ -13,7 +13,7 @@ import pytest
 import setuptools
 import triton
 
-from mimo_kernels import _dispatch
+from mimo_kernels.core import backends
 
 ROOT = Path(__file__).parents[2]
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -44,8 +44,8 @@ LIMITS = {
 
 def compiled_objects(folder: Path) -> list[Path]:
     """Files with machine code for all of ARCHS."""
-    if set(ARCHS) <= set(_dispatch.cuda_archs()):
-        return [Path(_dispatch.extension().__file__)]
+    if set(ARCHS) <= set(backends.cuda_archs()):
+        return [Path(backends.extension().__file__)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setuptools, "setup", lambda **_: None)
         build = runpy.run_path(str(ROOT / "setup.py"))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import triton
 
-from mimo_kernels import _dispatch
+from mimo_kernels.core import backends
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 STACK_LIMIT = 16  # bytes per thread; more means that a kernel keeps its values in memory
@@ -16,15 +16,15 @@ SHARED_LIMIT = 48 * 1024  # bytes per block, what a launch gets without asking f
 
 
 def cuobjdump(*arguments: str) -> str:
-    command = [str(CUOBJDUMP), *arguments, _dispatch.extension().__file__]
+    command = [str(CUOBJDUMP), *arguments, backends.extension().__file__]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.fixture(scope="module")
 def usage() -> dict[str, dict[str, dict[str, int]]]:
     """architecture -> kernel -> resource -> amount"""
-    if not _dispatch.cuda_archs():
-        pytest.skip(_dispatch.extension_reason())
+    if not backends.cuda_archs():
+        pytest.skip(backends.extension_reason())
     kernels = defaultdict(dict)
     for section in cuobjdump("--dump-resource-usage").split("Fatbin elf code:")[1:]:
         arch = re.search(r"arch = (\w+)", section)[1]
@@ -34,14 +34,14 @@ def usage() -> dict[str, dict[str, dict[str, int]]]:
 
 
 def test_every_kernel_is_there_for_every_architecture(usage):
-    compiled = [arch for arch in _dispatch.cuda_archs() if arch.startswith("sm_")]
+    compiled = [arch for arch in backends.cuda_archs() if arch.startswith("sm_")]
     assert sorted(usage) == sorted(compiled)
     first = set(usage[compiled[0]])
     assert first and all(set(kernels) == first for kernels in usage.values())
 
 
 def test_newer_gpus_find_code_to_translate(usage):
-    wanted = {arch.replace("compute_", "sm_") for arch in _dispatch.cuda_archs() if arch.startswith("compute_")}
+    wanted = {arch.replace("compute_", "sm_") for arch in backends.cuda_archs() if arch.startswith("compute_")}
     assert set(re.findall(r"(sm_\w+)\.ptx", cuobjdump("--list-ptx"))) == wanted
 
 

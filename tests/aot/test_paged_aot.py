@@ -30,7 +30,7 @@ CASES += [
 
 def compile_case(arch: int, dtype: str, head_dim: int, page_size: int, tokens: int, splits: int) -> list[dict]:
     """Registers, stack, shared memory and instructions of both kernels."""
-    from mimo_kernels.attention import triton_paged
+    from mimo_kernels.attention.triton import paged as triton_paged
 
     config = triton_paged.config_for(head_dim, 4 if dtype == "fp32" else 2, tokens, arch)
     forward = {"HEAD_DIM": head_dim, "PARTS": triton_paged.split_head_dim(head_dim), "PAGE": page_size}
@@ -48,7 +48,7 @@ def compile_case(arch: int, dtype: str, head_dim: int, page_size: int, tokens: i
 
 
 def compile_guided_step(arch: int) -> list[dict]:
-    from mimo_kernels.guided_step import BLOCK, guided_step_kernel
+    from mimo_kernels.ops.guidance import BLOCK, guided_step_kernel
 
     types = dict.fromkeys(("p_x", "p_weights", "p_coefficients"), "*fp32") | {"p_index": "*i64"}
     constants = {"G": 3, "BM": BLOCK}

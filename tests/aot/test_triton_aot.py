@@ -60,8 +60,9 @@ def compiled(name: str, arch: int, dtype: str, head_dim: int, config) -> dict:
     from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
 
-    from mimo_kernels.attention import triton_bwd, triton_fwd
-    from mimo_kernels.attention.triton_parts import split_head_dim
+    from mimo_kernels.attention.triton import backward as triton_bwd
+    from mimo_kernels.attention.triton import forward as triton_fwd
+    from mimo_kernels.attention.triton.tiles import split_head_dim
 
     kernel = {
         "forward": triton_fwd.frame_attention_fwd_kernel,
@@ -122,8 +123,8 @@ def compiled(name: str, arch: int, dtype: str, head_dim: int, config) -> dict:
 def choices(name: str, arch: int, dtype: str, head_dim: int) -> tuple:
     import torch
 
-    from mimo_kernels.attention.triton_bwd import DELTA_ROWS
-    from mimo_kernels.attention.triton_plan import Config, configs
+    from mimo_kernels.attention.triton.backward import DELTA_ROWS
+    from mimo_kernels.attention.triton.schedule import Config, configs
 
     if name == "rows":
         if head_dim not in (72, 256):

@@ -5,8 +5,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mimo_kernels.attention import FrameMask, frame_attention, triton_bwd, triton_fwd
-from mimo_kernels.attention.triton_plan import PASSES, architecture, configs
+from mimo_kernels.attention import FrameMask, frame_attention
+from mimo_kernels.attention.triton import backward as triton_bwd
+from mimo_kernels.attention.triton import forward as triton_fwd
+from mimo_kernels.attention.triton.schedule import PASSES, architecture, configs
 from mimo_kernels.testing import assert_within_budget, poisoned_memory
 
 pytestmark = pytest.mark.gpu

@@ -6,8 +6,8 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mimo import MiMo, MiMoConfig
-from mimo.distributed import distribute
 from mimo.recipes import Objective, Recipe
+from mimo.training.distributed import distribute
 
 RANKS = 8
 

@@ -17,9 +17,9 @@ from mimo_kernels import (
 )
 from mimo_kernels.attention import FrameMask, frame_attention
 from mimo_kernels.attention.paged import _triton_op
-from mimo_kernels.gelu import bias_gelu
-from mimo_kernels.guided_step import guided_step
-from mimo_kernels.losses import weighted_squared_error
+from mimo_kernels.ops.gelu import bias_gelu
+from mimo_kernels.ops.guidance import guided_step
+from mimo_kernels.ops.losses import weighted_squared_error
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

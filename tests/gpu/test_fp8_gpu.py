@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from mimo import MiMo, MiMoConfig
-from mimo.fp8 import GRADIENTS, VALUES, Projection, require_float8, to_float8, use_float8
+from mimo.network.fp8 import GRADIENTS, VALUES, Projection, require_float8, to_float8, use_float8
 from mimo.recipes import Recipe, step_generator
 
 CONFIG = MiMoConfig(

@@ -13,9 +13,9 @@ from mimo_kernels import (
     sample_tube_mask,
     scatter_tokens,
 )
-from mimo_kernels.gelu import bias_gelu
-from mimo_kernels.losses import weighted_squared_error
-from mimo_kernels.qk_norm_rope import qk_norm_rope_cache
+from mimo_kernels.ops.gelu import bias_gelu
+from mimo_kernels.ops.losses import weighted_squared_error
+from mimo_kernels.ops.rope import qk_norm_rope_cache
 from mimo_kernels.testing import assert_within_budget, between_nans, poisoned_memory
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

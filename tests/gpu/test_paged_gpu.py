@@ -5,7 +5,7 @@ import torch
 
 from mimo_kernels import AxialRoPE, FrameCache, paged_frame_attention, qk_norm_rope
 from mimo_kernels.attention.paged import _triton_op
-from mimo_kernels.qk_norm_rope import qk_norm_rope_cache
+from mimo_kernels.ops.rope import qk_norm_rope_cache
 from mimo_kernels.testing import assert_within_budget, poisoned_memory
 
 DEVICE = torch.device("cuda")

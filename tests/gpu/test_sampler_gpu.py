@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-import mimo.denoiser
+import mimo.sampling.denoiser
 from mimo import MiMo, MiMoConfig
 from mimo.config import SampleConfig
-from mimo.denoiser import CachePolicy
-from mimo.layout import make_layout
-from mimo.sampler import Sampler, Saving
+from mimo.network.frames import make_layout
+from mimo.sampling.denoiser import CachePolicy
+from mimo.sampling.sampler import Sampler, Saving
 
 DEVICE = torch.device("cuda")
 
@@ -42,7 +42,7 @@ def eager(monkeypatch):
 
     def make(*args, **options):
         with monkeypatch.context() as patch:
-            patch.setattr(mimo.denoiser, "_Replayed", lambda function, captures: function)
+            patch.setattr(mimo.sampling.denoiser, "_Replayed", lambda function, captures: function)
             sampler = Sampler(*args, **options)
             video = draw(sampler)
         return video

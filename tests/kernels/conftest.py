@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mimo_kernels import _dispatch
+from mimo_kernels.core import backends
 
 from .emulation import emulated  # noqa: F401
 
@@ -9,7 +9,7 @@ from .emulation import emulated  # noqa: F401
 @pytest.fixture(autouse=True)
 def launches():
     """The Triton kernels that the test has launched. Interpreted ones are watched in every test: see `watched_kernels`."""
-    if _dispatch.triton_refusals(torch.device("cpu")):
+    if backends.triton_refusals(torch.device("cpu")):
         yield []
         return
     from .triton_memory import watched_kernels

@@ -156,11 +156,11 @@ class Emulated:
 @pytest.fixture
 def emulated(monkeypatch):
     """Inside the test, backend="cuda" serves CPU tensors: the emulated kernels stand in for mimo_kernels._C."""
-    from mimo_kernels import _dispatch
+    from mimo_kernels.core import backends
 
     kernels = Emulated(module())
     monkeypatch.setattr(Tensor, "data_ptr", data_ptr)
-    monkeypatch.setattr(_dispatch, "extension", lambda: kernels)
-    monkeypatch.setattr(_dispatch, "cuda_refusals", lambda device: [])
+    monkeypatch.setattr(backends, "extension", lambda: kernels)
+    monkeypatch.setattr(backends, "cuda_refusals", lambda device: [])
     yield kernels
     kernels.set_order(0)

@@ -8,7 +8,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from safetensors.torch import load_file, save_file
 
 from mimo_kernels import AxialRoPE, FrameCache, qk_norm_rope
-from mimo_kernels.qk_norm_rope import qk_norm_rope_cache
+from mimo_kernels.ops.rope import qk_norm_rope_cache
 
 LAYERS, HEADS, DIM, PAGE = 2, 1, 8, 4
 

@@ -13,8 +13,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from mimo_kernels import attention
 from mimo_kernels.attention import FrameMask, describe_backends, frame_attention
+from mimo_kernels.attention import frame as frame_module
 from mimo_kernels.testing import assert_within_budget, between_nans, poisoned_memory
 
 from .frame_masks import cases, tables
@@ -273,7 +273,7 @@ def test_the_cuda_backend_says_that_it_is_not_there():
 
 def test_triton_refuses_cpu_tensors_outside_its_interpreter(monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    attention._choose.cache_clear()
+    frame_module._choose.cache_clear()
     inputs = [x.detach().cpu() for x in tensors(MASK)]
     with pytest.raises(ValueError, match="backend 'triton' cannot serve: .*cpu.*TRITON_INTERPRET"):
         frame_attention(*inputs, MASK, backend="triton")

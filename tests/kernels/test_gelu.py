@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from mimo_kernels.gelu import bias_gelu
+from mimo_kernels.ops.gelu import bias_gelu
 from mimo_kernels.testing import assert_within_budget, between_nans, poisoned_memory
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

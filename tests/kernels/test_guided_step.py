@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mimo.diffusion import FlowSchedule, VPredictionSchedule
-from mimo_kernels.guided_step import _triton_op, guided_step, guided_step_ref
+from mimo_kernels.ops.guidance import _triton_op, guided_step, guided_step_ref
 from mimo_kernels.testing import assert_within_budget, between_nans
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-import mimo_kernels.tokens  # noqa: F401  (registers the operators)
+import mimo_kernels.ops.token_rows  # noqa: F401  (registers the operators)
 from mimo_kernels import AxialRoPE, qk_norm_rope
-from mimo_kernels.losses import BLOCKS, weighted_squared_error
-from mimo_kernels.qk_norm_rope import GRAD_BLOCKS
+from mimo_kernels.ops.losses import BLOCKS, weighted_squared_error
+from mimo_kernels.ops.rope import GRAD_BLOCKS
 
 OPS = torch.ops.mimo_kernels
 THREADS = 256

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mimo_kernels.losses import weighted_squared_error
+from mimo_kernels.ops.losses import weighted_squared_error
 from mimo_kernels.testing import assert_within_budget, between_nans, poisoned_memory
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

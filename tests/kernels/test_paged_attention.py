@@ -9,7 +9,7 @@ from mimo_kernels import FrameCache, paged_frame_attention
 from mimo_kernels.attention.paged import _triton_op
 from mimo_kernels.testing import assert_within_budget, poisoned_memory
 
-triton_paged = pytest.importorskip("mimo_kernels.attention.triton_paged")
+triton_paged = pytest.importorskip("mimo_kernels.attention.triton.paged")
 # Kernels are interpreted or compiled, not both in one process.
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="interpreted; with a GPU, tests/gpu runs them compiled"

@@ -4,16 +4,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mimo_kernels import _dispatch
 from mimo_kernels.attention import FrameMask
-from mimo_kernels.attention.triton_plan import BAND_ROWS
+from mimo_kernels.attention.triton.schedule import BAND_ROWS
+from mimo_kernels.core import backends
 
 TILE_COLUMNS, GROUP_COLUMNS, MASKED_ROWS, MASKED_KEYS = 4, 8, 2, 16
 
 
 def schedule(name: str, mask: FrameMask, tile: int, block: int, band_rows: int = BAND_ROWS):
     frames = mask.frames
-    cells, num_tiles, executed, rows = getattr(_dispatch.extension(), f"plan_{name}")(
+    cells, num_tiles, executed, rows = getattr(backends.extension(), f"plan_{name}")(
         frames.data_ptr(), len(frames), tile, block, band_rows
     )
     assert rows == mask.num_tokens

@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from mimo_kernels import AxialRoPE, qk_norm_rope
-from mimo_kernels.qk_norm_rope import qk_norm_rope_cache
+from mimo_kernels.ops.rope import qk_norm_rope_cache
 from mimo_kernels.testing import assert_within_budget, between_nans, poisoned_memory
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

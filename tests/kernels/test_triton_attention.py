@@ -9,9 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from mimo_kernels.attention import FrameMask, frame_attention, triton_op, triton_plan
-from mimo_kernels.attention.triton_parts import split_head_dim
-from mimo_kernels.attention.triton_plan import Config, configs
+from mimo_kernels.attention import FrameMask, frame_attention
+from mimo_kernels.attention.triton import operator as triton_op
+from mimo_kernels.attention.triton import schedule as triton_plan
+from mimo_kernels.attention.triton.schedule import Config, configs
+from mimo_kernels.attention.triton.tiles import split_head_dim
 from mimo_kernels.testing import assert_within_budget, between_nans, poisoned_memory
 
 from .frame_masks import cases, tables

@@ -212,7 +212,7 @@ def test_a_full_disk(refused, run, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "sheet.png")
 
-    monkeypatch.setattr("mimo.sample.generate", full)
+    monkeypatch.setattr("mimo.sampling.videos.generate", full)
     assert "No space left on device: 'sheet.png'" in refused("sample", "--checkpoint", run, "--out", tmp_path)
 
 
@@ -222,7 +222,7 @@ def test_an_interruption_is_said_once(run, tmp_path, monkeypatch, capsys):
 
     (tmp_path / "unfinished").mkdir()  # of an earlier run
     command = ["sample", "--checkpoint", str(run), "--out", str(tmp_path)]
-    monkeypatch.setattr("mimo.sample.sample", stopped)
+    monkeypatch.setattr("mimo.sampling.videos.sample", stopped)
     assert main(command) == 130 and capsys.readouterr().err == "interrupted\n"
     assert main([*command, "--save-every", "2"]) == 130
     assert capsys.readouterr().err == f"interrupted: --resume continues the run in {tmp_path / 'unfinished'}\n"
@@ -371,7 +371,7 @@ def test_a_fault_of_ours_keeps_its_traceback(tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         raise ValueError("an error inside a training step")
 
-    monkeypatch.setattr("mimo.train.Trainer.train_step", broken)
+    monkeypatch.setattr("mimo.training.trainer.Trainer.train_step", broken)
     with pytest.raises(ValueError, match="inside a training step"):
         train(tmp_path / "run")
 

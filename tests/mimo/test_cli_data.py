@@ -53,7 +53,7 @@ def refused(capsys):
 @pytest.fixture
 def trainers(monkeypatch):
     """The trainers that commands start, newest last."""
-    from mimo.train import Trainer
+    from mimo.training.trainer import Trainer
 
     started, start = [], Trainer.start_data
     monkeypatch.setattr(Trainer, "start_data", lambda self: (started.append(self), start(self))[1])

@@ -18,12 +18,12 @@ import torch
 from mimo import checkpoint
 from mimo.config import MiMoConfig, SampleConfig, TrainConfig
 from mimo.data import ShapesDataset
-from mimo.distributed import process_group, whole
 from mimo.errors import InputError
 from mimo.recipes import LossParts
-from mimo.runlog import read_log
-from mimo.sample import load as load_for_sampling
-from mimo.train import Trainer, train
+from mimo.sampling.videos import load as load_for_sampling
+from mimo.training.distributed import process_group, whole
+from mimo.training.log import read_log
+from mimo.training.trainer import Trainer, train
 
 NETWORK = {
     **{"depth": 2, "dim": 16, "heads": 2, "decoder_depth": 1, "decoder_layer": 1},

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-import mimo.fp8
+import mimo.network.fp8
 from mimo import MiMo, MiMoConfig
 from mimo.config import SampleConfig, TrainConfig
 from mimo.data import ShapesDataset
-from mimo.fp8 import GRADIENTS, VALUES, Projection, to_float8, use_float8
+from mimo.network.fp8 import GRADIENTS, VALUES, Projection, to_float8, use_float8
 from mimo.recipes import Recipe, step_generator
-from mimo.train import Trainer, train
+from mimo.training.trainer import Trainer, train
 
 CONFIG = MiMoConfig(
     **{"depth": 2, "dim": 32, "heads": 2, "decoder_depth": 1, "decoder_layer": 1, "frames": 3, "height": 3, "width": 3},
@@ -204,8 +204,10 @@ def test_the_projections_of_all_blocks_are_converted_and_nothing_else():
 
 def test_every_converted_layer_multiplies_in_float8(monkeypatch):
     shapes = []
-    multiply = mimo.fp8._multiply
-    monkeypatch.setattr(mimo.fp8, "_multiply", lambda a, b, *r, **o: shapes.append(a.dtype) or multiply(a, b, *r, **o))
+    multiply = mimo.network.fp8._multiply
+    monkeypatch.setattr(
+        mimo.network.fp8, "_multiply", lambda a, b, *r, **o: shapes.append(a.dtype) or multiply(a, b, *r, **o)
+    )
     model = network()
     loss_of(model, "bf16").total.backward()
     assert not shapes
@@ -384,8 +386,10 @@ def test_a_step_is_compared_and_a_wrong_scale_is_seen(fp8_check, monkeypatch):
     }
     assert cosine["bf16"] > cosine["fp8"] > cosine["another batch, fp32"]
     assert {row["group"] for row in rows} == set(fp8_check.GROUPS)
-    right = mimo.fp8.to_float8
-    monkeypatch.setattr(mimo.fp8, "to_float8", lambda x, dtype: (right(x, dtype)[0], right(x.abs().mean(), dtype)[1]))
+    right = mimo.network.fp8.to_float8
+    monkeypatch.setattr(
+        mimo.network.fp8, "to_float8", lambda x, dtype: (right(x, dtype)[0], right(x.abs().mean(), dtype)[1])
+    )
     rows, _ = fp8_check.compare_step(CONFIG, model.state_dict(), batch, other)
     assert min(row["cosine"] for row in rows if row["precision"] == "fp8") < fp8_check.COSINE
 

@@ -12,9 +12,9 @@ from mimo.config import SampleConfig, TrainConfig
 from mimo.data import VideoFolder, write_video
 from mimo.errors import InputError
 from mimo.recipes import Recipe, step_generator
-from mimo.sample import load, read_actions, read_context
-from mimo.sampler import CachePolicy, Sampler
-from mimo.train import Trainer, check_conditions, encode, train
+from mimo.sampling.sampler import CachePolicy, Sampler
+from mimo.sampling.videos import load, read_actions, read_context
+from mimo.training.trainer import Trainer, check_conditions, encode, train
 
 HIGHEST = 5
 NETWORK = {

@@ -8,8 +8,9 @@ from torch import nn
 
 from mimo import MiMo, MiMoConfig
 from mimo.diffusion import build_schedule, compute_loss_weight
-from mimo.model import MiMoOutput
-from mimo.recipes import EMA, Recipe, acdit, kept_tokens, step_generator
+from mimo.network.network import MiMoOutput
+from mimo.recipes import Recipe, acdit, kept_tokens, step_generator
+from mimo.training.average import EMA
 
 CONFIG = MiMoConfig(
     depth=2,

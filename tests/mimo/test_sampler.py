@@ -10,14 +10,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import mimo.blocks
-import mimo.denoiser
+import mimo.network.blocks
+import mimo.sampling.denoiser
 from mimo import MiMo, MiMoConfig
 from mimo.config import SampleConfig
-from mimo.denoiser import CachePolicy, guidance_branches
 from mimo.diffusion import FlowSchedule, VPredictionSchedule
-from mimo.sample import round_weights
-from mimo.sampler import Sampler
+from mimo.sampling.denoiser import CachePolicy, guidance_branches
+from mimo.sampling.sampler import Sampler
+from mimo.sampling.videos import round_weights
 from mimo_kernels import FrameCache, paged_frame_attention
 
 TOKENS, CHANNELS, CLASSES, ACTIONS = 8, 5, 3, 4
@@ -189,7 +189,7 @@ def test_trajectories_store_their_context_once(model, monkeypatch):
             super().__init__(*args, **options)
             caches.append(self)
 
-    monkeypatch.setattr(mimo.denoiser, "FrameCache", Recorded)
+    monkeypatch.setattr(mimo.sampling.denoiser, "FrameCache", Recorded)
     stream = Sampler(model, config()).stream(context(2, 4), 6, trajectories=10, generator=seed())
     next(stream)
     (cache,) = caches
@@ -277,10 +277,12 @@ def test_one_recording_serves_all_steps_and_frames(conditional, monkeypatch, gra
     expected = [
         Sampler(conditional, guided, policy=policy).sample(context(), 6, generator=seed(), **o) for o in options
     ]
-    monkeypatch.setattr(mimo.denoiser, "_Replayed", Recorded)
+    monkeypatch.setattr(mimo.sampling.denoiser, "_Replayed", Recorded)
     # The reference takes lengths from the host; the kernel reads them where a graph leaves them.
     kernel = partial(paged_frame_attention, backend="triton")
-    monkeypatch.setattr(mimo.denoiser, "paged_frame_attention", lambda *args, backend, **rest: kernel(*args, **rest))
+    monkeypatch.setattr(
+        mimo.sampling.denoiser, "paged_frame_attention", lambda *args, backend, **rest: kernel(*args, **rest)
+    )
     sampler = Sampler(conditional, guided, policy=policy, graph=graph)
     for o, video in zip(options, expected, strict=True):
         close(sampler.sample(context(), 6, generator=seed(), **o), video)
@@ -385,7 +387,7 @@ def test_a_whole_frame_in_one_piece_is_the_same_video(model):
 def test_history_goes_straight_into_the_pages(model, monkeypatch):
     """The pass of a finished frame writes each layer's keys and values once, where they stay, and nothing else does."""
     written = []
-    original = mimo.blocks.qk_norm_rope_cache
+    original = mimo.network.blocks.qk_norm_rope_cache
 
     def record(qkv, *args, **options):
         *_, keys, values, rows = args
@@ -397,7 +399,7 @@ def test_history_goes_straight_into_the_pages(model, monkeypatch):
         written.append(keys.data_ptr())
         return q, k
 
-    monkeypatch.setattr(mimo.blocks, "qk_norm_rope_cache", record)
+    monkeypatch.setattr(mimo.network.blocks, "qk_norm_rope_cache", record)
     monkeypatch.setattr(FrameCache, "write", lambda *_: pytest.fail("keys and values were copied into the cache"))
     Sampler(model, config()).sample(context(2, 2), 5, generator=seed())
     assert (
@@ -420,7 +422,7 @@ def test_norms_are_told_once_per_frame_what_every_step_would_tell_them(condition
     monkeypatch.setattr(type(conditional), "modulations", count)
     once = sampler.sample(context(), 5, generator=seed(), **given)
     assert len(calls) == (3 if "actions" in told else 1)  # an action belongs to a frame, and 3 are made
-    monkeypatch.setattr(mimo.denoiser, "MODULATION_BYTES", 0)
+    monkeypatch.setattr(mimo.sampling.denoiser, "MODULATION_BYTES", 0)
     close(once, Sampler(conditional, config(class_guidance=1.5)).sample(context(), 5, generator=seed(), **given))
     assert len(calls) <= 3
 

@@ -14,9 +14,9 @@ import mimo.checkpoint
 from mimo import MiMo, MiMoConfig
 from mimo.cli import main
 from mimo.config import SampleConfig
-from mimo.denoiser import CachePolicy
 from mimo.errors import InputError
-from mimo.sampler import Sampler, Saving
+from mimo.sampling.denoiser import CachePolicy
+from mimo.sampling.sampler import Sampler, Saving
 
 TOKENS, CHANNELS, FRAMES = 8, 5, 9
 

@@ -17,8 +17,8 @@ from mimo.config import MiMoConfig, SampleConfig, TrainConfig
 from mimo.data import ShapesDataset
 from mimo.errors import InputError
 from mimo.recipes import LossParts
-from mimo.runlog import read_log
-from mimo.train import Trainer, learning_rate, train
+from mimo.training.log import read_log
+from mimo.training.trainer import Trainer, learning_rate, train
 
 NETWORK = {
     **{"depth": 2, "dim": 16, "heads": 2, "decoder_depth": 1, "decoder_layer": 1},
@@ -269,7 +269,7 @@ def test_steps_below_those_made_are_refused(tmp_path):
 
 
 def test_one_process_trains_in_a_folder(tmp_path, capsys):
-    other = "import sys, time; from pathlib import Path; from mimo.runlog import only_process_in; "
+    other = "import sys, time; from pathlib import Path; from mimo.training.log import only_process_in; "
     other += "lock = only_process_in(Path(sys.argv[1])); print('has it', flush=True); time.sleep(600)"
     process = subprocess.Popen([sys.executable, "-c", other, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:

@@ -1,14 +1,15 @@
-// Runs CUDA kernels on the CPU, for tests on machines without a GPU: what a kernel sees. csrc/launch.h includes it instead of the CUDA
-// headers.
+// Runs CUDA kernels on the CPU, for tests on machines without a GPU: what a kernel sees. csrc/launch.h includes it
+// instead of the CUDA headers.
 //
-// A block's threads are fibres of one operating-system thread: a warp shuffle or a barrier switches to the next fibre until all have
-// arrived (machine.cpp). Blocks run one after the other. Every access to memory is looked up in a shadow of it (shadow.h): the compiler
-// puts a call before each load and store of the kernels, those that -fsanitize=thread means for its own library.
+// A block's threads are fibres of one operating-system thread: a warp shuffle or a barrier switches to the next fibre
+// until all have arrived (machine.cpp). Blocks run one after the other. Every access to memory is looked up in a shadow
+// of it (shadow.h): the compiler puts a call before each load and store of the kernels, those that -fsanitize=thread
+// means for its own library.
 //
 // What it finds beyond wrong results, each named with the kernel's source lines:
-//   accesses outside of the operands and of the shared memory asked for, writes to operands that are inputs, misaligned accesses;
-//   reads of an output, of scratch or of shared memory that nobody has written;
-//   data races: two threads that touch the same bytes, one of them to write, with no barrier between them, or in two different blocks.
+//   accesses outside of the operands and of the shared memory asked for, writes to operands that are inputs, misaligned
+//   accesses; reads of an output, of scratch or of shared memory that nobody has written; data races: two threads that
+//   touch the same bytes, one of them to write, with no barrier between them, or in two different blocks.
 //     A shuffle orders nothing, as in CUDA;
 //   threads that wait for each other forever; a barrier or shuffle that not all threads reach, or at different places.
 // With the fibres run in another order (set_order), results that depend on who comes first show as well.
@@ -53,7 +54,9 @@ namespace mimo::emulated {
 struct Place {
     const char* file;
     int line;
-    static constexpr Place here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
+    static constexpr Place here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+        return {file, line};
+    }
     bool operator!=(const Place& other) const { return line != other.line || std::strcmp(file, other.file); }
 };
 
@@ -66,9 +69,11 @@ int lane();
 uint32_t shuffle_bits(unsigned mask, uint32_t value, int source, Place place);
 [[noreturn]] void stop(const char* message);
 
-// Runs call(arguments) for every thread; 0, or kFailed and `failure()`. The arguments are the kernel's: it may read them.
+// Runs call(arguments) for every thread; 0, or kFailed and `failure()`. The arguments are the kernel's: it may read
+// them.
 constexpr int kFailed = 700;
-int run(dim3 grid, dim3 block, size_t shared_bytes, void (*call)(const void*), const void* arguments, size_t argument_bytes);
+int run(dim3 grid, dim3 block, size_t shared_bytes, void (*call)(const void*), const void* arguments,
+        size_t argument_bytes);
 
 template <class T>
 T shuffle(unsigned mask, T value, int source, Place place) {
@@ -121,7 +126,8 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_b
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return 0;
     const auto body = [=] { kernel(static_cast<Parameters>(arguments)...); };
     using Body = decltype(body);
-    return emulated::run(grid, block, shared_bytes, [](const void* data) { (*static_cast<Body*>(data))(); }, &body, sizeof(body));
+    return emulated::run(
+        grid, block, shared_bytes, [](const void* data) { (*static_cast<Body*>(data))(); }, &body, sizeof(body));
 }
 
 int fill_bytes(void* data, int value, size_t bytes, void* stream);
@@ -136,8 +142,14 @@ inline void store16_whole(void* p, uint4 value) { store16(p, value); }
 inline float fast_exp2(float x) { return std::exp2(x); }
 inline float fast_reciprocal(float x) { return 1.f / x; }
 
-inline float2 widen_half2(uint32_t word) { return {emulated::from_half(word & 0xffffu), emulated::from_half(word >> 16)}; }
-inline uint32_t narrow_half2(float low, float high) { return emulated::to_half(low) | uint32_t{emulated::to_half(high)} << 16; }
-inline uint32_t narrow_bfloat2(float low, float high) { return emulated::to_bfloat(low) | uint32_t{emulated::to_bfloat(high)} << 16; }
+inline float2 widen_half2(uint32_t word) {
+    return {emulated::from_half(word & 0xffffu), emulated::from_half(word >> 16)};
+}
+inline uint32_t narrow_half2(float low, float high) {
+    return emulated::to_half(low) | uint32_t{emulated::to_half(high)} << 16;
+}
+inline uint32_t narrow_bfloat2(float low, float high) {
+    return emulated::to_bfloat(low) | uint32_t{emulated::to_bfloat(high)} << 16;
+}
 
 }  // namespace mimo

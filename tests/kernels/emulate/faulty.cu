@@ -13,8 +13,10 @@ __global__ void absent_lane(float* out, const float*) {
     out[threadIdx.x] = __shfl_xor_sync(0xffffffffu, 1.f, 1);
 }
 __global__ void barrier_in_a_branch(float* out, const float*) {
-    if (threadIdx.x < 32) __syncthreads();
-    else out[threadIdx.x] = __shfl_sync(0xffffffffu, 1.f, threadIdx.x == 40 ? (__syncthreads(), 0) : 0);
+    if (threadIdx.x < 32)
+        __syncthreads();
+    else
+        out[threadIdx.x] = __shfl_sync(0xffffffffu, 1.f, threadIdx.x == 40 ? (__syncthreads(), 0) : 0);
 }
 __global__ void barrier_in_two_branches(float*, const float*) {
     if (threadIdx.x < 32) {
@@ -38,7 +40,9 @@ __global__ void read_past_the_end(float* out, const float* in) { out[threadIdx.x
 __global__ void read_16_bytes_past_the_end(float* out, const float* in) {
     out[threadIdx.x] = __uint_as_float(load16(in + threadIdx.x / 4 * 4 + 4).x);
 }
-__global__ void read_before_the_start(float* out, const float* in) { out[threadIdx.x] = in[static_cast<int>(threadIdx.x) - 1]; }
+__global__ void read_before_the_start(float* out, const float* in) {
+    out[threadIdx.x] = in[static_cast<int>(threadIdx.x) - 1];
+}
 __global__ void read_of_nothing(float* out, const float*) { out[threadIdx.x] = *static_cast<const float*>(nullptr); }
 __global__ void read_of_another_threads_stack(float* out, const float*) {
     float mine = threadIdx.x;
@@ -53,8 +57,10 @@ __global__ void write_to_an_input(float*, const float* in) { const_cast<float*>(
 __global__ void output_read_first(float* out, const float*) { out[threadIdx.x] += 1.f; }
 __global__ void shared_read_first(float* out, const float*) { out[threadIdx.x] = shared_memory()[threadIdx.x]; }
 __global__ void shared_of_the_block_before(float* out, const float*) {
-    if (blockIdx.x == 0) shared_memory()[threadIdx.x] = 1.f;
-    else out[threadIdx.x] = shared_memory()[threadIdx.x];
+    if (blockIdx.x == 0)
+        shared_memory()[threadIdx.x] = 1.f;
+    else
+        out[threadIdx.x] = shared_memory()[threadIdx.x];
 }
 
 __global__ void missing_barrier(float* out, const float*) {
@@ -72,7 +78,8 @@ __global__ void shuffle_as_a_barrier(float* out, const float*) {
     __shfl_xor_sync(0xffffffffu, 1.f, 1);
     out[threadIdx.x] = shared_memory()[threadIdx.x ^ 1];
 }
-// Sums with one barrier per round: right with two places in turn; with one, a thread that is late reads the next round's values.
+// Sums with one barrier per round: right with two places in turn; with one, a thread that is late reads the next
+// round's values.
 template <int PLACES>
 __global__ void rounds(float* out, const float* in) {
     float total = 0.f;
@@ -85,11 +92,15 @@ __global__ void rounds(float* out, const float* in) {
     out[threadIdx.x] = total;
 }
 __global__ void two_writers(float* out, const float*) { out[threadIdx.x / 2] = 1.f; }
-__global__ void two_writers_of_two_halves(float* out, const float*) { reinterpret_cast<uint16_t*>(out)[threadIdx.x] = 1; }
+__global__ void two_writers_of_two_halves(float* out, const float*) {
+    reinterpret_cast<uint16_t*>(out)[threadIdx.x] = 1;
+}
 __global__ void two_blocks_write(float* out, const float*) { out[threadIdx.x] = 1.f; }
 __global__ void a_block_reads_what_another_wrote(float* out, const float*) {
-    if (blockIdx.x == 0) out[threadIdx.x] = 1.f;
-    else out[0] = out[threadIdx.x] + 1.f;
+    if (blockIdx.x == 0)
+        out[threadIdx.x] = 1.f;
+    else
+        out[0] = out[threadIdx.x] + 1.f;
 }
 // The first block has read; the second reads as well, and only then writes.
 __global__ void a_block_writes_what_another_read(float* out, const float*) {

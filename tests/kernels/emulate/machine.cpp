@@ -1,4 +1,5 @@
-// The block emulator: fibres, barriers, shuffles, and the calls that the compiler puts before every load and store of a kernel.
+// The block emulator: fibres, barriers, shuffles, and the calls that the compiler puts before every load and store of a
+// kernel.
 #include "machine.h"
 
 #include <dlfcn.h>
@@ -92,7 +93,8 @@ void stop(const char* message) { fail(message); }
 
 // True for the last of `all`, who does not wait.
 static bool meet(Meeting& meeting, int all, Place place) {
-    if (meeting.arrived > 0 && meeting.place != place) fail("threads that have to meet wait at different barriers or shuffles");
+    if (meeting.arrived > 0 && meeting.place != place)
+        fail("threads that have to meet wait at different barriers or shuffles");
     const unsigned round = meeting.round;
     meeting.place = place;
     machine.progress++;
@@ -128,15 +130,16 @@ static void access(const void* p, size_t bytes, bool write, size_t alignment) {
     const uintptr_t address = reinterpret_cast<uintptr_t>(p);
     if (address - self().stack < kStackBytes) return;
     if (!write && address - reinterpret_cast<uintptr_t>(machine.arguments) < machine.argument_bytes) return;
-    if (address % alignment) fail("a misaligned access: " + std::to_string(bytes) + " bytes at " + shadow.name(address));
+    if (address % alignment)
+        fail("a misaligned access: " + std::to_string(bytes) + " bytes at " + shadow.name(address));
     const std::string wrong = shadow.access(address, bytes, write, machine.current);
     if (!wrong.empty()) fail(wrong);
 }
 
-#define MIMO_HOOK(bytes)                                                                          \
-    extern "C" void __tsan_read##bytes(void* p) { access(p, bytes, false, bytes); }               \
-    extern "C" void __tsan_write##bytes(void* p) { access(p, bytes, true, bytes); }               \
-    extern "C" void __tsan_unaligned_read##bytes(void* p) { access(p, bytes, false, 1); }         \
+#define MIMO_HOOK(bytes)                                                                  \
+    extern "C" void __tsan_read##bytes(void* p) { access(p, bytes, false, bytes); }       \
+    extern "C" void __tsan_write##bytes(void* p) { access(p, bytes, true, bytes); }       \
+    extern "C" void __tsan_unaligned_read##bytes(void* p) { access(p, bytes, false, 1); } \
     extern "C" void __tsan_unaligned_write##bytes(void* p) { access(p, bytes, true, 1); }
 MIMO_HOOK(1)
 MIMO_HOOK(2)
@@ -225,7 +228,8 @@ static std::string whereabouts() {
     std::string command = "addr2line -i -s -e '" + std::string(library.dli_fname) + "'", lines;
     for (void* address : machine.where) {
         char offset[24];
-        std::snprintf(offset, sizeof(offset), " %#tx", static_cast<char*>(address) - static_cast<char*>(library.dli_fbase) - 1);
+        std::snprintf(offset, sizeof(offset), " %#tx",
+                      static_cast<char*>(address) - static_cast<char*>(library.dli_fbase) - 1);
         command += offset;
     }
     FILE* const pipe = popen((command + " 2>/dev/null").c_str(), "r");
@@ -239,7 +243,8 @@ static std::string whereabouts() {
     return "; thread " + coordinates(machine.where_thread) + " of block " + coordinates(machine.block_index) + lines;
 }
 
-int run(dim3 grid, dim3 block, size_t shared_bytes, void (*kernel)(const void*), const void* arguments, size_t argument_bytes) {
+int run(dim3 grid, dim3 block, size_t shared_bytes, void (*kernel)(const void*), const void* arguments,
+        size_t argument_bytes) {
     machine.failure.clear();
     machine.where.clear();
     machine.kernel = kernel;
@@ -248,7 +253,8 @@ int run(dim3 grid, dim3 block, size_t shared_bytes, void (*kernel)(const void*),
     machine.grid_size = grid;
     machine.block_size = block;
     machine.threads = block.x * block.y * block.z;
-    if (machine.threads < 1 || machine.threads > 1024) machine.failure = "a block of " + std::to_string(machine.threads) + " threads";
+    if (machine.threads < 1 || machine.threads > 1024)
+        machine.failure = "a block of " + std::to_string(machine.threads) + " threads";
     if (shared_bytes > (48 << 10)) machine.failure = std::to_string(shared_bytes) + " bytes of shared memory";
     if (!machine.failure.empty()) return kFailed;
     if (static_cast<int>(machine.fibres.size()) < machine.threads) machine.fibres.resize(machine.threads);
@@ -263,7 +269,8 @@ int run(dim3 grid, dim3 block, size_t shared_bytes, void (*kernel)(const void*),
     machine.order.resize(machine.threads);
     std::iota(machine.order.begin(), machine.order.end(), 0);
     if (machine.order_seed == 1) std::reverse(machine.order.begin(), machine.order.end());
-    if (machine.order_seed > 1) std::shuffle(machine.order.begin(), machine.order.end(), std::mt19937(machine.order_seed));
+    if (machine.order_seed > 1)
+        std::shuffle(machine.order.begin(), machine.order.end(), std::mt19937(machine.order_seed));
     machine.shared.resize((shared_bytes + 3) / 4 + 1);
     shadow.begin_launch(reinterpret_cast<uintptr_t>(machine.shared.data()), shared_bytes);
     for (uint64_t b = 0; b < uint64_t{grid.x} * grid.y * grid.z && machine.failure.empty(); b++) {
@@ -286,7 +293,8 @@ uint16_t to_half(float value) {
     const float magnitude = std::fabs(value);
     if (std::isnan(value)) return sign | 0x7fffu;
     if (magnitude >= 65520.f) return sign | 0x7c00u;
-    if (magnitude < 6.103515625e-05f) return sign | static_cast<uint16_t>(std::nearbyint(magnitude * 16777216.f));  // steps of 2^-24
+    if (magnitude < 6.103515625e-05f)
+        return sign | static_cast<uint16_t>(std::nearbyint(magnitude * 16777216.f));  // steps of 2^-24
     const uint32_t rest = bits & 0x7fffffffu;
     return sign | static_cast<uint16_t>((rest - 0x38000000u + 0xfffu + (rest >> 13 & 1u)) >> 13);
 }

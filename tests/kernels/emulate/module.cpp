@@ -32,14 +32,15 @@ PYBIND11_MODULE(emulated_kernels, m) {
     using namespace mimo::emulated;
     for (mimo::BindFunction bind : mimo::bindings()) bind(m);
     m.def("set_order", set_order);
-    m.def("lend", [](const std::string& name, uintptr_t address, int64_t rows, int64_t row_bytes, int64_t stride, bool writable,
-                     uintptr_t storage, size_t storage_bytes) {
+    m.def("lend", [](const std::string& name, uintptr_t address, int64_t rows, int64_t row_bytes, int64_t stride,
+                     bool writable, uintptr_t storage, size_t storage_bytes) {
         shadow.lend({name, address, rows, row_bytes, stride, writable}, storage, storage_bytes);
     });
     m.def("unwritten", [] { return shadow.unwritten(); });
     m.def("take_back", [] { shadow.clear(); });
     m.def("run_faulty", [](const std::string& name, uintptr_t out, uintptr_t in, int blocks) {
-        return run_faulty(name, reinterpret_cast<float*>(out), reinterpret_cast<const float*>(in), blocks) ? failure() : "";
+        return run_faulty(name, reinterpret_cast<float*>(out), reinterpret_cast<const float*>(in), blocks) ? failure()
+                                                                                                           : "";
     });
     m.def("to_half", to_half);
     m.def("from_half", from_half);

@@ -1,5 +1,5 @@
-// What is known of the memory that kernels work on: who may touch it, who has, and when. The part of the block emulator that finds what
-// NVIDIA's compute-sanitizer finds on a GPU with memcheck, initcheck and racecheck.
+// What is known of the memory that kernels work on: who may touch it, who has, and when. The part of the block emulator
+// that finds what NVIDIA's compute-sanitizer finds on a GPU with memcheck, initcheck and racecheck.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +9,8 @@
 
 namespace mimo::emulated {
 
-// Some equal bytes of memory. Times count barriers, blocks and launches as they pass; 0: never, 1: before the first launch.
+// Some equal bytes of memory. Times count barriers, blocks and launches as they pass; 0: never, 1: before the first
+// launch.
 struct Cell {
     uint32_t written = 0, read = 0;
     uint32_t read_elsewhere = 0;  // the last read before `read` that was in another block
@@ -19,10 +20,10 @@ struct Cell {
     static constexpr uint16_t kSeveral = 0xffff;
 };
 
-// A piece of memory and its cells, which begin at 16 bytes and are halved when an access is narrower: the bytes of a cell share their
-// past, and nothing is lost or made up by looking at them together.
+// A piece of memory and its cells, which begin at 16 bytes and are halved when an access is narrower: the bytes of a
+// cell share their past, and nothing is lost or made up by looking at them together.
 struct Region {
-    uintptr_t begin, end;   // begin: a multiple of 16
+    uintptr_t begin, end;    // begin: a multiple of 16
     bool per_block = false;  // shared memory: other blocks have their own, and it holds nothing when a block begins
     unsigned granule = 16;
     std::vector<Cell> cells;
@@ -41,8 +42,8 @@ struct Operand {
 
 class Shadow {
 public:
-    // Lends an operand to the kernels until `clear`. The storage it lies in is told as well: operands may share one. What is only read
-    // holds values; the rest holds nothing until a kernel has written it.
+    // Lends an operand to the kernels until `clear`. The storage it lies in is told as well: operands may share one.
+    // What is only read holds values; the rest holds nothing until a kernel has written it.
     void lend(const Operand& operand, uintptr_t storage, size_t storage_bytes);
     std::vector<std::string> unwritten();  // names of writable operands with bytes that no kernel has written
     void clear();

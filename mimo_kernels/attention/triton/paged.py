@@ -17,7 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_parts import add_parts, dot_parts, load_parts, scale_parts, split_head_dim, store_parts, zero_parts
+from mimo_kernels.attention.triton.tiles import (
+    add_parts,
+    dot_parts,
+    load_parts,
+    scale_parts,
+    split_head_dim,
+    store_parts,
+    zero_parts,
+)
 
 LOG2E = 1.4426950408889634
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mimo.config import MiMoConfig
-from mimo.fp8 import Projection
-from mimo.layout import Layout
+from mimo.network.fp8 import Projection
+from mimo.network.frames import Layout
 from mimo_kernels import AxialRoPE, FrameRows, bias_gelu, gated_residual_modulate, modulate, qk_norm_rope
-from mimo_kernels.qk_norm_rope import qk_norm_rope_cache
+from mimo_kernels.ops.rope import qk_norm_rope_cache
 
 Place = tuple[Tensor, Tensor, Tensor]  # keys and values [slots, h, d] of a layer, and the slot of every row, int64 [R]
 

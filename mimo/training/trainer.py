@@ -19,14 +19,15 @@ from torch import Tensor, nn
 from mimo import checkpoint
 from mimo.config import MiMoConfig, SampleConfig, TrainConfig
 from mimo.data import LatentShards, batches, to_float
-from mimo.distributed import StopRequest, World, distribute, reducing, whole
 from mimo.errors import InputError
-from mimo.fp8 import use_float8
-from mimo.model import MiMo
-from mimo.recipes import EMA, Objective, Recipe, step_generator
-from mimo.runlog import RunLog, Sums, only_process_in
+from mimo.network.fp8 import use_float8
+from mimo.network.network import MiMo
+from mimo.recipes import Objective, Recipe, step_generator
 from mimo.tokenizers import build_tokenizer
 from mimo.tokenizers.weights import checksum
+from mimo.training.average import EMA
+from mimo.training.distributed import StopRequest, World, distribute, reducing, whole
+from mimo.training.log import RunLog, Sums, only_process_in
 
 # Changing these on --resume changes what is reported and kept, how far the run goes or how the work is shared, but no step
 # already made.

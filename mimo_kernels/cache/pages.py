@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mimo_kernels.cache_view import CacheView, ViewHead, upload
+from mimo_kernels.cache.view import CacheView, ViewHead, upload
 
 __all__ = ["CacheView", "FrameCache", "FrameSlot", "ViewHead"]
 

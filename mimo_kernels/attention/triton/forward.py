@@ -14,8 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_parts import add_parts, dot_parts, load_parts, scale_parts, split_head_dim, store_parts, zero_parts
-from .triton_plan import Plan
+from mimo_kernels.attention.triton.schedule import Plan
+from mimo_kernels.attention.triton.tiles import (
+    add_parts,
+    dot_parts,
+    load_parts,
+    scale_parts,
+    split_head_dim,
+    store_parts,
+    zero_parts,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)

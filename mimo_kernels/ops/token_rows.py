@@ -7,8 +7,8 @@ scatter:  y[index[i]] = x[i],  y[r] = fill for all other r    put them back, wit
 import torch
 from torch import Tensor
 
-from mimo_kernels import _dispatch
-from mimo_kernels._launch import (
+from mimo_kernels.core import backends
+from mimo_kernels.core.launch import (
     DTYPE_NAMES,
     DTYPES,
     LIBRARY,
@@ -176,7 +176,7 @@ def gather_tokens(x: Tensor, index: Tensor, *, backend: str = "auto") -> Tensor:
     a GPU an index out of range stops the kernel with a message.
     """
     _check("gather_tokens", x, index, x.shape[0])
-    chosen = _dispatch.choose("gather_tokens", backend, _refusals(x.device, x.dtype))
+    chosen = backends.choose("gather_tokens", backend, _refusals(x.device, x.dtype))
     if chosen == "reference":
         return gather_tokens_ref(x, index)
     return torch.ops.mimo_kernels.gather_rows(x, index)
@@ -209,7 +209,7 @@ def scatter_tokens(
             raise ValueError(f"scatter_tokens: fill has shape {tuple(fill.shape)}, expected [{x.shape[1]}]")
         same_device("scatter_tokens", x, fill=fill)
         fill = fill.to(x.dtype)
-    chosen = _dispatch.choose("scatter_tokens", backend, _refusals(x.device, x.dtype))
+    chosen = backends.choose("scatter_tokens", backend, _refusals(x.device, x.dtype))
     if chosen == "reference":
         return scatter_tokens_ref(x, index, num_rows, fill)
     return torch.ops.mimo_kernels.scatter_rows(x, index, num_rows, fill)[0]

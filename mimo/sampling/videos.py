@@ -15,10 +15,10 @@ from mimo.config import MiMoConfig, SampleConfig, TrainConfig
 from mimo.data import batches, contact_sheet, to_float, to_uint8, write_gif, write_video
 from mimo.data.video import check_fps, clip_span, load_actions, open_clip
 from mimo.errors import InputError, user_input
-from mimo.model import MiMo
-from mimo.sampler import Sampler, Saving
+from mimo.network.network import MiMo
+from mimo.sampling.sampler import Sampler, Saving
 from mimo.tokenizers.weights import checksum
-from mimo.train import Trainer, autocast, best_device, config_tokenizer, recorded_tokenizer
+from mimo.training.trainer import Trainer, autocast, best_device, config_tokenizer, recorded_tokenizer
 
 MIN_SIDE = 128  # small videos are written magnified until their shorter side has this many pixels
 

@@ -3,8 +3,17 @@
 import torch
 from torch import Tensor
 
-from mimo_kernels import _dispatch
-from mimo_kernels._launch import DTYPE_NAMES, DTYPES, LIBRARY, device_refusals, floating, kernels, place, same_device
+from mimo_kernels.core import backends
+from mimo_kernels.core.launch import (
+    DTYPE_NAMES,
+    DTYPES,
+    LIBRARY,
+    device_refusals,
+    floating,
+    kernels,
+    place,
+    same_device,
+)
 
 BLOCKS = 512  # a constant, so that the order of addition is one
 
@@ -113,7 +122,7 @@ def weighted_squared_error(prediction: Tensor, target: Tensor, weight: Tensor, *
     for name, tensor in (("target", target), ("weight", weight)):
         if tensor.requires_grad:
             raise ValueError(f"weighted_squared_error: {name} requires a gradient, expected a constant (detach it)")
-    chosen = _dispatch.choose("weighted_squared_error", backend, _refusals(prediction.device, prediction.dtype))
+    chosen = backends.choose("weighted_squared_error", backend, _refusals(prediction.device, prediction.dtype))
     if chosen == "reference":
         return weighted_squared_error_ref(prediction, target, weight)
     return torch.ops.mimo_kernels.squared_error(prediction, target, weight)

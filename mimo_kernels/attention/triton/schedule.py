@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._dispatch import extension
-from .triton_parts import split_head_dim
+from mimo_kernels.attention.triton.tiles import split_head_dim
+from mimo_kernels.core.backends import extension
 
 # Clips that run side by side hold about so many rows: their keys and values stay in the cache. Clips that differ share one schedule, which is ordered
 # in bands of so many rows; of clips that are alike so many repeat it side by side.

@@ -1,6 +1,6 @@
 """The MiMo network: a diffusion transformer over packed tokens, and the decoder of masked history modelling.
 
-Training feeds every clip twice, packed as mimo.layout says: clean *history*, a part of its tokens dropped, and noisy
+Training feeds every clip twice, packed as mimo.network.frames says: clean *history*, a part of its tokens dropped, and noisy
 *future*. Both copies share all weights. Future frame t attends to history frames < t and to itself, so one forward pass
 trains every frame, and sampling sees exactly what training saw. Blocks are told how to attend (`attend(layer, q, k, v)
 -> out`): over the whole packed sequence when training, over a cache when sampling.
@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimo.blocks import Block, Modulation, Norm, Pending, Place, Positions, sinusoid
 from mimo.config import MiMoConfig
-from mimo.layout import Layout, Plan, coordinates, make_layout, make_masks, make_plan
+from mimo.network.blocks import Block, Modulation, Norm, Pending, Place, Positions, sinusoid
+from mimo.network.frames import Layout, Plan, coordinates, make_layout, make_masks, make_plan
 from mimo_kernels import AxialRoPE, FrameRows, gather_tokens, scatter_tokens
 from mimo_kernels.attention import FrameMask, frame_attention
 

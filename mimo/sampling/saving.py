@@ -22,8 +22,8 @@ from torch import Tensor
 from mimo import checkpoint
 
 if TYPE_CHECKING:
-    from mimo.denoiser import Run
-    from mimo.sampler import Sampler
+    from mimo.sampling.denoiser import Run
+    from mimo.sampling.sampler import Sampler
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ import contextlib
 import torch
 from torch import Tensor
 
-from mimo_kernels import _dispatch, _launch
+from mimo_kernels.core import backends, launch
 
-if _dispatch.triton_available():
+if backends.triton_available():
     import triton
     import triton.language as tl
 
@@ -42,15 +42,15 @@ def _(x, v, weights, coefficients, index):
     return None
 
 
-def backends(device: torch.device) -> dict[str, list[str]]:
+def serving(device: torch.device) -> dict[str, list[str]]:
     """backend -> the reasons why it cannot serve tensors on `device`, in order of preference."""
-    triton_ = _launch.triton_refusals(device)
+    triton_ = launch.triton_refusals(device)
     if device.type == "cuda":
         return {"triton": triton_, "reference": []}
     return {"reference": [], "triton": triton_}
 
 
-describe_backends = backends
+describe_backends = serving
 
 
 def guided_step(
@@ -86,7 +86,7 @@ def guided_step(
                 f"{name} must be contiguous {dtype} {list(shape)}, "
                 f"got {tensor.dtype} {list(tensor.shape)} with strides {list(tensor.stride())}"
             )
-    if _dispatch.choose("guided_step", backend, backends(x.device)) == "triton":
+    if backends.choose("guided_step", backend, serving(x.device)) == "triton":
         _triton_op(x, v, weights, coefficients, index)
         return x
     return x.copy_(guided_step_ref(x, v, weights, coefficients, index))

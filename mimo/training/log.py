@@ -17,8 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mimo.data.video import atomic_path
-from mimo.distributed import World
 from mimo.errors import InputError
+from mimo.training.distributed import World
 
 log = logging.getLogger("mimo.train")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from mimo_kernels.cache import FrameCache
+    from mimo_kernels.cache.pages import FrameCache
 
 
 class Joined(NamedTuple):

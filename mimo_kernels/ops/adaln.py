@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimo_kernels import _dispatch
-from mimo_kernels._launch import (
+from mimo_kernels.core import backends
+from mimo_kernels.core.launch import (
     DTYPE_NAMES,
     DTYPES,
     LIBRARY,
@@ -379,7 +379,7 @@ def modulate(
     Source: adaptive LayerNorm of DiT (Peebles and Xie, arXiv 2212.09748, Sec. 3.2), and MiMo's separate LayerNorm for history.
     """
     _check("modulate", x, rows, None, {"scale": scale, "shift": shift}, {"weight": weight, "bias": bias})
-    if _dispatch.choose("modulate", backend, _refusals(x.device, x.dtype, x.shape[1])) == "reference":
+    if backends.choose("modulate", backend, _refusals(x.device, x.dtype, x.shape[1])) == "reference":
         return modulate_ref(x, scale, shift, rows, weight=weight, bias=bias, eps=eps)
     row, (chunks, first) = rows.row_on(x.device), rows.chunks_on(x.device)
     return torch.ops.mimo_kernels.modulate(x, scale, shift, weight, bias, row, chunks, first, eps)[0]
@@ -409,7 +409,7 @@ def gated_residual_modulate(
     """
     modulation = {"scale": scale, "shift": shift, "gate": gate}
     _check("gated_residual_modulate", x, rows, branch, modulation, {"weight": weight, "bias": bias})
-    if _dispatch.choose("gated_residual_modulate", backend, _refusals(x.device, x.dtype, x.shape[1])) == "reference":
+    if backends.choose("gated_residual_modulate", backend, _refusals(x.device, x.dtype, x.shape[1])) == "reference":
         return gated_residual_modulate_ref(x, branch, gate, scale, shift, rows, weight=weight, bias=bias, eps=eps)
     row, (chunks, first) = rows.row_on(x.device), rows.chunks_on(x.device)
     return torch.ops.mimo_kernels.gated_residual_modulate(

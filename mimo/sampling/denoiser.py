@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimo.diffusion import FlowSchedule, VPredictionSchedule
-from mimo.layout import make_layout
+from mimo.network.frames import make_layout
 from mimo_kernels import FrameCache, FrameMask, frame_attention, guided_step, paged_frame_attention
-from mimo_kernels.attention.paged import backends as paged_backends
-from mimo_kernels.cache import CacheView, FrameSlot, ViewHead
+from mimo_kernels.attention.paged import serving as paged_serving
+from mimo_kernels.cache.pages import CacheView, FrameSlot, ViewHead
 
 if TYPE_CHECKING:
-    from mimo.sampler import Sampler
+    from mimo.sampling.sampler import Sampler
 
 MODULATION_BYTES = 2**28  # memory for what the norms are told in all steps of a frame
 SCHEDULES = {"ddim": VPredictionSchedule, "euler": FlowSchedule}
@@ -250,7 +250,7 @@ class CachedRun(Run):
         self.slot: FrameSlot | None = None  # of the frame that becomes history now
         self.kept: FrameSlot | None = None  # the one that the captured graph writes to
         # The reference attention takes lengths from the host, which a graph would freeze.
-        refusals = paged_backends(self.device, key.dtype, c.head_dim)["triton"]
+        refusals = paged_serving(self.device, key.dtype, c.head_dim)["triton"]
         captures = self.device.type == "cuda" and self.model.backend == "auto" and not refusals
         # Graphs point to the tables of these, which others may push out of the memory of layouts.
         self.layouts = (

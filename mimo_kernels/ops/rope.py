@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mimo_kernels import _dispatch
-from mimo_kernels._launch import (
+from mimo_kernels.core import backends
+from mimo_kernels.core.launch import (
     DTYPE_NAMES,
     DTYPES,
     LIBRARY,
@@ -291,7 +291,7 @@ def qk_norm_rope(
     `AxialRoPE.tables_on` stops the kernel with a message.
     """
     _check(qkv, q_weight, k_weight, coords, rope)
-    if _dispatch.choose("qk_norm_rope", backend, _refusals(qkv.device, qkv.dtype, qkv.shape[3])) == "reference":
+    if backends.choose("qk_norm_rope", backend, _refusals(qkv.device, qkv.dtype, qkv.shape[3])) == "reference":
         return qk_norm_rope_ref(qkv, q_weight, k_weight, coords, rope, eps=eps, return_v=return_v)
     table, split = (None, (0, 0, 0)) if rope is None else (rope._table(qkv.device).whole, rope.split)
     outputs = torch.ops.mimo_kernels.qk_norm_rope(qkv, q_weight, k_weight, coords, table, split, eps, return_v)
@@ -335,7 +335,7 @@ def qk_norm_rope_cache(
         )
     same_device("qk_norm_rope_cache", qkv, k_cache=k_cache, v_cache=v_cache, cache_rows=cache_rows)
     refusals = _refusals(qkv.device, qkv.dtype, qkv.shape[3])
-    if _dispatch.choose("qk_norm_rope_cache", backend, refusals) == "reference":
+    if backends.choose("qk_norm_rope_cache", backend, refusals) == "reference":
         q, k, v = qk_norm_rope_ref(qkv, q_weight, k_weight, coords, rope, eps=eps, return_v=True)
         k_cache.index_copy_(0, cache_rows, k)
         v_cache.index_copy_(0, cache_rows, v)

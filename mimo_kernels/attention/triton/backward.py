@@ -13,9 +13,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_fwd import LOG2E, STRIDES, VARYING, find_tile, next_block, options, row_bounds, strides
-from .triton_parts import add_parts, dot_parts, load_parts, split_head_dim, store_parts, zero_parts
-from .triton_plan import Plan
+from mimo_kernels.attention.triton.forward import (
+    LOG2E,
+    STRIDES,
+    VARYING,
+    find_tile,
+    next_block,
+    options,
+    row_bounds,
+    strides,
+)
+from mimo_kernels.attention.triton.schedule import Plan
+from mimo_kernels.attention.triton.tiles import (
+    add_parts,
+    dot_parts,
+    load_parts,
+    split_head_dim,
+    store_parts,
+    zero_parts,
+)
 
 DELTA_ROWS = 64
 NO_ROW = tl.constexpr(0x7F800000)  # lse +inf, delta 0: all weights come out as 0

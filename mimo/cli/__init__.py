@@ -141,7 +141,7 @@ class Train(Clips):
     def run(self) -> None:
         import torch
 
-        from mimo.distributed import process_group
+        from mimo.training.distributed import process_group
 
         if self.keep_every is not None and self.keep_every < 1:
             raise InputError(f"--keep-every {self.keep_every}: expected at least 1")
@@ -149,9 +149,9 @@ class Train(Clips):
             self.run_in(world)
 
     def run_in(self, world) -> None:
-        """`run`, as one of the processes of a mimo.distributed.World."""
-        from mimo.sample import Preview
-        from mimo.train import Trainer, train
+        """`run`, as one of the processes of a mimo.training.distributed.World."""
+        from mimo.sampling.videos import Preview
+        from mimo.training.trainer import Trainer, train
 
         config = self.model
         train_config = self.train if self.steps is None else user_input(replace, self.train, steps=self.steps)
@@ -246,7 +246,7 @@ class Sample:
     device: Device = "auto"
 
     def run(self) -> None:
-        from mimo.sample import load, sample
+        from mimo.sampling.videos import load, sample
 
         require_folder(self.out)
         loaded = load(
@@ -312,7 +312,7 @@ class Encode(Clips):
 
     def run(self) -> None:
         from mimo.encode import encode
-        from mimo.train import config_tokenizer
+        from mimo.training.trainer import config_tokenizer
 
         require_folder(self.out)
         rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
@@ -432,7 +432,7 @@ def require_folder(out: Path) -> None:
 
 def work_device(name: Device):
     """The device of this process; with several on a machine, each takes its own GPU."""
-    from mimo.train import best_device
+    from mimo.training.trainer import best_device
 
     device = find_device(name) or best_device()
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device.type == "cuda" else device

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mimo_kernels import _dispatch
+from mimo_kernels.core import backends
 
 LIBRARY = torch.library.Library("mimo_kernels", "FRAGMENT")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the numbers of csrc/common.cuh
@@ -21,13 +21,13 @@ def _remembered(ask: Callable[[torch.device], list[str]], device: torch.device) 
 @torch.compiler.assume_constant_result
 def device_refusals(device: torch.device) -> list[str]:
     """Why the compiled kernels cannot work on tensors of this device; empty when they can. Every call asks, so it is remembered."""
-    return list(_remembered(_dispatch.cuda_refusals, device))
+    return list(_remembered(backends.cuda_refusals, device))
 
 
 @torch.compiler.assume_constant_result
 def triton_refusals(device: torch.device) -> list[str]:
     """The same of Triton kernels."""
-    return list(_remembered(_dispatch.triton_refusals, device))
+    return list(_remembered(backends.triton_refusals, device))
 
 
 def same_device(op: str, reference: Tensor, **tensors: Tensor | None) -> None:
@@ -45,7 +45,7 @@ def floating(op: str, name: str, tensor: Tensor) -> None:
 
 def kernels():
     """The compiled module. Only for code that runs after `device_refusals` said nothing."""
-    return _dispatch.extension()
+    return backends.extension()
 
 
 def place(tensor: Tensor) -> tuple[int, int]:

@@ -5,7 +5,7 @@ finished frame goes through the network once as history, which adds its own keys
 of guidance are one batch: class branches share one history, and the branch without history has an empty page table.
 
 On a GPU one denoising step, or one whole frame, is one CUDA graph, captured once and replayed for all steps and frames
-(mimo.denoiser). Runs that take long save themselves and are continued after an interruption (mimo.stream).
+(mimo.sampling.denoiser). Runs that take long save themselves and are continued after an interruption (mimo.sampling.saving).
 
 Letters: B clips, K trajectories per clip, S = B * K sequences, T frames, N tokens per frame, C latent channels,
 G branches of guidance.
@@ -20,10 +20,10 @@ from torch import Tensor
 
 from mimo import checkpoint
 from mimo.config import SampleConfig
-from mimo.denoiser import CachedRun, CachePolicy, Run, RunKey, UncachedRun, guidance_branches
 from mimo.errors import InputError
-from mimo.model import MiMo
-from mimo.stream import Progress, Saving, Stream, identity
+from mimo.network.network import MiMo
+from mimo.sampling.denoiser import CachedRun, CachePolicy, Run, RunKey, UncachedRun, guidance_branches
+from mimo.sampling.saving import Progress, Saving, Stream, identity
 
 __all__ = ["CachePolicy", "Sampler", "Saving"]
 

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimo_kernels import _dispatch
-from mimo_kernels._launch import (
+from mimo_kernels.core import backends
+from mimo_kernels.core.launch import (
     DTYPE_NAMES,
     DTYPES,
     LIBRARY,
@@ -128,7 +128,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -
             f" expected {x.dtype} (as x) or torch.float32 of shape ({x.shape[-1]},)"
         )
     same_device("bias_gelu", x, bias=bias)
-    if _dispatch.choose("bias_gelu", backend, _refusals(x.device, x.dtype, x.shape[-1])) == "reference":
+    if backends.choose("bias_gelu", backend, _refusals(x.device, x.dtype, x.shape[-1])) == "reference":
         return bias_gelu_ref(x, bias)
     return torch.ops.mimo_kernels.bias_gelu(x.reshape(-1, x.shape[-1]), bias).view(x.shape)
 

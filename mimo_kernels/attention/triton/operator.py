@@ -6,19 +6,20 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .. import _dispatch
-from . import triton_bwd, triton_fwd
-from .operator import register
-from .triton_plan import PASSES, Plan, plan_for
+from mimo_kernels.attention.register import register
+from mimo_kernels.attention.triton import backward as triton_bwd
+from mimo_kernels.attention.triton import forward as triton_fwd
+from mimo_kernels.attention.triton.schedule import PASSES, Plan, plan_for
+from mimo_kernels.core import backends
 
 MAX_BATCH = 65535  # what the third dimension of a grid holds
 
 
 def refusals(q: Tensor, k: Tensor, v: Tensor, mask) -> list[str]:
     """Why the Triton kernels cannot serve tensors like these; empty when they can. Shapes and dtypes have passed frame_attention's checks."""
-    reasons = _dispatch.triton_refusals(q.device)
-    if _dispatch.extension() is None:
-        reasons.append(_dispatch.extension_reason())
+    reasons = backends.triton_refusals(q.device)
+    if backends.extension() is None:
+        reasons.append(backends.extension_reason())
     if not reasons and q.device.type == "cpu" and q.dtype == torch.bfloat16:
         reasons.append("Triton's interpreter multiplies bfloat16 matrices wrongly; use float32 or float16 on the CPU")
     return reasons

@@ -1,0 +1,143 @@
+"""Attention under a FrameMask: out = softmax(scale * q k^T over the keys each row sees) v, and which backend computes it."""
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from mimo_kernels.attention import reference
+from mimo_kernels.attention.mask import FrameMask
+from mimo_kernels.core import backends
+
+__all__ = ["FrameMask", "describe_backends", "frame_attention"]
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_HEAD_DIM = 256
+
+
+def frame_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: FrameMask,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over packed clips, every row seeing the frames its mask allows (MiMo, Sec. 3.3; the mask's drawing: `print(mask)`).
+
+        out[i] = sum_j p[i, j] v[j],   p[i, :] = softmax over the keys j that row i sees of scale * q[i] . k[j]
+        lse[i] = log sum_j exp(scale * q[i] . k[j])
+
+    Args:
+        q, k, v: [tokens, heads, head_dim], or [batch, tokens, heads, head_dim] with a mask of one clip that every batch entry shares. fp32, fp16 or
+            bf16, all three alike; head_dim any multiple of 8 up to 256. Strides are free.
+        mask: a FrameMask over `tokens` rows; lengths, clips and masks may change from call to call without recompiling.
+        scale: factor on the scores; None: head_dim ** -0.5.
+        backend: "auto" takes the fastest that serves (Triton on a GPU, else the reference); "triton", "cuda" and "reference" insist on one.
+        return_lse: also return lse, fp32 [heads, tokens] or [batch, heads, tokens], in natural log.
+
+    Returns:
+        out, shaped and typed as q; with return_lse (out, lse). A row that sees no key gives 0, and lse -inf. Both are differentiable in q, k and v;
+        the gradients are deterministic, and the backward keeps q, k, v, out and lse alone.
+
+    Raises:
+        ValueError: tensors that do not fit each other or the mask, naming both sides; a backend that cannot serve, with every reason.
+    """
+    scale = None if scale is None else float(scale)
+    _check(q, k, v, mask, scale)
+    backend = _serving_backend(backend, q.device, q.dtype)
+    batched = q.dim() == 4
+    if not batched:
+        q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+    out, lse = _attention(backend)(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)
+    if not batched:
+        out, lse = out.squeeze(0), lse.squeeze(0)
+    return (out, lse) if return_lse else out
+
+
+def describe_backends(device: torch.device | str) -> dict[str, list[str]]:
+    """Backend -> every reason why it cannot serve bf16 tensors on this device; empty: it can."""
+    device = torch.device(device)
+    return {name: _refusals(name, device, torch.bfloat16) for name in _preference(device)}
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask, scale: float | None) -> None:
+    if not isinstance(mask, FrameMask):
+        raise ValueError(f"mask is a {type(mask).__name__}; expected a FrameMask")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} is a {type(x).__name__}; expected a torch.Tensor")
+    if scale is not None and not -math.inf < scale < math.inf:
+        raise ValueError(f"scale is {scale}; expected a finite number")
+    for name, x in (("k", k), ("v", v)):
+        if x.device != q.device:
+            raise ValueError(f"q is on {q.device} and {name} is on {x.device}; expected one device")
+        if x.dtype != q.dtype:
+            raise ValueError(f"q is {q.dtype} and {name} is {x.dtype}; expected one dtype")
+        if x.shape != q.shape:
+            raise ValueError(f"q has shape {list(q.shape)} and {name} has {list(x.shape)}; expected equal shapes")
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q, k and v are {q.dtype}; expected float32, float16 or bfloat16")
+    if q.dim() not in (3, 4):
+        raise ValueError(
+            f"q has shape {list(q.shape)}; expected [tokens, heads, head_dim] or [batch, tokens, heads, head_dim]"
+        )
+    head_dim = q.shape[-1]
+    if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"head_dim is {head_dim}; expected a multiple of 8 from 8 to {MAX_HEAD_DIM}")
+    if q.shape[-3] != mask.num_tokens:
+        raise ValueError(
+            f"q has {q.shape[-3]} tokens and the mask has {mask.num_tokens}; expected a mask made for this sequence"
+        )
+    if q.dim() == 4 and mask.num_clips != 1:
+        raise ValueError(
+            f"q is a batch of {q.shape[0]} sequences and the mask has {mask.num_clips} clips; expected a mask of one clip for batched input, "
+            "or all clips packed into [tokens, heads, head_dim]"
+        )
+
+
+def _preference(device: torch.device) -> tuple[str, ...]:
+    return ("triton", "cuda", "reference") if device.type == "cuda" else ("reference", "triton", "cuda")
+
+
+@torch.compiler.assume_constant_result
+def _serving_backend(requested: str, device: torch.device, dtype: torch.dtype) -> str:
+    return _choose(requested, device, dtype)
+
+
+@functools.cache
+def _choose(requested: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Depends on nothing that changes from step to step: a look-up in eager mode, a constant under torch.compile."""
+    refusals = {}
+    for name in _preference(device):
+        # Only the reasons that can matter: asking Triton loads it.
+        refusals[name] = _refusals(name, device, dtype) if requested in ("auto", name) else []
+        if requested == "auto" and not refusals[name]:
+            break
+    return backends.choose("frame_attention", requested, refusals)
+
+
+def _refusals(backend: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+    if backend == "reference":
+        return reference.refusals(device)
+    if backend == "cuda":
+        return ["there is no hand-written CUDA attention kernel yet", *backends.cuda_refusals(device)]
+    if reasons := backends.triton_refusals(device):
+        return reasons
+    try:
+        from mimo_kernels.attention.triton import operator as triton_op
+    except ImportError as error:
+        return [f"the Triton kernels do not load ({error})"]
+    typical = torch.empty(1, 1, 1, 64, dtype=dtype, device=device)
+    return triton_op.refusals(typical, typical, typical, FrameMask.block_causal([[1]]))
+
+
+def _attention(backend: str):
+    if backend == "reference":
+        return reference.attention
+    from mimo_kernels.attention.triton import operator as triton_op
+
+    return triton_op.attention
