@@ -91,7 +91,7 @@ def test_csrc_includes_no_torch_header():
     [
         ("from . import mask", "mimo_kernels.attention.mask"),
         ("from .mask import FrameMask", "mimo_kernels.attention.mask.FrameMask"),
-        ("def f():\n    from ..modulate import modulate", "mimo_kernels.ops.adaln.modulate"),
+        ("def f():\n    from ..ops import adaln", "mimo_kernels.ops.adaln"),
         ("import mimo.config as c", "mimo.config"),
         ("from mimo import config", "mimo.config"),
     ],
