@@ -41,7 +41,7 @@ from mimo import MiMo, MiMoConfig
 from mimo.data import ShapesDataset, to_float
 from mimo.network.fp8 import Projection, require_float8, use_float8
 from mimo.recipes import Recipe, step_generator
-from mimo.training.trainer import autocast, config_tokenizer
+from mimo.runtime import autocast, config_tokenizer
 
 LOSS, COSINE, END, GAP = 0.01, 0.98, 0.01, 0.03
 TWINS = ("bf16", "bf16, second run", "bf16, third run")

@@ -150,7 +150,7 @@ class Train(Clips):
 
     def run_in(self, world) -> None:
         """`run`, as one of the processes of a mimo.training.distributed.World."""
-        from mimo.sampling.videos import Preview
+        from mimo.training.preview import Preview
         from mimo.training.trainer import Trainer, train
 
         config = self.model
@@ -312,7 +312,7 @@ class Encode(Clips):
 
     def run(self) -> None:
         from mimo.encode import encode
-        from mimo.training.trainer import config_tokenizer
+        from mimo.runtime import config_tokenizer
 
         require_folder(self.out)
         rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
@@ -432,7 +432,7 @@ def require_folder(out: Path) -> None:
 
 def work_device(name: Device):
     """The device of this process; with several on a machine, each takes its own GPU."""
-    from mimo.training.trainer import best_device
+    from mimo.runtime import best_device
 
     device = find_device(name) or best_device()
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device.type == "cuda" else device

@@ -12,13 +12,13 @@ from tqdm import tqdm
 
 from mimo import checkpoint
 from mimo.config import MiMoConfig, SampleConfig, TrainConfig
-from mimo.data import batches, contact_sheet, to_float, to_uint8, write_gif, write_video
+from mimo.data import contact_sheet, to_float, to_uint8, write_gif, write_video
 from mimo.data.video import check_fps, clip_span, load_actions, open_clip
 from mimo.errors import InputError, user_input
 from mimo.network.network import MiMo
+from mimo.runtime import autocast, best_device, config_tokenizer, recorded_tokenizer
 from mimo.sampling.sampler import Sampler, Saving
 from mimo.tokenizers.weights import checksum
-from mimo.training.trainer import Trainer, autocast, best_device, config_tokenizer, recorded_tokenizer
 
 MIN_SIDE = 128  # small videos are written magnified until their shorter side has this many pixels
 
@@ -310,45 +310,6 @@ def read_actions(
         0 <= low and high < num_actions, f"{where}: actions reach from {low} to {high}, expected 0..{num_actions - 1}"
     )
     return torch.from_numpy(wanted.astype(np.int64))[None]
-
-
-class Preview:
-    """Predicts (or, without context frames, generates) a few clips with the averaged weights, truth on the left.
-
-    Raises ValueError at once, not in the middle of a run, for a sample_config that does not fit the network.
-    """
-
-    def __init__(self, trainer: Trainer, out: Path, clips: int = 2):
-        self.out = out
-        self.config = replace(trainer.sample_config, num_frames=trainer.model_config.frames)
-        Sampler(trainer.model, self.config)
-        self.batch_size = clips
-
-    def __call__(self, trainer: Trainer) -> list[Path]:
-        """All ranks have to call it; the first one predicts and writes."""
-        averaged = trainer.averaged()
-        with trainer.world.together():
-            return self._write(trainer, averaged) if trainer.world.leads else []
-
-    def _write(self, trainer: Trainer, averaged: MiMo) -> list[Path]:
-        # Another seed, so that the clips are cut differently than in training.
-        batch = next(batches(trainer.dataset, self.batch_size, seed=trainer.config.seed + 1))
-        clips = batch["latents"] if "latents" in batch else batch["video"]
-        videos = generate(
-            Sampler(averaged, self.config),
-            tokenizer=trainer.tokenizer,
-            context=clips if self.config.context_frames else None,
-            labels=batch["label"] if trainer.model_config.num_classes else None,
-            actions=batch["actions"] if trainer.model_config.num_actions else None,
-            intervals=batch["interval"] if trainer.model_config.max_interval else None,
-            count=len(clips),
-            seed=trainer.config.seed,
-            precision=trainer.config.precision,
-        )
-        truth = to_uint8(trainer.tokenizer.decode(clips.to(trainer.device))).cpu() if "latents" in batch else clips
-        pairs = torch.cat([truth, videos], dim=3)  # side by side: [B, F, H, 2 W, 3]
-        stacked = torch.cat(list(pairs), dim=1).numpy()
-        return [write_video(self.out / f"step_{trainer.step:08d}.mp4", stacked, min_side=MIN_SIDE)]
 
 
 def _interval(loaded: Loaded, asked: int | None) -> int:

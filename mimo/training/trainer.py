@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from mimo import checkpoint
 from mimo.config import MiMoConfig, SampleConfig, TrainConfig
-from mimo.data import LatentShards, batches, to_float
+from mimo.data import LatentShards, batches
 from mimo.errors import InputError
 from mimo.network.fp8 import use_float8
 from mimo.network.network import MiMo
 from mimo.recipes import Objective, Recipe, step_generator
-from mimo.tokenizers import build_tokenizer
+from mimo.runtime import autocast, best_device, config_tokenizer, recorded_tokenizer, to_latents
 from mimo.tokenizers.weights import checksum
 from mimo.training.average import EMA
 from mimo.training.distributed import StopRequest, World, distribute, reducing, whole
@@ -167,7 +167,7 @@ class Trainer:
                 "first": (micro * world.size + world.rank) * self.micro_batch,  # as mimo.data.loader deals out clips
                 "total": config.batch_size,
             }
-            latents, conditions = encode(batch, self.tokenizer, self.model_config, self.device)
+            latents, conditions = to_latents(batch, self.tokenizer, self.model_config, self.device)
             with reducing(self.shared, last=micro + 1 == config.accumulate):
                 with autocast(self.device, config.precision):
                     loss = self.shared(latents, **conditions, **place)
@@ -374,54 +374,11 @@ def check_interval(config: MiMoConfig, training: TrainConfig) -> None:
         raise ValueError(f"interval={training.interval}: expected at most max_interval={config.max_interval}")
 
 
-def best_device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def config_tokenizer(config: MiMoConfig, weights: str | Path | None = None, *, trust_pickle: bool = False) -> nn.Module:
-    """The tokenizer of a network; ValueError when its latents are not what the network expects.
-
-    Args:
-        weights, trust_pickle: as `build_tokenizer` takes them; "dct" has none.
-    """
-    tokenizer = build_tokenizer(
-        config.tokenizer,
-        compression=config.compression,
-        channels=config.channels,
-        weights=weights,
-        trust_pickle=trust_pickle,
-    )
-    shape = tokenizer.latent_shape(*config.video_shape)
-    if shape != config.latent_shape:
-        expected = zip(("frames", "height", "width", "channels"), config.latent_shape, shape, strict=True)
-        wrong = [f"{name}={value}: expected {made}" for name, value, made in expected if value != made]
-        raise ValueError(
-            f"{', '.join(wrong)}, as the tokenizer {config.tokenizer!r} makes of clips of "
-            f"video_frames={config.video_frames} frames, {config.video_shape[1]} x {config.video_shape[2]} pixels"
-        )
-    if config.num_actions and tokenizer.num_frames(config.frames) != config.frames:
-        raise ValueError(
-            f"num_actions={config.num_actions}: expected a tokenizer with one latent frame per video frame"
-        )
-    return tokenizer
-
-
-def recorded_tokenizer(configs: dict[str, Any]) -> dict[str, str | None]:
-    """Path of the tokenizer's weights (None: it has none) and its checksum in a checkpoint; one of before they were recorded
-    has no checksum, which is that of no tokenizer."""
-    return configs.get("tokenizer", {"weights": None, "sha256": None})
-
-
 def _absolute(weights: str | Path | None) -> str | None:
     """A path that holds in every folder; a hub id stays as it is."""
     if weights is None:
         return None
     return str(Path(weights).resolve()) if Path(weights).exists() else str(weights)
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """bf16 arithmetic over fp32 weights, or nothing for "fp32". "fp8" is bf16 around the products that `use_float8` sets."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision != "fp32")
 
 
 def check_conditions(batch: dict[str, Tensor], config: MiMoConfig) -> None:
@@ -436,21 +393,6 @@ def check_conditions(batch: dict[str, Tensor], config: MiMoConfig) -> None:
             raise InputError(f"{field}={count}, but the clips have no {condition}")
         if count and not 0 <= (worst := _farthest(batch[condition] - first, count)) < count:
             raise InputError(f"{condition} {worst + first} in the data, expected {first}..{first + count - 1}")
-
-
-def encode(
-    batch: dict[str, Tensor], tokenizer: nn.Module, config: MiMoConfig, device: torch.device
-) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """A batch of the loader -> latents [B, T, H, W, C] and what the network is conditioned on, all on the device."""
-    if "latents" in batch:
-        latents = batch["latents"].to(device, non_blocking=True)
-    else:
-        with torch.no_grad():
-            latents = tokenizer.encode(to_float(batch["video"].to(device, non_blocking=True)))
-    labels = batch["label"].to(device) if config.num_classes else None
-    actions = batch["actions"].to(device) if config.num_actions else None
-    intervals = batch["interval"].to(device) if config.max_interval else None
-    return latents, {"labels": labels, "actions": actions, "intervals": intervals}
 
 
 def _farthest(values: Tensor, count: int) -> int:

@@ -1,0 +1,71 @@
+"""What a network runs with, training or sampling: its device, its precision, its tokenizer, and latents from a batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mimo.config import MiMoConfig
+from mimo.data import to_float
+from mimo.tokenizers import build_tokenizer
+
+
+def best_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def config_tokenizer(config: MiMoConfig, weights: str | Path | None = None, *, trust_pickle: bool = False) -> nn.Module:
+    """The tokenizer of a network; ValueError when its latents are not what the network expects.
+
+    Args:
+        weights, trust_pickle: as `build_tokenizer` takes them; "dct" has none.
+    """
+    tokenizer = build_tokenizer(
+        config.tokenizer,
+        compression=config.compression,
+        channels=config.channels,
+        weights=weights,
+        trust_pickle=trust_pickle,
+    )
+    shape = tokenizer.latent_shape(*config.video_shape)
+    if shape != config.latent_shape:
+        expected = zip(("frames", "height", "width", "channels"), config.latent_shape, shape, strict=True)
+        wrong = [f"{name}={value}: expected {made}" for name, value, made in expected if value != made]
+        raise ValueError(
+            f"{', '.join(wrong)}, as the tokenizer {config.tokenizer!r} makes of clips of "
+            f"video_frames={config.video_frames} frames, {config.video_shape[1]} x {config.video_shape[2]} pixels"
+        )
+    if config.num_actions and tokenizer.num_frames(config.frames) != config.frames:
+        raise ValueError(
+            f"num_actions={config.num_actions}: expected a tokenizer with one latent frame per video frame"
+        )
+    return tokenizer
+
+
+def recorded_tokenizer(configs: dict[str, Any]) -> dict[str, str | None]:
+    """Path of the tokenizer's weights (None: it has none) and its checksum in a checkpoint; one of before they were recorded
+    has no checksum, which is that of no tokenizer."""
+    return configs.get("tokenizer", {"weights": None, "sha256": None})
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """bf16 arithmetic over fp32 weights, or nothing for "fp32". "fp8" is bf16 around the products that `use_float8` sets."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision != "fp32")
+
+
+def to_latents(
+    batch: dict[str, Tensor], tokenizer: nn.Module, config: MiMoConfig, device: torch.device
+) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """A batch of the loader -> latents [B, T, H, W, C] and what the network is conditioned on, all on the device."""
+    if "latents" in batch:
+        latents = batch["latents"].to(device, non_blocking=True)
+    else:
+        with torch.no_grad():
+            latents = tokenizer.encode(to_float(batch["video"].to(device, non_blocking=True)))
+    labels = batch["label"].to(device) if config.num_classes else None
+    actions = batch["actions"].to(device) if config.num_actions else None
+    intervals = batch["interval"].to(device) if config.max_interval else None
+    return latents, {"labels": labels, "actions": actions, "intervals": intervals}
