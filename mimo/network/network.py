@@ -216,12 +216,19 @@ class MiMo(nn.Module):
             reconstruction[offset] = self.decoder(seen, keep, offset, mask, rows, self.rope)
         return MiMoOutput(velocity, reconstruction)
 
+    @property
+    def history_conditions(self) -> frozenset[str]:
+        """The conditions, of "labels" and "actions", that change the keys and values of a history frame. A guidance branch
+        that is not told one of them sees another history than those that are."""
+        return frozenset({"actions"} if self.config.num_actions else ())
+
     def history_frame(
         self,
         x: Tensor,
         position: int | Tensor,
         attend: Attend,
         *,
+        labels: Tensor | None = None,
         actions: Tensor | None = None,
         intervals: Tensor | None = None,
         place: Callable[[int], Place] | None = None,
@@ -233,7 +240,7 @@ class MiMo(nn.Module):
             position: frame number, one for all or int [S]. A tensor is not looked at: before it holds 1024 or more on a GPU,
                 call `rope.tables_on(device, largest)`.
             attend: called once per layer with q, k, v [S * N, h, d]; returns the attention output [S * N, h, d].
-            actions, intervals: int64 [S].
+            labels, actions, intervals: int64 [S]. What is not in `history_conditions` changes nothing.
             place: of a layer: where its keys and values are written as they are made, before `attend` is called.
         """
         sequences, tokens, _ = x.shape

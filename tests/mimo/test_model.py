@@ -324,3 +324,33 @@ def test_bad_input_is_refused_by_name():
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_conditions_that_change_history_are_named():
+    """Keys and values of a history frame differ with the conditions in `history_conditions`, and with no other."""
+    for options, expected in (({}, set()), ({"num_actions": 4}, {"actions"}), ({"num_classes": 3}, set())):
+        torch.manual_seed(0)
+        small = {"depth": 2, "dim": 48, "heads": 2, "decoder_layer": 1}
+        model = MiMo(dataclasses.replace(MiMoConfig.from_preset("mimo-tiny"), **small, **options)).eval()
+        for parameter in model.parameters():
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+        assert model.history_conditions == expected
+        x = torch.randn(2, model.config.tokens, model.config.channels)
+        given = {"labels": torch.tensor([0, 1]) if "num_classes" in options else None}
+        given |= {"actions": torch.tensor([0, 1]) if "num_actions" in options else None}
+        seen = {}
+        for name in ("labels", "actions", "neither"):
+            told = (
+                dict(given) if name == "neither" else given | {name: None if given[name] is None else given[name] + 1}
+            )
+            kept = seen[name] = []
+
+            def attend(layer, q, k, v, kept=kept):
+                kept.append(torch.stack([k, v]))
+                return q
+
+            with torch.no_grad():
+                model.history_frame(x, 1, attend, **told)
+        for name in ("labels", "actions"):
+            same = all(map(torch.equal, seen[name], seen["neither"]))
+            assert same == (name not in expected)
