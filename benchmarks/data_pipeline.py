@@ -29,7 +29,7 @@ import torch
 from mimo import MiMoConfig
 from mimo.config import Encoding, SampleConfig, TrainConfig
 from mimo.data import LatentShards, batches, moving_shapes, open_dataset, write_video
-from mimo.encode import encode
+from mimo.data.encode import write_shards
 from mimo.tokenizers import build_tokenizer
 from mimo.training.trainer import Trainer, train
 
@@ -144,7 +144,8 @@ def _encode(dataset, size: Size, device: torch.device, folder: Path) -> tuple[di
     rates = []
     for number in range(3):
         start = time.perf_counter()
-        out = encode(dataset, tokenizer, folder / str(number), config, tokenizer_name=network.tokenizer, device=device)
+        name, where = network.tokenizer, folder / str(number)
+        out = write_shards(dataset, tokenizer, where, config, tokenizer_name=name, device=device)
         rates.append(len(LatentShards(out)) / (time.perf_counter() - start))
     return _row("videos encoded", network.tokenizer, workers, rates), LatentShards(out)
 

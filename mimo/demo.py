@@ -36,6 +36,7 @@ class Windows:
     """
 
     num_classes = None
+    has_labels = False
 
     def __init__(self, clips: list[tuple[str, np.ndarray, np.ndarray | None]], num_frames: int):
         self.clips, self.num_frames = clips, num_frames
@@ -46,6 +47,7 @@ class Windows:
         if any(with_actions) and not all(with_actions):
             raise InputError(f"{clips[with_actions.index(False)][0]} has no actions, though other clips have")
         self.num_actions = 1 + max(int(a.max()) for _, _, a in clips) if all(with_actions) else 0
+        self.has_actions = all(with_actions)
 
     def __len__(self) -> int:
         return len(self.clips)

@@ -311,14 +311,14 @@ class Encode(Clips):
     device: Device = "auto"
 
     def run(self) -> None:
-        from mimo.encode import encode
+        from mimo.data.encode import write_shards
         from mimo.runtime import config_tokenizer
 
         require_folder(self.out)
         rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
         tokenizer = user_input(config_tokenizer, self.model, self.tokenizer_weights, trust_pickle=self.trust_pickle)
         dataset = self.open(interval=self.interval, flip=self.flip, **clip_options(self.model))
-        encode(
+        write_shards(
             dataset,
             tokenizer,
             self.out,

@@ -4,6 +4,7 @@ from mimo.data.datasets import LAYOUTS, NpzTrajectories, ShapesDataset, VideoFol
 from mimo.data.errors import DataError, UnreadableVideo
 from mimo.data.latents import LatentShards
 from mimo.data.loader import batches
+from mimo.data.protocols import ClipDataset, Clips, VideoDataset
 from mimo.data.shapes import moving_shapes
 from mimo.data.video import (
     VideoReader,
@@ -18,11 +19,14 @@ from mimo.data.video import (
 
 __all__ = [
     "LAYOUTS",
+    "ClipDataset",
+    "Clips",
     "DataError",
     "LatentShards",
     "NpzTrajectories",
     "ShapesDataset",
     "UnreadableVideo",
+    "VideoDataset",
     "VideoFolder",
     "VideoReader",
     "atomic_path",

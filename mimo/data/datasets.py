@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,7 @@ from mimo.data.video import (
     VideoReader,
     clip_span,
     load_actions,
+    npz_names,
     open_clip,
 )
 
@@ -62,7 +65,8 @@ class _ClipFiles:
         random_start: draw the first frame; False starts at frame 0.
         random_crop, flip: draw the place of the crop; mirror half of the samples.
         num_classes, num_actions: labels and actions must be below; None takes what the annotation holds.
-        use_actions: False leaves actions unread, for files whose actions are not classes.
+        use_actions, use_labels: False leaves them out, for files whose actions are not classes and for networks that
+            have no place for them.
     """
 
     kind: str
@@ -85,6 +89,7 @@ class _ClipFiles:
         num_classes: int | None = None,
         num_actions: int | None = None,
         use_actions: bool = True,
+        use_labels: bool = True,
     ):
         low, high = (interval, interval) if isinstance(interval, int) else interval
         if min(num_frames, height, width) < 1 or not 1 <= low <= high:
@@ -92,7 +97,7 @@ class _ClipFiles:
         self.num_frames, self.height, self.width = num_frames, height, width
         self.interval, self.dynamic = (low, high), not isinstance(interval, int)
         self.random_start, self.random_crop, self.flip = random_start, random_crop, flip
-        self.num_actions, self.use_actions = num_actions, use_actions
+        self.num_actions, self.use_actions, self.use_labels = num_actions, use_actions, use_labels
         self.path = _split_folder(Path(path), split)
         if annotation is not None:
             self.clips = _read_annotation(Path(annotation), self.path)
@@ -106,7 +111,7 @@ class _ClipFiles:
                 self.clips = _attach_actions(self.clips)
         labels = [clip.label for clip in self.clips]
         self.num_classes = num_classes
-        if labels[0] is not None:
+        if labels[0] is not None and use_labels:
             self.num_classes = num_classes or max(labels) + 1
             if max(labels) >= self.num_classes:
                 worst = max(self.clips, key=lambda clip: clip.label)
@@ -116,6 +121,14 @@ class _ClipFiles:
 
     def __len__(self) -> int:
         return len(self.clips)
+
+    @property
+    def has_labels(self) -> bool:
+        return self.use_labels and self.clips[0].label is not None
+
+    @property
+    def has_actions(self) -> bool:
+        return self.use_actions and self.clips[0].actions is not None
 
     def name(self, index: int) -> str:
         """The file of a clip, for reports."""
@@ -137,7 +150,7 @@ class _ClipFiles:
         if self.flip and at_flip < 0.5:
             video = np.ascontiguousarray(video[:, :, ::-1])
         sample = {"video": video}
-        if clip.label is not None:
+        if self.has_labels:
             sample["label"] = np.int64(clip.label)
         if actions is not None:
             sample["actions"] = actions[start : start + clip_span(self.num_frames, interval) : interval]
@@ -190,7 +203,8 @@ class _ClipFiles:
     def settings(self) -> dict:
         """What decides, besides the files, what a sample is; survives JSON."""
         names = ("dynamic", "random_start", "random_crop", "flip", "use_actions")
-        return {"interval": list(self.interval)} | {name: getattr(self, name) for name in names}
+        settings = {"interval": list(self.interval)} | {name: getattr(self, name) for name in names}
+        return settings if self.use_labels else settings | {"use_labels": False}  # shards of before know no such switch
 
     def evaluation_order(self) -> list[int]:
         """Indices so that every prefix is as class-balanced as possible: one clip of each class in turn."""
@@ -201,7 +215,7 @@ class _ClipFiles:
         return [index for _, _, index in sorted(turns)]
 
     def __repr__(self) -> str:
-        classes = f", {self.num_classes} classes" if self.clips[0].label is not None else ""
+        classes = f", {self.num_classes} classes" if self.has_labels else ""
         return f"{type(self).__name__}({self.path}: {len(self)} {self.kind}{classes})"
 
 
@@ -218,6 +232,18 @@ class NpzTrajectories(_ClipFiles):
     kind = "npz trajectories"
     suffixes = (".npz",)
 
+    @property
+    def has_actions(self) -> bool:
+        """Those of the first file that can be read."""
+        return self.use_actions and (super().has_actions or self._holds_actions)
+
+    @cached_property
+    def _holds_actions(self) -> bool:
+        for clip in self.clips:
+            with suppress(UnreadableVideo):
+                return "actions" in npz_names(clip.path)
+        return False
+
 
 class ShapesDataset:
     """Procedural clips of moving shapes; every (index, seed) is another clip.
@@ -230,6 +256,8 @@ class ShapesDataset:
 
     num_classes = None
     num_actions = None
+    has_labels = False
+    has_actions = False
 
     def __init__(
         self,
@@ -305,9 +333,9 @@ def open_dataset(path: str | Path, *, layout: str | None = None, **options):
     if str(path) == "shapes":
         return ShapesDataset(**options)
     if is_latents(Path(path)):
-        counts = {key: options.get(key) for key in ("num_classes", "num_actions")}
+        names = ("num_classes", "num_actions", "use_labels", "use_actions")
         shape = tuple(options[key] for key in ("num_frames", "height", "width"))
-        dataset = LatentShards(path, clip_shape=shape, **counts)
+        dataset = LatentShards(path, clip_shape=shape, **{name: options[name] for name in names if name in options})
         dataset.check_readable()
         return dataset
     kinds, path, options = find_kinds(Path(path), options)

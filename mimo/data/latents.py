@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,7 @@ class LatentShards:
         clip_shape: (frames, height, width) in pixels that the clips must have had; None takes any.
         num_classes, num_actions: labels and actions must be below, which `check_readable` looks at; None takes what was
             encoded.
+        use_labels, use_actions: False leaves them out.
     """
 
     def __init__(
@@ -71,6 +73,8 @@ class LatentShards:
         clip_shape: tuple[int, int, int] | None = None,
         num_classes: int | None = None,
         num_actions: int | None = None,
+        use_labels: bool = True,
+        use_actions: bool = True,
     ):
         self.path = Path(path)
         self.index = read_index(self.path)
@@ -82,10 +86,25 @@ class LatentShards:
         self.latent_shape = tuple(self.index["latent_shape"])
         self.num_classes = num_classes or self.index["num_classes"]
         self.num_actions = num_actions or self.index["num_actions"]
+        self.keys = [key for key, used in (("label", use_labels), ("actions", use_actions), ("interval", True)) if used]
         self._ends = np.cumsum([shard["clips"] for shard in self.index["shards"]])
         self._open: dict[int, safe_open] = {}
         if not len(self):
             raise DataError(f"{self.path}: holds no clip")
+
+    @property
+    def has_labels(self) -> bool:
+        return "label" in self._held
+
+    @property
+    def has_actions(self) -> bool:
+        return "actions" in self._held
+
+    @cached_property
+    def _held(self) -> set[str]:
+        """Those of `keys` that the first shard with a clip has: all have the same."""
+        first = next(number for number, shard in enumerate(self.index["shards"]) if shard["clips"])
+        return set(self.keys) & set(self.open_shard(first).keys())
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -105,7 +124,7 @@ class LatentShards:
         if not np.isfinite(sample["latents"]).all():
             why = f"clip {row} is not finite (mimo data check --decode-all looks at every shard)"
             raise UnreadableVideo(self.path / self.index["shards"][number]["name"], why)
-        for key in ("label", "actions", "interval"):
+        for key in self.keys:
             if key in shard.keys():  # noqa: SIM118 (an open shard is not a mapping)
                 sample[key] = shard.get_slice(key)[row].numpy()
         return sample

@@ -248,6 +248,12 @@ class NpzReader:
         self.close()
 
 
+def npz_names(path: str | Path) -> list[str]:
+    """Names of the arrays in an npz file; UnreadableVideo when it is none."""
+    with _open_npz(path) as arrays:
+        return arrays.files
+
+
 def load_actions(path: str | Path) -> np.ndarray:
     """The array `actions` int [F] of an npz file, as int64."""
     arrays = _read_npz(path, "actions")
@@ -262,15 +268,22 @@ def _check_actions(path: str | Path, actions: np.ndarray) -> np.ndarray:
     return actions.astype(np.int64)
 
 
-def _read_npz(path: str | Path, *names: str) -> dict[str, np.ndarray]:
-    """Those of the arrays that the file has. Pickled contents are never loaded."""
+@contextmanager
+def _open_npz(path: str | Path) -> Iterator[np.lib.npyio.NpzFile]:
+    """The open file; whatever is wrong with it, up to the end of the block, is UnreadableVideo. Pickles are never loaded."""
     try:
         if not is_zipfile(path):  # numpy takes any other file for a pickle, and says so
             raise ValueError("it is no zip archive" if Path(path).stat().st_size else "it is empty")
         with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in names if name in arrays}
+            yield arrays
     except (OSError, ValueError, EOFError, KeyError, TypeError, NotImplementedError, BadZipFile, zlib.error) as error:
         raise UnreadableVideo(path, f"not a readable npz file: {_reason(error)}") from None
+
+
+def _read_npz(path: str | Path, *names: str) -> dict[str, np.ndarray]:
+    """Those of the arrays that the file has."""
+    with _open_npz(path) as arrays:
+        return {name: arrays[name] for name in names if name in arrays}
 
 
 def open_clip(path: str | Path) -> VideoReader | NpzReader:

@@ -1,4 +1,4 @@
-"""mimo.encode and mimo.data.latents: the same bytes however the work is cut, and every fault named."""
+"""mimo.data.encode and mimo.data.latents: the same bytes however the work is cut, and every fault named."""
 
 import itertools
 import json
@@ -15,20 +15,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-import mimo.encode
+from mimo.config import Encoding
 from mimo.data import (
+    ClipDataset,
     DataError,
     LatentShards,
     ShapesDataset,
     UnreadableVideo,
     VideoFolder,
     batches,
+    encode,
     open_dataset,
     to_float,
     write_video,
 )
 from mimo.data.check import check
-from mimo.encode import Encoding, encode, verify
+from mimo.data.encode import verify, write_shards
 from mimo.errors import InputError
 from mimo.tokenizers import build_tokenizer
 from mimo.tokenizers.weights import checksum
@@ -55,7 +57,7 @@ def contents(out):
 
 
 def run(dataset, tokenizer, out, config=CONFIG, **kwargs):
-    return encode(dataset, tokenizer, out, config, tokenizer_name="dct", **kwargs)
+    return write_shards(dataset, tokenizer, out, config, tokenizer_name="dct", **kwargs)
 
 
 def test_shards_hold_the_encoded_samples(tmp_path, tokenizer):
@@ -121,7 +123,7 @@ def start(*arguments, write=None, **options):
         torch.set_num_threads(1)  # threads do not survive the fork,
         tqdm.set_lock(threading.RLock())  # and processes of their own do not share tqdm's lock, as forked ones do
         if write is not None:
-            mimo.encode.save_file = write
+            encode.save_file = write
         run(*arguments, **options)
 
     process = multiprocessing.get_context("fork").Process(target=work)
@@ -243,7 +245,7 @@ def test_a_full_disk_is_one_line(tmp_path, tokenizer, monkeypatch):
     def refuse(*_):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(mimo.encode, "save_file", refuse)
+    monkeypatch.setattr(encode, "save_file", refuse)
     with pytest.raises(InputError, match=r"cannot write .*shard-00000\.safetensors: .*No space left on device"):
         run(VideoFolder(videos(tmp_path / "in"), **SHAPE), tokenizer, tmp_path / "out")
 
@@ -386,6 +388,39 @@ def test_labels_and_actions_out_of_range_are_named(tmp_path, tokenizer):
     for options, what in (({"num_classes": 2}, "label 2, expected 0..1"), ({"num_actions": 2}, "actions 2, expected")):
         with pytest.raises(DataError, match=rf"shard-00000\.safetensors: clip 1 has {what}"):
             open_dataset(out, **SHAPE, **options)
+
+
+def test_a_clip_that_stops_decoding_while_it_is_verified_is_named(encoded, tokenizer, monkeypatch):
+    dataset, out = encoded
+
+    def stops(index, seed):
+        raise UnreadableVideo(dataset.name(index), "frame 3 is damaged")
+
+    monkeypatch.setattr(dataset, "sample", stops)
+    with pytest.raises(DataError, match=r"clip \d came from .*[a-e]\.mp4, which cannot be read any more: frame 3 is"):
+        verify(out, dataset, tokenizer)
+
+
+def test_datasets_say_what_their_clips_carry(tmp_path, tokenizer):
+    """Videos, trajectories and shards alike; what is left out is not carried."""
+    videos(tmp_path / "in", "ab")
+    for name in "ab":
+        np.savez(tmp_path / "in" / f"{name}.npz", actions=np.zeros(9, int))
+    entries = [{"video_path": f"{n}.mp4", "label": k, "action_path": f"{n}.npz"} for k, n in enumerate("ab")]
+    (tmp_path / "in" / "list.json").write_text(json.dumps(entries))
+    (tmp_path / "npz").mkdir()
+    np.savez(tmp_path / "npz" / "a.npz", video=np.zeros((9, 16, 16, 3), np.uint8), actions=np.zeros(9, int))
+    out = run(open_dataset(tmp_path / "in" / "list.json", **SHAPE), tokenizer, tmp_path / "out")
+    for path, labels in ((tmp_path / "in" / "list.json", True), (tmp_path / "npz", False), (out, True)):
+        for use in (True, False):
+            dataset = open_dataset(path, **SHAPE, use_actions=use, use_labels=use)
+            assert isinstance(dataset, ClipDataset)
+            assert (dataset.has_labels, dataset.has_actions) == (use and labels, use)
+            assert {"label", "actions"} & dataset.sample(0, 0).keys() == ({"label"} if use and labels else set()) | (
+                {"actions"} if use else set()
+            )
+    plain = open_dataset(videos(tmp_path / "plain"), **SHAPE)
+    assert not plain.has_labels and not plain.has_actions
 
 
 def test_damaged_index(encoded):

@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,11 +28,12 @@ from tqdm import tqdm
 from mimo.config import Encoding
 from mimo.data.errors import DataError, OutOfRange, UnreadableVideo
 from mimo.data.latents import FORMAT, LatentShards, read_index, sha256
+from mimo.data.protocols import VideoDataset
 from mimo.data.video import atomic_path, to_float
+from mimo.tokenizers.protocols import Tokenizer
 from mimo.tokenizers.weights import checksum
-from mimo.training.log import duration
 
-log = logging.getLogger("mimo.encode")
+log = logging.getLogger("mimo.data")
 
 _END = 1 << 16  # bytes of a source file that are looked at, at its start and at its end
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -52,9 +54,9 @@ class _Walk(Dataset):
             return index, turn, None, error
 
 
-def encode(
-    dataset,
-    tokenizer: torch.nn.Module,
+def write_shards(
+    dataset: VideoDataset,
+    tokenizer: Tokenizer,
     out: str | Path,
     config: Encoding,
     *,
@@ -74,54 +76,20 @@ def encode(
     Raises: DataError when `out` was begun with other settings or another dataset, or when no clip can be read.
     """
     out = Path(out)
-    plan = {
-        "format": FORMAT,
-        "dataset": repr(dataset),
-        "settings": dataset.settings(),
-        "clips": len(dataset),
-        "tokenizer": tokenizer_name,
-        "tokenizer_sha256": checksum(tokenizer),
-        "compression": list(tokenizer.compression),
-        "clip_shape": [dataset.num_frames, dataset.height, dataset.width],
-        "latent_shape": list(tokenizer.latent_shape(dataset.num_frames, dataset.height, dataset.width)),
-        "num_classes": dataset.num_classes,
-        "num_actions": dataset.num_actions,
-        "passes": config.passes,
-        "shard_clips": config.shard_clips,
-        "dtype": config.dtype,
-        "seed": config.seed,
-    }
+    plan = _plan(dataset, tokenizer, config, tokenizer_name)
     _begin(out, plan, dataset)
     total = len(dataset) * config.passes
     ranges = [range(first, min(first + config.shard_clips, total)) for first in range(0, total, config.shard_clips)]
     todo = [s for s in range(rank, len(ranges), world_size) if not _is_whole(shard_file(out, s), plan, ranges[s])]
     if todo:  # what was finished once is not whole any more
         (out / "index.json").unlink(missing_ok=True)
-    batches = [ranges[s][i : i + config.batch_size] for s in todo for i in range(0, len(ranges[s]), config.batch_size)]
-    walk, generator = _Walk(dataset, config.seed), torch.Generator()
-    loader = DataLoader(walk, batch_sampler=batches, collate_fn=list, num_workers=config.workers, generator=generator)
-    decoded = iter(loader)
     tokenizer = tokenizer.to(device)
-    unreadable: set[str] = set()
     began, share = time.monotonic(), f" of process {rank}" if world_size > 1 else ""
     with tqdm(total=sum(len(ranges[s]) for s in todo), unit="clip", desc="encode", disable=None) as bar:
-        for number, s in enumerate(todo, 1):
-            rows, done = [], 0
-            while done < len(ranges[s]):
-                batch = next(decoded)
-                done += len(batch)
-                for *_, failure in batch:
-                    if isinstance(failure, OutOfRange):
-                        raise DataError(str(failure))
-                    if failure is not None and failure.path not in unreadable:
-                        unreadable.add(failure.path)
-                        log.warning("skipped %s", failure)
-                rows += _encode_batch(
-                    [entry for entry in batch if entry[2] is not None], tokenizer, device, config.dtype
-                )
-                bar.update(len(batch))
+        encoded = _encoded_shards(dataset, tokenizer, config, [ranges[s] for s in todo], device, bar)
+        for number, (s, rows) in enumerate(zip(todo, encoded, strict=True), 1):
             _write_shard(shard_file(out, s), rows, plan, ranges[s])
-            eta = duration((time.monotonic() - began) / number * (len(todo) - number))
+            eta = tqdm.format_interval((time.monotonic() - began) / number * (len(todo) - number))
             bar.write(f"shard {number}/{len(todo)}{share}  {len(rows)} of {len(ranges[s])} clips  ETA {eta}")
     files = [shard_file(out, s) for s in range(len(ranges))]
     # Whoever comes last reads all shards again; the others see that some are not there yet.
@@ -135,6 +103,52 @@ def encode(
     else:
         print(f"process {rank} of {world_size} has written its part of {out}, the others have not finished")
     return out
+
+
+def _plan(dataset: VideoDataset, tokenizer: Tokenizer, config: Encoding, tokenizer_name: str) -> dict:
+    """What decides the shards' bytes, besides the source files."""
+    shape = dataset.num_frames, dataset.height, dataset.width
+    return {
+        "format": FORMAT,
+        "dataset": repr(dataset),
+        "settings": dataset.settings(),
+        "clips": len(dataset),
+        "tokenizer": tokenizer_name,
+        "tokenizer_sha256": checksum(tokenizer),
+        "compression": list(tokenizer.compression),
+        "clip_shape": list(shape),
+        "latent_shape": list(tokenizer.latent_shape(*shape)),
+        "num_classes": dataset.num_classes,
+        "num_actions": dataset.num_actions,
+        "passes": config.passes,
+        "shard_clips": config.shard_clips,
+        "dtype": config.dtype,
+        "seed": config.seed,
+    }
+
+
+def _encoded_shards(dataset, tokenizer, config: Encoding, ranges: list[range], device, bar: tqdm) -> Iterator[list]:
+    """The rows of each range of the walk, one range after the other. Clips that cannot be used are named and left out."""
+    batches = [
+        covered[i : i + config.batch_size] for covered in ranges for i in range(0, len(covered), config.batch_size)
+    ]
+    walk, generator = _Walk(dataset, config.seed), torch.Generator()
+    loader = DataLoader(walk, batch_sampler=batches, collate_fn=list, num_workers=config.workers, generator=generator)
+    decoded, unreadable = iter(loader), set()
+    for covered in ranges:
+        rows, done = [], 0
+        while done < len(covered):
+            batch = next(decoded)
+            done += len(batch)
+            for *_, failure in batch:
+                if isinstance(failure, OutOfRange):
+                    raise DataError(str(failure))
+                if failure is not None and failure.path not in unreadable:
+                    unreadable.add(failure.path)
+                    log.warning("skipped %s", failure)
+            rows += _encode_batch([entry for entry in batch if entry[2] is not None], tokenizer, device, config.dtype)
+            bar.update(len(batch))
+        yield rows
 
 
 def verify(
@@ -317,7 +331,7 @@ def _compare_clip(file: Path, row: int, walk: _Walk, tokenizer, device, dtype: s
     index, turn = int(stored["index"]), int(stored["pass"])
     *_, sample, failure = walk[turn * len(walk.dataset) + index]
     if failure is not None:
-        raise DataError(f"{file}: clip {row} came from {failure[0]}, which cannot be read any more: {failure[1]}")
+        raise DataError(f"{file}: clip {row} came from {failure.path}, which cannot be read any more: {failure.why}")
     (fresh,) = _encode_batch([(index, turn, sample, None)], tokenizer, device, dtype)
     z, again = stored["latents"].float(), fresh["latents"].float()
     error = ((z - again).square().mean() / again.square().mean().clamp_min(1e-12)).sqrt().item()

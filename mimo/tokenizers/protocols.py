@@ -1,0 +1,36 @@
+"""What a tokenizer has to offer."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Video to latents and back. Every tokenizer is also an nn.Module, frozen if it has weights.
+
+    Attributes:
+        compression: video frames, rows and columns per latent position.
+        channels: latent channels C.
+    """
+
+    compression: tuple[int, int, int]
+    channels: int
+
+    def encode(self, video: torch.Tensor) -> torch.Tensor:
+        """[B, F, 3, H, W] in [-1, 1] -> latents fp32 [B, T, H', W', C], of about unit scale."""
+        ...
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents [B, T, H', W', C] -> video fp32 [B, F, 3, H, W], about in [-1, 1], not clamped."""
+        ...
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(T, H', W', C) of a clip's latents; ValueError when it cannot be encoded."""
+        ...
+
+    def num_frames(self, latent_frames: int) -> int:
+        """Video frames that so many latent frames decode to; ValueError when none do."""
+        ...
