@@ -73,7 +73,8 @@ class FrameMask:
         window: int | None = None,
         sink: int = 0,
     ) -> "FrameMask":
-        """Clean history beside noisy future: MiMo, ACDiT, MAGI, Self-Forcing's teacher forcing (MiMo, Sec. 3.3).
+        """Clean history beside noisy future: MiMo, ACDiT, Self-Forcing's teacher forcing (MiMo, Sec. 3.3); MAGI in
+        its temporal layers only.
 
         Token order: clip after clip; in a clip all history frames in time order, then all future frames in time order.
         History frame t sees history frames <= t. Future frame t sees history frames < t (strictly: its own would be the answer) and itself.
