@@ -42,8 +42,9 @@ class AxialRoPE:
     Args:
         head_dim: channels of a head, even.
         theta: base of the frequencies.
-        split: channels for t, y and x, each even; their sum is head_dim. Default: a third each, rounded down to even,
-            what is left goes in pairs to y and x: 72 -> 24, 24, 24 and 64 -> 20, 22, 22.
+        split: channels for t, y and x, each even; their sum is head_dim. Default: a third each, rounded down to even. Of
+            the channel pairs that are left, one goes to t, two go to y and x, so that space is even: 72 -> 24, 24, 24,
+            128 -> 44, 42, 42 (as in Wan and DFoT), 64 -> 20, 22, 22.
 
     Raises ValueError for an odd head_dim or a split that does not fit.
     Source: Su et al., arXiv 2104.09864, Sec. 3.2, applied to each axis.
@@ -54,8 +55,8 @@ class AxialRoPE:
             raise ValueError(f"AxialRoPE: head_dim is {head_dim}, expected an even number of at least 2")
         if split is None:
             pairs = head_dim // 2
-            t = pairs // 3
-            split = (2 * t, 2 * ((pairs - t + 1) // 2), 2 * ((pairs - t) // 2))
+            space = (pairs + 1) // 3
+            split = (2 * (pairs - 2 * space), 2 * space, 2 * space)
         split = tuple(split)
         if len(split) != 3 or sum(split) != head_dim or any(channels < 0 or channels % 2 for channels in split):
             raise ValueError(f"AxialRoPE: split is {split}, expected three even numbers with the sum {head_dim}")
@@ -365,6 +366,25 @@ def qk_norm_rope_ref(
         qk = _rotate(qk, _turns(coords, rope, torch.promote_types(qkv.dtype, torch.float32)))
     q, k = qk.unbind(1)
     return (q, k, v.squeeze(1)) if return_v else (q, k)
+
+
+def apply_rope(x: Tensor, coords: Tensor, rope: AxialRoPE) -> Tensor:
+    """RoPE alone, in plain PyTorch: for networks without QK-norm.
+
+    Args:
+        x: [rows, ..., head_dim], floating.
+        coords: int32 [rows, 3], the (t, y, x) position of every row, 0 or more.
+        rope: frequencies and channel split.
+
+    Returns x rotated, of its shape and dtype; angles and products are float32 (float64 for float64). Differentiable in x.
+    """
+    if coords.shape != (x.shape[0], 3) or coords.dtype != torch.int32 or x.shape[-1] != rope.head_dim:
+        raise ValueError(
+            f"apply_rope: x has shape {tuple(x.shape)} and coords is {coords.dtype} of shape {tuple(coords.shape)},"
+            f" expected [rows, ..., {rope.head_dim}] and torch.int32 [rows, 3]"
+        )
+    turns = _turns(coords, rope, torch.promote_types(x.dtype, torch.float32))
+    return _rotate(x, turns.view(len(x), *(1,) * (x.dim() - 2), -1, 2))
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

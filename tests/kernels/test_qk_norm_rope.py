@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from mimo_kernels import AxialRoPE, qk_norm_rope
-from mimo_kernels.ops.rope import qk_norm_rope_cache
+from mimo_kernels.ops.rope import apply_rope, qk_norm_rope_cache
 from mimo_kernels.testing import assert_within_budget, between_nans, poisoned_memory
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -201,7 +201,8 @@ def test_scores_depend_on_relative_positions():
 def test_axial_rope():
     assert AxialRoPE(72).split == (24, 24, 24)
     assert AxialRoPE(64).split == (20, 22, 22)
-    assert AxialRoPE(128).split == (42, 44, 42)
+    assert AxialRoPE(128).split == (44, 42, 42)  # Wan's and DFoT's: a single spare pair is time's
+    assert AxialRoPE(80).split == (28, 26, 26)
     rope = AxialRoPE(8, split=(2, 2, 4))
     assert rope.axes().tolist() == [0, 1, 2, 2]
     torch.testing.assert_close(rope.frequencies(), torch.tensor([1, 1, 1, 0.1], dtype=torch.float64))
@@ -286,3 +287,19 @@ def test_widths_that_only_the_reference_serves(emulated):
         qk_norm_rope(*inputs, AxialRoPE(12), backend="cuda")
     for auto, plain in zip(*(qk_norm_rope(*inputs, AxialRoPE(12), backend=b) for b in ("auto", "reference"))):
         assert torch.equal(auto, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_rope_alone_turns_pairs_of_channels(dtype):
+    """Against complex numbers row by row; scores of float64 depend on relative positions alone."""
+    rope = AxialRoPE(16, theta=1e4, split=(4, 6, 6))
+    x, coords = torch.randn(5, 2, 3, 16, dtype=dtype), torch.randint(0, 50, (5, 3), dtype=torch.int32)
+    angle = torch.stack([coords[:, axis] * w for axis, w in zip(rope.axes(), rope.frequencies(), strict=True)], 1)
+    pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)))
+    turned = torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)[:, None, None]).flatten(-2)
+    tolerance = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]
+    found = apply_rope(x, coords, rope)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), turned, rtol=tolerance, atol=tolerance)
+    with pytest.raises(ValueError, match=r"apply_rope: x has shape \(5, 2, 3, 8\)"):
+        apply_rope(x[..., :8], coords, rope)
