@@ -1,7 +1,7 @@
-"""Every decision that could reasonably have gone another way, as typed fields, and the presets of the paper's Table 10.
+"""Every decision that could reasonably have gone another way, as typed fields.
 
-A preset is three records with one name: what the network is and what it optimises (`MiMoConfig`), how it is trained
-(`TrainConfig`) and how it is sampled (`SampleConfig`).
+A preset (mimo.presets) is three records with one name: what the network is and what it optimises (`MiMoConfig`), how it is
+trained (`TrainConfig`) and how it is sampled (`SampleConfig`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
+from mimo import presets
 from mimo.errors import InputError
 
 
@@ -84,8 +85,13 @@ class MiMoConfig(_Record):
         height: latent height H.
         width: latent width W. One token is one latent position, N = H * W tokens per frame.
         channels: latent channels C.
-        positions: "rope" (axial 3D RoPE) or "learned" (a table for time plus a table for space, no rotation).
+        positions: "rope" (axial 3D RoPE), "sincos" (the ablation "vanilla DiT": fixed sines and cosines of time and of
+            the place in the frame, added to the tokens) or "learned" (a table for each instead; frames beyond
+            `frames` have none).
         rope_theta: base of the RoPE frequencies.
+        rope_split: channels of a head that turn with t, y and x, even numbers whose sum is the head dimension; None is a
+            third each, see `mimo_kernels.AxialRoPE`. FAR has 16, 24, 24 of 64.
+        qk_norm: RMS-normalise queries and keys.
         separate_ln: history tokens have their own affine LayerNorm; False sends them through AdaLN at tau = 0.
         decoder_depth: blocks of the masked-history decoder.
         decoder_layer: the decoder reads history after this many blocks (the paper's l), 1..depth.
@@ -98,7 +104,8 @@ class MiMoConfig(_Record):
         num_classes: class labels; 0 is unconditional. One null class is added.
         num_actions: discrete actions per frame; 0 is none. One null action is added.
         max_interval: the network is told the frame interval of its clips, 1..max_interval (MAGI; 25 there); 0 is not told.
-        label_dropout: probability that a clip's class, or a frame's action, is replaced by the null one in training.
+        label_dropout: probability that a clip's class, or a frame's action, is replaced by the null one in
+            training.
         history_dropout: probability that a future frame sees no history in training; history guidance needs it.
         parameterization: "v" (v-prediction, linear betas, zero terminal SNR) or "flow" (rectified flow).
         min_snr_gamma: clip threshold of the min-SNR weight of L_diff; None weighs every frame 1.
@@ -116,8 +123,10 @@ class MiMoConfig(_Record):
     height: int = 16
     width: int = 16
     channels: int = 16
-    positions: Literal["rope", "learned"] = "rope"
+    positions: Literal["rope", "sincos", "learned"] = "rope"
     rope_theta: float = 100.0
+    rope_split: tuple[int, int, int] | None = None
+    qk_norm: bool = True
     separate_ln: bool = True
     decoder_depth: int = 4
     decoder_layer: int = 9
@@ -168,6 +177,10 @@ class MiMoConfig(_Record):
             _require(getattr(self, name) <= 1, name, getattr(self, name), "a probability")
         divides = self.dim % self.heads == 0 and self.head_dim % 8 == 0
         _require(divides, "heads", self.heads, f"a divisor of dim={self.dim} with a head dimension that 8 divides")
+        if (split := self.rope_split) is not None:
+            even = len(split) == 3 and all(type(n) is int and n >= 0 and n % 2 == 0 for n in split)
+            fits = even and sum(split) == self.head_dim
+            _require(fits, "rope_split", split, f"three even numbers with the sum {self.head_dim}, or None")
         _require(self.decoder_layer <= self.depth, "decoder_layer", self.decoder_layer, f"1..depth={self.depth}")
         offsets, ratio = self.mask_offsets, self.mask_ratio
         distinct = set(offsets) <= {0, 1, 2} and len(set(offsets)) == len(offsets)
@@ -192,25 +205,35 @@ class MiMoConfig(_Record):
         triple = len(self.compression) == 3 and min(self.compression) > 0
         _require(triple, "compression", self.compression, "three positive numbers: frames, rows, columns")
 
+    @classmethod
+    def from_dict(cls, values: dict):
+        """As for every record; a network of before `rope_split` keeps the channels that it was trained with."""
+        config = super().from_dict(values)
+        pairs = config.head_dim // 2
+        if "rope_split" not in values and pairs % 3 == 1:  # a single spare pair was y's then, and is time's now
+            config.rope_split = 2 * (pairs // 3), 2 * (pairs // 3 + 1), 2 * (pairs // 3)
+        return config
+
 
 @dataclass
 class TrainConfig(_Record):
-    """How the network is trained: AdamW, linear warm-up, cosine decay, EMA.
+    """How the network is trained: AdamW, linear warm-up, cosine decay or a constant rate, EMA.
 
     Args:
         batch_size: clips per optimiser step, over all accumulation steps.
         accumulate: forward/backward passes that one optimiser step is split into; divides batch_size.
         steps: optimiser steps.
         lr: peak learning rate.
-        lr_end: learning rate at the last step.
+        lr_schedule: after warm-up, half a "cosine" down to lr_end, or "constant".
+        lr_end: learning rate at the last step of a cosine.
         warmup: steps of linear warm-up from 0.
         betas: AdamW's.
         weight_decay: AdamW's.
         grad_clip: largest global gradient norm.
         ema_decay: decay of the weight average that samples are drawn from.
         unmasked_steps: the last steps of training drop no history tokens (the paper's fine-tuning for high ratios).
-        precision: "bf16" (autocast, fp32 weights), "fp32", or "fp8": bf16 with the blocks' projections in float8 (mimo.network.fp8;
-            ask benchmarks/fp8_check.py before).
+        precision: "bf16" (autocast, fp32 weights), "fp32", or "fp8": bf16 with the blocks' projections in float8
+            (mimo.network.fp8; ask benchmarks/fp8_check.py before).
         strategy: how processes share the model: "ddp" (each has all of it), "fsdp" (each has a part of every parameter) or
             "auto", ddp if there are several.
         cpu_offload: with fsdp, parameters, averages and optimizer state live in the host's memory and are updated there.
@@ -232,6 +255,7 @@ class TrainConfig(_Record):
     accumulate: int = 1
     steps: int = 100_000
     lr: float = 8e-4
+    lr_schedule: Literal["cosine", "constant"] = "cosine"
     lr_end: float = 1e-5
     warmup: int = 10_000
     betas: tuple[float, float] = (0.9, 0.99)
@@ -394,66 +418,5 @@ class TokenizerTraining:
             raise InputError(f"precision {self.precision!r}, expected 'bf16' or 'fp32'")
 
 
-_B = {"depth": 12, "dim": 768, "heads": 12, "decoder_layer": 9}
-_XL = {"depth": 28, "dim": 1152, "heads": 16, "decoder_layer": 23}
-_K600 = {"frames": 5, "height": 16, "width": 16, "channels": 16, "compression": (4, 8, 8), "video_frames": 17} | {
-    "parameterization": "v",
-    "min_snr_gamma": 5.0,
-    "min_snr_decay": 0.96,
-    "history_dropout": 0.1,
-}
-_UCF = {"frames": 16, "height": 8, "width": 8, "channels": 32, "compression": (1, 32, 32), "video_frames": 16} | {
-    "parameterization": "flow"
-}
-_MINECRAFT = _UCF | {"frames": 300, "compression": (1, 16, 16), "video_frames": 300, "num_actions": 4}
-# 24 of the 192 numbers of an 8x8 patch: a little blurred, and little enough to be learnt by a CPU in minutes. A frame has 36
-# tokens, and a small shape covers one or two: masks as large as the papers' would often hide it altogether.
-_TINY = {"depth": 4, "dim": 96, "heads": 4, "decoder_depth": 1, "decoder_layer": 3, "parameterization": "flow"} | {
-    "frames": 8,
-    "height": 6,
-    "width": 6,
-    "channels": 24,
-    "compression": (1, 8, 8),
-    "video_frames": 8,
-    "mask_ratio": (0.1, 0.25),
-}
-
-MiMoConfig._PRESETS = {
-    "mimo-b-k600": _B | _K600,
-    "mimo-xl-k600": _XL | _K600,
-    "mimo-xl-ucf101": _XL | _UCF | {"num_classes": 101},
-    "mimo-xl-ucf101-uncond": _XL | _UCF,
-    "mimo-b-minecraft": _B | _MINECRAFT,
-    "mimo-tiny": _TINY,
-}
-
-_UCF_TRAINING = {"batch_size": 128, "steps": 180_000, "lr": 4e-4, "ema_decay": 0.9999, "interval": 3, "flip": True}
-_TINY_TRAINING = {"batch_size": 4, "steps": 1000, "lr": 5e-3, "warmup": 30, "ema_decay": 0.99, "precision": "fp32"} | {
-    "workers": 0,
-    "log_every": 20,
-    "save_every": 100,
-    "preview_every": 100,
-}
-
-TrainConfig._PRESETS = {
-    "mimo-b-k600": {"batch_size": 256, "steps": 100_000, "lr": 8e-4, "ema_decay": 0.999},
-    "mimo-xl-k600": {"batch_size": 256, "steps": 360_000, "lr": 8e-4, "ema_decay": 0.9999},
-    "mimo-xl-ucf101": _UCF_TRAINING,
-    "mimo-xl-ucf101-uncond": _UCF_TRAINING,
-    "mimo-b-minecraft": _UCF_TRAINING | {"ema_decay": 0.999, "interval": 1, "flip": False},
-    "mimo-tiny": _TINY_TRAINING,
-}
-
-_K600_SAMPLING = {"sampler": "ddim", "steps": 50, "history_guidance": 1.05, "context_frames": 2, "num_frames": 5}
-_UCF_SAMPLING = {"sampler": "euler", "steps": 50, "num_frames": 16}
-
-SampleConfig._PRESETS = {
-    "mimo-b-k600": _K600_SAMPLING,
-    "mimo-xl-k600": _K600_SAMPLING,
-    "mimo-xl-ucf101": _UCF_SAMPLING | {"class_guidance": 2.0},
-    "mimo-xl-ucf101-uncond": _UCF_SAMPLING,
-    "mimo-b-minecraft": _UCF_SAMPLING | {"class_guidance": 1.5, "context_frames": 144, "num_frames": 300},
-    "mimo-tiny": {"sampler": "euler", "steps": 4, "context_frames": 3, "num_frames": 8},
-}
-
-PRESETS = tuple(MiMoConfig._PRESETS)
+MiMoConfig._PRESETS, TrainConfig._PRESETS, SampleConfig._PRESETS = presets.NETWORK, presets.TRAINING, presets.SAMPLING
+PRESETS = tuple(presets.NETWORK)

@@ -17,7 +17,7 @@ from mimo.config import MiMoConfig
 from mimo.network.fp8 import Projection
 from mimo.network.frames import Layout
 from mimo_kernels import AxialRoPE, FrameRows, bias_gelu, gated_residual_modulate, modulate, qk_norm_rope
-from mimo_kernels.ops.rope import qk_norm_rope_cache
+from mimo_kernels.ops.rope import apply_rope, qk_norm_rope_cache
 
 Place = tuple[Tensor, Tensor, Tensor]  # keys and values [slots, h, d] of a layer, and the slot of every row, int64 [R]
 
@@ -31,14 +31,14 @@ def sinusoid(t: Tensor, width: int = 256) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with RMS-normalised, rotated queries and keys."""
+    """Multi-head attention with RMS-normalised (unless config.qk_norm is False), rotated queries and keys."""
 
     def __init__(self, config: MiMoConfig, backend: str) -> None:
         super().__init__()
         self.heads, self.backend = config.heads, backend
         self.qkv = Projection(config.dim, 3 * config.dim)
-        self.q_norm = nn.Parameter(torch.ones(config.head_dim))
-        self.k_norm = nn.Parameter(torch.ones(config.head_dim))
+        self.q_norm = nn.Parameter(torch.ones(config.head_dim)) if config.qk_norm else None
+        self.k_norm = nn.Parameter(torch.ones(config.head_dim)) if config.qk_norm else None
         self.proj = Projection(config.dim, config.dim)
 
     def forward(
@@ -48,7 +48,12 @@ class Attention(nn.Module):
         qkv = self.qkv(y).unflatten(-1, (3, self.heads, -1))  # [R, 3, h, d]
         given = qkv, self.q_norm, self.k_norm, None if rope is None else coords, rope
         v = qkv[:, 2]
-        if place is not None:
+        if self.q_norm is None:
+            q, k = (qkv[:, :2] if rope is None else apply_rope(qkv[:, :2], coords, rope)).unbind(1)
+            if place is not None:
+                for pages, rows in zip(place[:2], (k, v), strict=True):
+                    pages.index_copy_(0, place[2], rows)
+        elif place is not None:
             q, k = qk_norm_rope_cache(*given, *place, backend=self.backend)
         elif qkv.requires_grad:  # a v of its own costs a copy, the backward of the view several
             q, k, v = qk_norm_rope(*given, return_v=True, backend=self.backend)
@@ -172,8 +177,8 @@ class Block(nn.Module):
         return x, Pending(self.mlp(y), m2.gate)
 
 
-class Positions(nn.Module):
-    """Learned positions, the ablation of RoPE: a vector per frame plus a vector per place in the frame."""
+class LearnedPositions(nn.Module):
+    """Added positions: a learned vector per frame plus one per place in the frame."""
 
     def __init__(self, config: MiMoConfig) -> None:
         super().__init__()
@@ -184,3 +189,36 @@ class Positions(nn.Module):
     def forward(self, coords: Tensor) -> Tensor:
         """coords int32 [R, 3] -> [R, D]."""
         return self.time[coords[:, 0]] + self.space[coords[:, 1] * self.width + coords[:, 2]]
+
+
+class FixedPositions(nn.Module):
+    """Added positions that nothing learns, those of DiT: sines and cosines of y and x, half of the channels each, plus
+    those of t over all channels (the time that DiT, a network for images, lacks; as Latte adds it).
+
+        e(p, W)  = [sin(p w_i), cos(p w_i)],  w_i = 10000 ** (-2i / W),  i = 0 .. W/2 - 1
+        position = [e(x, D/2), e(y, D/2)] + e(t, D)
+
+    Source: Peebles and Xie 2023; Ma et al. 2024 (Latte).
+    """
+
+    def __init__(self, config: MiMoConfig) -> None:
+        super().__init__()
+        self.dim = config.dim
+
+    def forward(self, coords: Tensor) -> Tensor:
+        """coords int32 [R, 3] -> fp32 [R, D]."""
+        t, y, x = coords.unbind(1)
+        return torch.cat([self._waves(x, self.dim // 2), self._waves(y, self.dim // 2)], 1) + self._waves(t, self.dim)
+
+    @staticmethod
+    def _waves(position: Tensor, width: int) -> Tensor:
+        """[R] -> fp32 [R, width]"""
+        half = width // 2
+        frequency = torch.exp(torch.arange(half, device=position.device) * (-math.log(10_000) / half))
+        angle = position[:, None] * frequency
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+def added_positions(config: MiMoConfig) -> nn.Module | None:
+    """What config.positions adds to the tokens; None for RoPE, which turns queries and keys instead."""
+    return {"rope": lambda _: None, "sincos": FixedPositions, "learned": LearnedPositions}[config.positions](config)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimo.config import MiMoConfig
-from mimo.network.blocks import Block, Modulation, Norm, Pending, Place, Positions, sinusoid
+from mimo.network.blocks import Block, Modulation, Norm, Pending, Place, added_positions, sinusoid
 from mimo.network.frames import Layout, Plan, coordinates, make_layout, make_masks, make_plan
 from mimo_kernels import AxialRoPE, FrameRows, gather_tokens, scatter_tokens
 from mimo_kernels.attention import FrameMask, frame_attention
@@ -49,7 +49,7 @@ class Decoder(nn.Module):
         self.config, self.backend = config, backend
         self.query = nn.Parameter(0.02 * torch.randn(config.dim))
         self.offset = nn.Parameter(0.02 * torch.randn(len(config.mask_offsets), config.dim))
-        self.positions = Positions(config) if config.positions == "learned" else None
+        self.positions = added_positions(config)
         vit = {"modulated": False, "affine1": True, "affine2": True}
         self.blocks = nn.ModuleList(Block(config, backend, **vit) for _ in range(config.decoder_depth))
         self.norm = Norm(config.dim, backend, modulated=False, affine=True)
@@ -81,6 +81,12 @@ class Decoder(nn.Module):
         return self.head(y).view(clips, frames, tokens, -1)
 
 
+def build_rope(config: MiMoConfig) -> AxialRoPE | None:
+    if config.positions != "rope":
+        return None
+    return AxialRoPE(config.head_dim, theta=config.rope_theta, split=config.rope_split)
+
+
 class MiMo(nn.Module):
     """The diffusion transformer, with the decoder that training adds.
 
@@ -100,8 +106,8 @@ class MiMo(nn.Module):
         self.classes = nn.Embedding(config.num_classes + 1, dim) if config.num_classes else None
         self.actions = nn.Embedding(config.num_actions + 1, dim) if config.num_actions else None
         self.intervals = nn.Embedding(config.max_interval, dim) if config.max_interval else None
-        self.rope = AxialRoPE(config.head_dim, theta=config.rope_theta) if config.positions == "rope" else None
-        self.positions = Positions(config) if config.positions == "learned" else None
+        self.rope = build_rope(config)
+        self.positions = added_positions(config)
         decodes = config.mask_weight > 0
         self.blocks = nn.ModuleList(
             Block(
@@ -425,7 +431,7 @@ class MiMo(nn.Module):
         return coordinates(place.flatten(), self.config.height, self.config.width)
 
     def _check_frames(self, frames: int) -> None:
-        if self.positions is not None and frames > self.config.frames:
+        if self.config.positions == "learned" and frames > self.config.frames:
             raise ValueError(f"{frames} frames: learned positions end at {self.config.frames}")
 
     def _check(self, history, noisy, timestep, keep, drop_history) -> None:

@@ -212,7 +212,7 @@ class Sampler:
             raise ValueError(f"expected a clip and a trajectory, got {len(clips)} clips, trajectories={trajectories}")
         if num_frames <= longest:
             raise ValueError(f"num_frames={num_frames}: the context has {longest} frames already")
-        if self.model.positions is not None and num_frames > c.frames:
+        if c.positions == "learned" and num_frames > c.frames:
             raise ValueError(f"num_frames={num_frames}: learned positions end at {c.frames}")
         if len(ids) != count * trajectories:
             raise ValueError(f"{len(ids)} ids for {count * trajectories} sequences")

@@ -215,8 +215,10 @@ class Trainer:
         """Continue from a step folder made with the same configurations (up to MAY_DIFFER), by however many ranks. Returns
         what the user should know."""
         state = checkpoint.read_state(folder)
+        kinds = {"model": MiMoConfig, "train": TrainConfig}  # fields younger than the checkpoint have their old meaning
         here, there = (
-            {part: configs[part] for part in ("model", "train")} | {"tokenizer": recorded_tokenizer(configs)["sha256"]}
+            {part: kind.from_dict(configs[part]).to_dict() for part, kind in kinds.items()}
+            | {"tokenizer": recorded_tokenizer(configs)["sha256"]}
             for configs in (self.configs, state["configs"])
         )
         checkpoint.require_same_config(there, here, folder, may_differ=MAY_DIFFER)
@@ -353,9 +355,11 @@ def _open_run(trainer: Trainer, out: Path, resume: bool) -> Iterator[list[str]]:
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Rate of step 0, 1, ...: linear from lr / warmup to lr over `warmup` steps, then half a cosine to lr_end."""
+    """Rate of step 0, 1, ...: linear from lr / warmup to lr over `warmup` steps, then half a cosine to lr_end, or lr."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
+    if config.lr_schedule == "constant":
+        return config.lr
     progress = min(1.0, (step - config.warmup) / max(1, config.steps - 1 - config.warmup))
     return config.lr_end + (config.lr - config.lr_end) * 0.5 * (1 + math.cos(math.pi * progress))
 

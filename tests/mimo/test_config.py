@@ -3,29 +3,35 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from mimo import preset_table
 from mimo.config import PRESETS, MiMoConfig, SampleConfig, TrainConfig
 
 B, XL = (12, 768, 12, 64), (28, 1152, 16, 72)
 K600, UCF, MINECRAFT = (5, 16, 16, 16), (16, 8, 8, 32), (300, 8, 8, 32)
 NETWORKS = {  # (depth, D, heads, head dim), (T, H, W, C), l, parameterization, classes, actions
     "mimo-b-k600": (B, K600, 9, "v", 0, 0),
+    "mimo-b-k600-l12": (B, K600, 12, "v", 0, 0),
     "mimo-xl-k600": (XL, K600, 23, "v", 0, 0),
     "mimo-xl-ucf101": (XL, UCF, 23, "flow", 101, 0),
     "mimo-xl-ucf101-uncond": (XL, UCF, 23, "flow", 0, 0),
     "mimo-b-minecraft": (B, MINECRAFT, 9, "flow", 0, 4),
 }
-TRAINING = {  # batch, learning rate, EMA
-    "mimo-b-k600": (256, 8e-4, 0.999),
-    "mimo-xl-k600": (256, 8e-4, 0.9999),
-    "mimo-xl-ucf101": (128, 4e-4, 0.9999),
-    "mimo-xl-ucf101-uncond": (128, 4e-4, 0.9999),
-    "mimo-b-minecraft": (128, 4e-4, 0.999),
+TRAINING = {  # steps, batch, learning rate, schedule, EMA: MiMo's Table 10; Minecraft: its Table 12 and FAR's Table 8
+    "mimo-b-k600": (100_000, 256, 8e-4, "cosine", 0.999),
+    "mimo-b-k600-l12": (100_000, 256, 8e-4, "cosine", 0.999),
+    "mimo-xl-k600": (360_000, 256, 8e-4, "cosine", 0.999),
+    "mimo-xl-ucf101": (180_000, 128, 4e-4, "cosine", 0.9999),
+    "mimo-xl-ucf101-uncond": (180_000, 128, 4e-4, "cosine", 0.9999),
+    "mimo-b-minecraft": (100_000, 32, 1e-4, "constant", 0.999),
 }
 SAMPLING = {  # sampler, steps, history guidance, class guidance
     "mimo-b-k600": ("ddim", 50, 1.05, 1.0),
+    "mimo-b-k600-l12": ("ddim", 50, 1.05, 1.0),
     "mimo-xl-k600": ("ddim", 50, 1.05, 1.0),
     "mimo-xl-ucf101": ("euler", 50, 1.0, 2.0),
     "mimo-xl-ucf101-uncond": ("euler", 50, 1.0, 1.0),
@@ -43,12 +49,14 @@ def test_presets_hold_the_published_values(name):
     assert (config.num_classes, config.num_actions) == (classes, actions)
     assert (config.mask_ratio, config.mask_weight, config.mask_offsets) == ((0.25, 0.5), 0.5, (0, 1))
     assert (config.rope_theta, config.separate_ln, config.label_dropout) == (100.0, True, 0.1)
+    assert config.qk_norm and config.positions == "rope"
     k600 = parameterization == "v"
     assert (config.min_snr_gamma, config.min_snr_decay) == ((5.0, 0.96) if k600 else (None, None))
     assert config.history_dropout == (0.1 if k600 else 0.0)
 
     training = TrainConfig.from_preset(name)
-    assert (training.batch_size, training.lr, training.ema_decay) == TRAINING[name]
+    found = training.steps, training.batch_size, training.lr, training.lr_schedule, training.ema_decay
+    assert found == TRAINING[name]
     assert (training.betas, training.weight_decay, training.grad_clip) == ((0.9, 0.99), 0.001, 1.0)
     assert (training.warmup, training.lr_end, training.precision) == (10_000, 1e-5, "bf16")
 
@@ -58,11 +66,61 @@ def test_presets_hold_the_published_values(name):
     assert (sampling.sampler == "ddim") == (config.parameterization == "v")
 
 
+# Table 10 of the MiMo paper, column by column, in its own words.
+TABLE_10 = {
+    "Input shape": ("17 x 128 x 128", "17 x 128 x 128", "16 x 256 x 256", "16 x 256 x 256"),
+    "Latent shape": ("5 x 16 x 16", "5 x 16 x 16", "16 x 8 x 8", "16 x 8 x 8"),
+    "Depth": ("12", "28", "28", "28"),
+    "Embed dim": ("768", "1152", "1152", "1152"),
+    "Heads": ("12 ", "16 ", "16 ", "16 "),
+    "RoPE": ("theta 100",) * 4,
+    "Decoder depth": ("4",) * 4,
+    "l": ("9", "23", "23", "23"),
+    "Parameterization": ("v-prediction", "v-prediction", "rectified flow", "rectified flow"),
+    "Weighting": ("fused min-SNR, gamma 5, rho 0.96", "fused min-SNR, gamma 5, rho 0.96", "none", "none"),
+    "Sampler": ("DDIM, 50 steps", "DDIM, 50 steps", "Euler, 50 steps", "Euler, 50 steps"),
+    "Guidance": ("history 1.05", "history 1.05", "class 2", "none"),
+    "Training steps": ("100,000", "360,000", "180,000", "180,000"),
+    "Batch size": ("256", "256", "128", "128"),
+    "Learning rate": ("0.0008", "0.0008", "0.0004", "0.0004"),
+    "Warm-up steps": ("10,000",) * 4,
+    "LR schedule": ("cosine to 1e-05",) * 4,
+    "Weight decay": ("0.001",) * 4,
+    "AdamW betas": ("0.9, 0.99",) * 4,
+    "Gradient clipping": ("1",) * 4,
+    "lambda": ("0.5",) * 4,
+    "Mask ratios": ("0.25 to 0.5",) * 4,
+    "EMA decay": ("0.999", "0.999", "0.9999", "0.9999"),
+}
+
+
+def test_the_table_of_presets_is_the_one_in_the_docs_and_the_papers():
+    page = (Path(__file__).parents[2] / "docs" / "presets.md").read_text()
+    assert page == preset_table.table(), "run: python -m mimo.preset_table > docs/presets.md"
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    says = {cells[0].strip("`"): dict(zip(lines[0], cells, strict=True)) for cells in lines[2:]}
+    assert tuple(says) == PRESETS
+    columns = ("mimo-b-k600", "mimo-xl-k600", "mimo-xl-ucf101", "mimo-xl-ucf101-uncond")
+    for row, values in TABLE_10.items():
+        for name, value in zip(columns, values, strict=True):
+            assert says[name][row].startswith(value), (name, row)
+
+
 def test_videos_fit_their_latents():
     shapes = {name: MiMoConfig.from_preset(name).video_shape for name in PRESETS}
     assert shapes["mimo-xl-k600"] == (17, 128, 128)
     assert shapes["mimo-xl-ucf101"] == (16, 256, 256)
     assert shapes["mimo-b-minecraft"] == (300, 128, 128)
+
+
+@pytest.mark.parametrize(("head_dim", "split"), [(128, (42, 44, 42)), (32, (10, 12, 10)), (64, None), (72, None)])
+def test_a_network_of_before_rope_split_keeps_its_channels(head_dim, split):
+    """Where one pair is spare it was y's, and is t's now: a checkpoint that says nothing was trained with the former."""
+    config = MiMoConfig(dim=2 * head_dim, heads=2, depth=2, decoder_layer=1)
+    values = config.to_dict()
+    assert MiMoConfig.from_dict(values) == config
+    before = {name: value for name, value in values.items() if name not in ("rope_split", "qk_norm")}
+    assert MiMoConfig.from_dict(before) == replace(config, rope_split=split)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -90,7 +148,10 @@ def test_unknown_names_are_refused_with_the_known_ones():
         (MiMoConfig, {"separate_ln": "yes"}, "separate_ln='yes'"),
         (MiMoConfig, {"decoder_layer": 13}, "decoder_layer=13.*12"),
         (MiMoConfig, {"decoder_layer": 0}, "decoder_layer=0"),
-        (MiMoConfig, {"positions": "sincos"}, "positions='sincos'.*'rope', 'learned'"),
+        (MiMoConfig, {"positions": "fixed"}, "positions='fixed'.*'rope', 'sincos', 'learned'"),
+        (MiMoConfig, {"rope_split": (16, 24, 23)}, r"rope_split=\(16, 24, 23\).*64"),
+        (MiMoConfig, {"rope_split": (32, 32)}, r"rope_split=\(32, 32\).*three even numbers"),
+        (MiMoConfig, {"rope_split": (16, 24, 32)}, r"rope_split=\(16, 24, 32\).*the sum 64"),
         (MiMoConfig, {"mask_offsets": (0, 3)}, r"mask_offsets=\(0, 3\)"),
         (MiMoConfig, {"mask_offsets": (1, 1)}, r"mask_offsets=\(1, 1\)"),
         (MiMoConfig, {"mask_offsets": ()}, r"mask_offsets=\(\)"),
@@ -106,6 +167,7 @@ def test_unknown_names_are_refused_with_the_known_ones():
         (MiMoConfig, {"compression": (8, 8)}, "compression"),
         (TrainConfig, {"batch_size": 10, "accumulate": 3}, "accumulate=3.*10"),
         (TrainConfig, {"lr": -1.0}, "lr=-1.0"),
+        (TrainConfig, {"lr_schedule": "linear"}, "lr_schedule='linear'.*'cosine', 'constant'"),
         (TrainConfig, {"ema_decay": 1.0}, "ema_decay=1.0"),
         (TrainConfig, {"precision": "fp16"}, "precision='fp16'"),
         (TrainConfig, {"betas": (0.9, 1.0)}, "betas"),

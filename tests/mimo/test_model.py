@@ -1,6 +1,7 @@
 """Sizes, training forward, sampling forward, ablation switches and torch.compile of the network."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 
 from mimo import MiMo, MiMoConfig
 from mimo.config import PRESETS
+from mimo.network.blocks import FixedPositions
 from mimo.recipes import Recipe, step_generator
 
 TINY = MiMoConfig(
@@ -57,8 +59,10 @@ def count_by_hand(c: MiMoConfig) -> int:
     d, hidden, head = c.dim, int(c.mlp_ratio * c.dim), c.dim // c.heads
     linear = lambda i, o: i * o + o  # noqa: E731
     layer_norm = 2 * d
-    core = linear(d, 3 * d) + 2 * head + linear(d, d) + linear(d, hidden) + linear(hidden, d)  # 2 head: QK-norm
+    core = linear(d, 3 * d) + (2 * head if c.qk_norm else 0) + linear(d, d) + linear(d, hidden) + linear(hidden, d)
     total = linear(c.channels, d) + linear(256, d) + linear(d, d)
+    if c.positions == "learned":
+        total += (c.frames + c.tokens) * d * (2 if c.mask_weight else 1)  # the decoder has its own
     total += (c.num_classes + 1) * d if c.num_classes else 0
     total += (c.num_actions + 1) * d if c.num_actions else 0
     total += c.depth * (core + linear(d, 6 * d))
@@ -85,10 +89,47 @@ def test_parameter_counts_of_the_presets(name):
     assert numbers["total when sampling"] == count - decoder
 
 
-@pytest.mark.parametrize("changes", [{"separate_ln": False}, {"decoder_layer": 3}, {"mask_weight": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"separate_ln": False},
+        {"decoder_layer": 3},
+        {"mask_weight": 0.0},
+        {"positions": "sincos"},
+        {"positions": "learned"},
+        {"qk_norm": False},
+    ],
+    ids=str,
+)
 def test_parameter_counts_of_ablations(changes):
     model = build(**changes)
     assert sum(parameter.numel() for parameter in model.parameters()) == count_by_hand(model.config)
+
+
+def test_fixed_positions_are_those_of_dit():
+    """Against loops over channels; and they do not end where the training clips do."""
+    config = dataclasses.replace(TINY, positions="sincos")
+    found = FixedPositions(config)(torch.tensor([[3, 1, 2], [90, 0, 0]], dtype=torch.int32))
+
+    def waves(position, width):
+        angles = [position / 10_000 ** (2 * i / width) for i in range(width // 2)]
+        return torch.tensor([*map(math.sin, angles), *map(math.cos, angles)])
+
+    for row, (t, y, x) in zip(found, ((3, 1, 2), (90, 0, 0)), strict=True):
+        expected = torch.cat([waves(x, 16), waves(y, 16)]) + waves(t, 32)
+        torch.testing.assert_close(row, expected, rtol=1e-5, atol=1e-5)
+    build(positions="sincos").history_frame(torch.zeros(2, 6, 5), 90, ListCache(2).write)
+
+
+@torch.no_grad()
+def test_rope_split_and_qk_norm_are_switches():
+    history, noisy, timestep, *_ = batch(TINY)
+    outputs = [
+        build(**changes)(history, noisy, timestep).velocity
+        for changes in ({}, {"rope_split": (4, 6, 6)}, {"rope_split": (6, 6, 4)}, {"qk_norm": False})
+    ]
+    assert torch.equal(outputs[0], outputs[1])  # heads of 16: a third each
+    assert not torch.allclose(outputs[0], outputs[2], atol=1e-3) and not torch.allclose(*outputs[::3], atol=1e-3)
 
 
 def test_a_fresh_network_predicts_zero_velocity():
@@ -131,6 +172,8 @@ class ListCache:
         {},
         {"separate_ln": False},
         {"positions": "learned"},
+        {"positions": "sincos", "qk_norm": False},
+        {"rope_split": (4, 6, 6), "qk_norm": False},
         {"num_classes": 7, "num_actions": 3},
         {"separate_ln": False, "num_classes": 7, "num_actions": 3, "decoder_layer": 3},
     ],
@@ -242,6 +285,8 @@ def test_both_backends_agree():
     [
         {},
         {"positions": "learned"},
+        {"positions": "sincos"},
+        {"qk_norm": False},
         {"separate_ln": False},
         {"mask_region": "all"},
         {"mask_offsets": (0,)},

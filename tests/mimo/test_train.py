@@ -170,6 +170,11 @@ def test_status_line_says_everything(tmp_path, capsys):
     assert list((tmp_path / "tensorboard").glob("events.*"))
 
 
+def test_a_constant_learning_rate_stays_after_warm_up():
+    config = TrainConfig(lr=0.4, lr_schedule="constant", warmup=4, steps=10)
+    assert [learning_rate(step, config) for step in range(12)] == [0.1, 0.2, pytest.approx(0.3), *[0.4] * 9]
+
+
 def test_learning_rate_warms_up_then_follows_a_cosine():
     config = TrainConfig(lr=1.0, lr_end=0.1, warmup=4, steps=15)
     rates = [learning_rate(step, config) for step in range(15)]
