@@ -22,6 +22,13 @@ def tell_launcher(error: InputError) -> None:
         Path(file).write_text(json.dumps({"message": f"error: {error}", "timestamp": int(time.time()) - 1}))
 
 
+def let_others_speak(seconds: float = 60) -> None:
+    """In a process that ends with nothing to say: torchrun, if it has started this process, ends all others as soon as one
+    has ended, also the one that is about to name the cause. That one's end is this one's then; `seconds`: at most."""
+    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        time.sleep(seconds)
+
+
 def user_input(function: Callable[..., T], *args: object, **kwargs: object) -> T:
     """Call a function whose arguments come from the user alone: its ValueErrors are bad input."""
     try:

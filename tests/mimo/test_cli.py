@@ -106,6 +106,25 @@ def test_each_command_explains_itself(command, capsys):
     assert "--out" in capsys.readouterr().out
 
 
+def test_a_group_of_commands_explains_itself(capsys):
+    assert main(["data", "--help"]) == 0
+    output, errors = capsys.readouterr()
+    assert "data check" in output and "Count what a folder holds" in output and not errors
+    assert main(["data"]) == 2
+    output, errors = capsys.readouterr()
+    assert errors.startswith("usage: mimo data COMMAND") and not output
+
+
+@pytest.mark.parametrize("command", ["train", "encode"])
+def test_help_says_that_the_preset_is_required(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    option = text[text.index("--preset {") :]
+    assert option.startswith("--preset {mimo-b-k600,") and option.index("(required)") < option.index(" --out ")
+
+
 def test_version_and_empty_command_line(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out[0].isdigit()
@@ -138,7 +157,7 @@ def test_version_and_empty_command_line(capsys):
             "--train.interval=(4, 2): expected a whole",
         ),
         ("train --preset mimo-tiny --data shapes --out y --model.mask-ratio 0.5 1.5", "mask_ratio=(0.5, 1.5)"),
-        ("train --preset mimo-tiny --data shapes --out y --steps 0", "steps=0"),
+        ("train --preset mimo-tiny --data shapes --out y --steps -1", "error: --steps -1: expected more than zero"),
         ("train --preset mimo-tiny --data shapes --out y --train.accumulate 3 --train.batch-size 4", "accumulate=3"),
         ("train --preset mimo-tiny --data shapes --out y --model.tokenizer vq", "unknown tokenizer 'vq'"),
         (
@@ -313,7 +332,7 @@ def test_tensors_that_do_not_fit_the_recorded_config(refused, own_run):
         ("--class 1", "this model has no classes"),
         ("--frames 0", "--frames 0"),
         ("--count 0", "--count 0"),
-        ("--steps 0", "steps=0"),
+        ("--steps 0", "--steps 0: expected more"),
         ("--sampler ddim", "sampler='ddim'"),
         ("--fps 0", "fps 0: expected 0.01 to 1000"),
         (f"--seed {2**63}", "expected 0 to 2**63 - 1"),
@@ -321,8 +340,8 @@ def test_tensors_that_do_not_fit_the_recorded_config(refused, own_run):
         ("--class-guidance 2", "--class-guidance 2: expected a --class"),
         ("--history-guidance 2", "trained with --model.history-dropout 0"),
         ("--resume", "holds no run to continue"),
-        ("--window 0", "window=0: expected 1 or more frames"),
-        ("--temperature 1 -1", "temperature=(1.0, -1.0)"),
+        ("--window 0", "--window 0: expected 1 or more frames"),
+        ("--temperature 1 -1", "--temperature (1.0, -1.0)"),
     ],
 )
 def test_bad_sampling(refused, run, clip, tmp_path, words, message):
