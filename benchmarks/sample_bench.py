@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mimo import MiMo, MiMoConfig
 from mimo.config import SampleConfig
-from mimo.sampling.denoiser import CachedRun, CachePolicy, Run
+from mimo.sampling.history import CachedHistory, CachePolicy, History
 from mimo.sampling.sampler import Sampler
 
 WINDOW = 8  # frames, of "paged, window" and of the shifted buffer
@@ -55,24 +55,23 @@ def shapes(device: torch.device) -> list[Shape]:
     return found
 
 
-class Concatenated(Run):
+class Concatenated(History):
     """Contiguous keys and values per layer, joined with the frame's own by torch.cat in every layer of every step."""
 
-    def take_context(self, clips, trajectories) -> None:
+    def begin(self, clips) -> None:
         c = self.model.config
         self.past = [
             torch.zeros(2, self.size, 0, c.heads, c.head_dim, dtype=self.key.dtype, device=self.device)
         ] * c.depth
 
-    def remember(self) -> None:
+    def record(self, x) -> None:
         def attend(layer, q, k, v):
             new = torch.stack([x.unflatten(0, (self.size, -1)) for x in (k, v)])
             out = self.attend(layer, q, k, v)
             self.past[layer] = torch.cat([self.past[layer], new], 2)
             return out
 
-        self.model.history_frame(self.x.to(self.key.dtype), self.position, attend)
-        self.position.add_(1)
+        self.model.history_frame(x.to(self.key.dtype), self.conditions.position, attend)
 
     def attend(self, layer, q, k, v):
         q, k, v = (x.unflatten(0, (self.size, -1)) for x in (q, k, v))
@@ -84,24 +83,23 @@ class Concatenated(Run):
         self.past = []
 
 
-class Shifted(Run):
+class Shifted(History):
     """A buffer of WINDOW frames per layer; the frame's keys and values are written behind the history in every step. When
     it is full it is shifted by a copy; how far it is filled stands on the device and is read in every layer."""
 
-    def take_context(self, clips, trajectories) -> None:
+    def begin(self, clips) -> None:
         c = self.model.config
         shape = (c.depth, 2, self.size, WINDOW * self.tokens, c.heads, c.head_dim)
         self.buffer = torch.zeros(shape, dtype=self.key.dtype, device=self.device)
         self.filled = torch.zeros(c.depth, dtype=torch.int64, device=self.device)
 
-    def remember(self) -> None:
-        self.model.history_frame(self.x.to(self.key.dtype), self.position, self.attend)
+    def record(self, x) -> None:
+        self.model.history_frame(x.to(self.key.dtype), self.conditions.position, self.attend)
         self.filled += self.tokens
         if self.filled[0].item() == self.buffer.shape[3]:
             for layer in self.buffer:
                 layer[:, :, : -self.tokens] = layer[:, :, self.tokens :].clone()
             self.filled -= self.tokens
-        self.position.add_(1)
 
     def attend(self, layer, q, k, v):
         begin = self.filled[layer].item()
@@ -120,9 +118,9 @@ def samplers(model: MiMo, config: SampleConfig, uncached: bool = True) -> dict[s
     """Name -> sampler; those with a window see WINDOW frames."""
     found = {"paged": Sampler(model, config), "paged, window": Sampler(model, config, policy=CachePolicy(WINDOW))}
     found["torch.cat"] = Sampler(model, config)
-    found["torch.cat"].run_type = Concatenated
+    found["torch.cat"].history_type = Concatenated
     found["shifted buffer"] = Sampler(model, config)
-    found["shifted buffer"].run_type = Shifted
+    found["shifted buffer"].history_type = Shifted
     if model.head.weight.is_cuda:
         found["paged, frame graph"] = Sampler(model, config, graph="frame")
     if uncached:
@@ -149,7 +147,7 @@ def calls_per_step(sampler: Sampler, shape: Shape) -> tuple[float, float]:
     """Operators that the host issues per denoising step (a captured graph is one), and values it reads back."""
     stream = sampler.stream(None, 4, batch=shape.batch)
     next(stream)
-    if sampler.run_type is CachedRun and sampler.model.head.weight.is_cuda:
+    if sampler.history_type is CachedHistory and sampler.model.head.weight.is_cuda:
         return (1.0 if sampler.graph == "step" else 1 / shape.steps), 0.0
     with Calls() as calls:
         next(stream)
@@ -164,7 +162,7 @@ def launches(model: MiMo, shape: Shape) -> dict[str, int]:
     next(stream)
     run, counts = stream.run, {}
     run.index.zero_()
-    run._reserve()
+    run.history.reserve()
     for name, part in (("launches_per_step", run.step), ("launches_per_history", run.record)):
         with torch.no_grad(), Calls() as calls:
             part.function()

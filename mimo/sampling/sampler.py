@@ -1,31 +1,234 @@
-"""Sampling, frame by frame (MiMo, Algorithms 2 and 4).
+"""Sampling, frame by frame (MiMo, Algorithms 2 and 4): the loop.
 
 Every frame starts from noise and is denoised in `steps` steps that see the keys and values of all earlier frames; the
-finished frame goes through the network once as history, which adds its own keys and values to the cache. The branches
-of guidance are one batch: class branches share one history, and the branch without history has an empty page table.
+finished frame goes through the network once as history, which adds its own keys and values. One frame, in this file:
 
-On a GPU one denoising step, or one whole frame, is one CUDA graph, captured once and replayed for all steps and frames
-(mimo.sampling.denoiser). Runs that take long save themselves and are continued after an interruption (mimo.sampling.saving).
+    Stream._make      noise for the frame; then hands it out, saves it
+      Run.denoise     noise -> frame: `steps` times Run._step, one batch of all branches of guidance
+      Run.remember    frame -> history
+
+What a frame sees is mimo.sampling.history, the branches are mimo.sampling.guidance. On a GPU one denoising step, or one whole
+frame, is one CUDA graph, captured once and replayed for all steps and frames (mimo.sampling.graphs): everything that changes
+from step to step and from frame to frame (the step's number, positions, actions, page tables, the rows a frame is written
+to) stands in device memory at addresses that never change, and nothing is read back inside a frame. Runs that take long save
+themselves and are continued after an interruption (mimo.sampling.saving).
 
 Letters: B clips, K trajectories per clip, S = B * K sequences, T frames, N tokens per frame, C latent channels,
 G branches of guidance.
 """
 
+from __future__ import annotations
+
 import hashlib
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mimo import checkpoint
 from mimo.config import SampleConfig
-from mimo.errors import InputError
+from mimo.diffusion import FlowSchedule, VPredictionSchedule
 from mimo.network.network import MiMo
-from mimo.sampling.denoiser import CachedRun, CachePolicy, Run, RunKey, UncachedRun, guidance_branches
-from mimo.sampling.saving import Progress, Saving, Stream, identity
+from mimo.sampling.graphs import Replayed
+from mimo.sampling.guidance import Conditions, RunKey, guidance_branches
+from mimo.sampling.history import CachedHistory, CachePolicy, History, RecomputedHistory
+from mimo.sampling.saving import Progress, Saver, Saving, load_frames, load_run, require_unused
+from mimo.tokenizers.weights import checksum
+from mimo_kernels import guided_step
 
-__all__ = ["CachePolicy", "Sampler", "Saving"]
+MODULATION_BYTES = 2**28  # memory for what the norms are told in all steps of a frame
+SCHEDULES = {"ddim": VPredictionSchedule, "euler": FlowSchedule}
+
+
+class Run:
+    """The state of one run: static buffers, and one frame from noise to history."""
+
+    def __init__(
+        self, model: MiMo, config: SampleConfig, key: RunKey, history: History, conditions: Conditions, graph: str
+    ):
+        self.key, self.model, self.history, self.conditions = key, model, history, conditions
+        c, device = model.config, model.embed.weight.device
+        self.size, self.branches, self.steps = key.sequences, key.branches, config.steps
+        schedule = SCHEDULES[config.sampler]()
+        self.embeddings = schedule.embedding(schedule.sampling_timesteps(self.steps, device))  # [steps]
+        # A step is linear in x and v: its coefficients, [steps, 2].
+        every = torch.arange(self.steps, device=device)
+        zero, one = torch.zeros(self.steps, device=device), torch.ones(self.steps, device=device)
+        self.coefficients = torch.stack([schedule.step(zero, one, every), schedule.step(one, zero, every)], 1)
+        self.weights = torch.tensor([branch.weight for branch in key.branches], dtype=torch.float32, device=device)
+        self.x = torch.zeros(self.size, c.tokens, c.channels, device=device)
+        self.extra = torch.zeros_like(self.x)  # what is added to the finished frame before it becomes history
+        self.index = torch.zeros(1, dtype=torch.int64, device=device)
+        # A few sequences wait for weights, many for arithmetic: then every step makes its own.
+        self.modulations: Tensor | None = None  # of every step, [steps, M, G * S, D]
+        rows = self.steps * len(self.branches) * self.size
+        self.modulates_once = rows * (6 * c.depth + 2) * c.dim * 4 <= MODULATION_BYTES
+        # What a graph holds: a step and the pass as history, or a frame, which is both.
+        self.step = Replayed(self._step, history.captures)
+        self.record = Replayed(self._record, history.captures)
+        self.frame = Replayed(self._frame, history.captures) if graph == "frame" else None
+
+    def begin(self, clips: list[Tensor], given: dict[str, Tensor], positions: list[int]) -> None:
+        """Take the conditions, one row per sequence, and the context."""
+        self._tell(given, positions)
+        self.history.begin(clips)
+
+    def denoise(self, noise: Tensor, extra: Tensor | None = None) -> None:
+        """Makes the next frame, in `x`, from noise; `extra` is added to it when it becomes history."""
+        self.x.copy_(noise, non_blocking=True)
+        if extra is None:
+            self.extra.zero_()
+        else:
+            self.extra.copy_(extra, non_blocking=True)
+        if self.frame is not None:
+            self.history.reserve()  # for the last frame too: the graph writes its history, nobody commits it
+            self.frame()
+            return
+        self._start()
+        for _ in range(self.steps):
+            self.step()
+
+    def remember(self) -> None:
+        """The finished frame, plus what is added to it, joins the history."""
+        if self.frame is None:
+            self.history.reserve()
+            self.record()
+        self.history.commit()
+        self.conditions.position.add_(1)
+
+    def end(self) -> None:
+        self.history.end()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the frames to come depend on, as tensors on the host."""
+        conditions = {name: static.cpu() for name, static in self.conditions.tensors.items()}
+        return self.history.state_dict() | conditions
+
+    def load_state_dict(self, state: dict[str, Tensor], positions: list[int]) -> None:
+        """Instead of `begin`: go on where `state_dict` was called."""
+        self.history.load_state_dict(state)
+        self._tell(state, positions)
+
+    def _frame(self) -> None:
+        """A whole frame: all of its steps and its pass as history."""
+        self._start()
+        for _ in range(self.steps):
+            self._step()
+        self._record()
+
+    def _start(self) -> None:
+        self.index.zero_()
+        if self.conditions.actions is not None:
+            self._modulate()
+
+    def _step(self) -> None:
+        """One denoising step of one frame, all branches of guidance in one batch."""
+        branches, conditions = len(self.branches), self.conditions
+        self.history.prepare()
+        if self.modulates_once:
+            told = {"timestep": None, "modulations": self.modulations[self.index][0]}
+        else:
+            told = {"timestep": self.embeddings[self.index].expand(branches * self.size), **conditions.of_branches()}
+        v = self.model.future_frame(
+            self.x.to(self.model.embed.weight.dtype).repeat(branches, 1, 1),
+            position=conditions.position.repeat(branches),
+            attend=self.history.attend,
+            intervals=None if conditions.intervals is None else conditions.intervals.repeat(branches),
+            **told,
+        )
+        v = v.unflatten(0, (branches, self.size))
+        guided_step(self.x, v, self.weights, self.coefficients, self.index, backend=self.model.backend)
+        self.index.add_(1)
+
+    def _record(self) -> None:
+        self.history.record(self.x + self.extra)
+
+    def _tell(self, given: dict[str, Tensor], positions: list[int]) -> None:
+        self.conditions.take(given, positions)
+        if self.conditions.actions is None:
+            self._modulate()
+
+    def _modulate(self) -> None:
+        """What the norms are told in every step. Only actions change it from frame to frame."""
+        if not self.modulates_once:
+            return
+        rows = len(self.branches) * self.size
+        told = {name: x.repeat(self.steps) for name, x in self.conditions.of_branches().items()}
+        made = self.model.modulations(self.embeddings.repeat_interleave(rows), **told)
+        made = made.unflatten(1, (self.steps, rows)).transpose(0, 1)
+        if self.modulations is None:
+            self.modulations = made.contiguous()
+        else:
+            self.modulations.copy_(made)
+
+
+class Stream(Iterator[Tensor]):
+    """The frames of a run, one by one as they are done, each fp32 ``[S, N, C]``; made by `Sampler.stream` and `resume`.
+
+    `progress.done` counts the frames, those before an interruption included. `latencies` has, per frame, a function that
+    gives its seconds (on a GPU it waits for that frame).
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        run: Run,
+        progress: Progress,
+        begin: Callable[[], None],
+        saving: Saving | None = None,
+        report: Callable[[int, int], None] | None = None,
+    ):
+        self.sampler, self.run, self.progress = sampler, run, progress
+        self.latencies: list[Callable[[], float]] = []
+        self.saver = None
+        if saving is not None:
+            identity = partial(sampler.identity, saving.request)
+            self.saver = Saver(saving, identity, run.key.asked, run.state_dict)
+        self._frames = self._make(begin, report)
+
+    def __next__(self) -> Tensor:
+        # The caller may be on another device: kernels, events and graphs belong to this one.
+        with torch.no_grad(), torch.cuda.device_of(self.run.x):
+            return next(self._frames)
+
+    def close(self) -> None:
+        """Give the run up; what was saved stays."""
+        self._frames.close()
+
+    def saved(self) -> Iterator[Tensor]:
+        """The frames in the folder, each ``[S, N, C]`` on the host, those made before an interruption first."""
+        return load_frames(self.saver.saving.folder, self.progress)
+
+    def _make(self, begin: Callable[[], None], report: Callable[[int, int], None] | None) -> Iterator[Tensor]:
+        sampler, run, now = self.sampler, self.run, self.progress
+        try:
+            begin()
+            while now.done < now.total:
+                clock = _Clock(run.x.device)
+                share = now.done / max(1, now.total - 1)
+                last = now.done + 1 == now.total
+                start = _between(sampler.config.temperature, share)
+                extra = 0.0 if last else _between(sampler.config.history_noise, share)
+                run.denoise(
+                    sampler._noise(now.seed, now.ids, now.positions, "start", start),
+                    sampler._noise(now.seed, now.ids, now.positions, "history", extra) if extra else None,
+                )
+                frame = run.x.clone()
+                now.done += 1
+                if not last:
+                    run.remember()
+                    now.positions = [position + 1 for position in now.positions]
+                self.latencies.append(clock.stop())
+                if self.saver is not None:
+                    self.saver.add(frame, now)
+                if report is not None:
+                    report(now.done, now.total)
+                yield frame
+        finally:
+            run.end()
+        sampler._idle[run.key] = run
 
 
 class Sampler:
@@ -68,7 +271,7 @@ class Sampler:
         if graph not in ("step", "frame"):
             raise ValueError(f"graph={graph!r}: expected 'step' or 'frame'")
         self.graph = graph
-        self.run_type: type[Run] = CachedRun if use_cache else UncachedRun
+        self.history_type: type[History] = CachedHistory if use_cache else RecomputedHistory
         tokens = model.config.tokens
         divisors = [size for size in range(16, 65) if tokens % size == 0]
         self.page_size = page_size or max(divisors, default=min(tokens, 64))
@@ -133,8 +336,7 @@ class Sampler:
         }
         if saving is not None:
             self._check_saves()
-            if checkpoint.step_folders(saving.folder):
-                raise InputError(f"{saving.folder} holds a saved run: resume it, or save into another folder")
+            require_unused(saving.folder)
         run = self._run(count, trajectories, longest, num_frames, labels is not None, actions is not None)
         now = Progress(num_frames - longest, seed, ids, positions)
         return self._start(run, now, lambda: run.begin(clips, conditions, positions), saving, progress)
@@ -147,17 +349,19 @@ class Sampler:
         configuration or for another request; the message says what there is and what is expected.
         """
         self._check_saves()
-        folder, damaged = checkpoint.find(saving.folder)
-        if damaged:
-            raise InputError(damaged[0])
-        state = checkpoint.read_state(folder)
-        checkpoint.require_same_config(state["configs"], identity(self, saving.request), folder)
-        for leftovers in (saving.folder, saving.folder / "frames"):
-            checkpoint.delete_unfinished(leftovers)
-        now = Progress(**state["progress"])
-        run = self._run(*state["run"])
-        tensors = checkpoint.read_tensors(folder, "run", state)
-        return self._start(run, now, lambda: run.load_state_dict(tensors, now.positions), saving, progress)
+        saved = load_run(saving.folder, self.identity(saving.request))
+        run, now = self._run(*saved.key), saved.progress
+        return self._start(run, now, lambda: run.load_state_dict(saved.tensors, now.positions), saving, progress)
+
+    def identity(self, request: dict) -> dict:
+        """What has to be the same for a continued run to make the same frames."""
+        config, policy = self.config, self.policy
+        lengths = ("context_frames", "num_frames")  # of a preset; a run has its own
+        sampling = {name: value for name, value in config.to_dict().items() if name not in lengths}
+        sampling |= {name: getattr(policy, name) for name in ("window", "sink", "coarse_tokens")}
+        sampling |= {"page_size": self.page_size, "dtype": str(self._dtype)}
+        network = self.model.config.to_dict()
+        return {"network": network, "weights": checksum(self.model), "sampling": sampling, "request": request}
 
     def _run(self, clips, trajectories, context_frames, num_frames, labels: bool, actions: bool) -> Run:
         """The latest run, if it was of the same size, or a new one."""
@@ -170,7 +374,12 @@ class Sampler:
         key = RunKey(clips, trajectories, context_frames, num_frames, labels, actions, self._dtype, tuple(branches))
         run = self._idle.pop(key, None)
         self._idle.clear()  # before memory is taken for another one
-        return run or self.run_type(self, key)
+        return run or self._new_run(key)
+
+    def _new_run(self, key: RunKey) -> Run:
+        conditions = Conditions(self.model.config, key, self.model.history_conditions, self._device)
+        history = self.history_type(self.model, self.policy, key, conditions, self.page_size)
+        return Run(self.model, self.config, key, history, conditions, self.graph)
 
     def _start(self, run: Run, now: Progress, begin: Callable[[], None], saving, progress) -> Stream:
         stream = Stream(self, run, now, begin, saving, progress)
@@ -178,7 +387,7 @@ class Sampler:
         return stream
 
     def _check_saves(self) -> None:
-        if not issubclass(self.run_type, CachedRun):
+        if not issubclass(self.history_type, CachedHistory):
             raise ValueError("a run saves its cache, got use_cache=False")
 
     @property
@@ -238,3 +447,33 @@ class Sampler:
             digest = hashlib.blake2b(repr((seed, *names, use)).encode(), digest_size=8).digest()
             row.normal_(generator=torch.Generator().manual_seed(int.from_bytes(digest, "little")))
         return noise.mul_(scale)
+
+
+class _Clock:
+    """Seconds from its making to `stop`; on a GPU of the work queued in between."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.start = self._now()
+
+    def stop(self) -> Callable[[], float]:
+        end = self._now()
+        if not self.cuda:
+            return lambda: end - self.start
+
+        def seconds() -> float:
+            end.synchronize()
+            return self.start.elapsed_time(end) / 1000
+
+        return seconds
+
+    def _now(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _between(ends: tuple[float, float], share: float) -> float:
+    return ends[0] + (ends[1] - ends[0]) * share

@@ -1,4 +1,4 @@
-"""The frames of a run as they are made, and runs that are continued after an interruption.
+"""Runs that are continued after an interruption.
 
     FOLDER/
         checkpoints/step_00000020/   the newest state: the cache's pages and page tables, the conditions, the seed
@@ -8,22 +8,16 @@ Both are written as checkpoints are (mimo.checkpoint): they are whole or not the
 frame is a function of the seed and the frame's position, so a continued run makes the frames that it would have made.
 """
 
-from __future__ import annotations
-
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mimo import checkpoint
-
-if TYPE_CHECKING:
-    from mimo.sampling.denoiser import Run
-    from mimo.sampling.sampler import Sampler
+from mimo.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -61,130 +55,69 @@ class Progress:
     chunks: list[int] = field(default_factory=list)
 
 
-class Stream(Iterator[Tensor]):
-    """The frames of a run, one by one as they are done, each fp32 ``[S, N, C]``; made by `Sampler.stream` and `resume`.
+@dataclass(frozen=True)
+class SavedRun:
+    """What a saved run is continued from: how far it is, the numbers of its `RunKey`, and its tensors."""
 
-    `progress.done` counts the frames, those before an interruption included. `latencies` has, per frame, a function that
-    gives its seconds (on a GPU it waits for that frame).
+    progress: Progress
+    key: list
+    tensors: dict[str, Tensor]
+
+
+class Saver:
+    """Collects the frames of a run and saves it every few of them.
+
+    Args:
+        identity: called once, at the first save: what has to be the same for the run to be continued.
+        key: the numbers that SavedRun gives back.
+        state: called at every save: the tensors that the frames to come depend on.
     """
 
     def __init__(
-        self,
-        sampler: Sampler,
-        run: Run,
-        progress: Progress,
-        begin: Callable[[], None],
-        saving: Saving | None = None,
-        report: Callable[[int, int], None] | None = None,
-    ):
-        self.sampler, self.run, self.progress, self.saving = sampler, run, progress, saving
-        self.latencies: list[Callable[[], float]] = []
-        self._unsaved: list[Tensor] = []
-        self._identity: dict | None = None
-        self._frames = self._make(begin, report)
+        self, saving: Saving, identity: Callable[[], dict], key: list, state: Callable[[], dict[str, Tensor]]
+    ) -> None:
+        self.saving, self.key, self.state = saving, key, state
+        self.unsaved: list[Tensor] = []
+        self._identify, self._identity = identity, None
 
-    def __next__(self) -> Tensor:
-        # The caller may be on another device: kernels, events and graphs belong to this one.
-        with torch.no_grad(), torch.cuda.device_of(self.run.x):
-            return next(self._frames)
+    def add(self, frame: Tensor, progress: Progress) -> None:
+        """The frame that `progress.done` counts last. Saves when it is time, and after the last frame."""
+        self.unsaved.append(frame.clone())  # the caller may change his
+        if progress.done == progress.total or progress.done % self.saving.every == 0:
+            self._save(progress)
 
-    def close(self) -> None:
-        """Give the run up; what was saved stays."""
-        self._frames.close()
-
-    def saved(self) -> Iterator[Tensor]:
-        """The frames in the folder, each ``[S, N, C]`` on the host, those made before an interruption first."""
-        folder = self.saving.folder / "frames"
-        for step in self.progress.chunks:
-            chunk = checkpoint.step_folder(folder, step)
-            yield from checkpoint.read_tensors(chunk, "frames", checkpoint.read_state(chunk))["frames"]
-
-    def _make(self, begin: Callable[[], None], report: Callable[[int, int], None] | None) -> Iterator[Tensor]:
-        sampler, run, now = self.sampler, self.run, self.progress
-        try:
-            begin()
-            while now.done < now.total:
-                clock = _Clock(run.device)
-                share = now.done / max(1, now.total - 1)
-                last = now.done + 1 == now.total
-                scale = 0.0 if last else _between(sampler.config.history_noise, share)
-                run.denoise(
-                    sampler._noise(
-                        now.seed, now.ids, now.positions, "start", _between(sampler.config.temperature, share)
-                    ),
-                    sampler._noise(now.seed, now.ids, now.positions, "history", scale) if scale else None,
-                )
-                frame = run.x.clone()
-                now.done += 1
-                if not last:
-                    run.remember()
-                    now.positions = [position + 1 for position in now.positions]
-                self.latencies.append(clock.stop())
-                if self.saving is not None:
-                    self._unsaved.append(frame.clone())
-                    if last or now.done % self.saving.every == 0:
-                        self._save()
-                if report is not None:
-                    report(now.done, now.total)
-                yield frame
-        finally:
-            run.end()
-        sampler._idle[run.key] = run
-
-    def _save(self) -> None:
-        now, folder = self.progress, self.saving.folder
-        self._identity = self._identity or identity(self.sampler, self.saving.request)
-        frames = torch.stack(self._unsaved).cpu()
+    def _save(self, now: Progress) -> None:
+        folder = self.saving.folder
+        self._identity = self._identity or self._identify()
+        frames = torch.stack(self.unsaved).cpu()
         checkpoint.save(folder / "frames", now.done, {"frames": {"frames": frames}}, {}, keep_every=1)
         now.chunks.append(now.done)
-        self._unsaved = []
-        key = self.run.key
-        state = {
-            "configs": self._identity,
-            "run": [key.clips, key.trajectories, key.context_frames, key.num_frames, key.labels, key.actions],
-            "progress": asdict(now),
-        }
-        checkpoint.save(folder, now.done, {"run": self.run.state_dict()}, state, keep_last=1)
+        self.unsaved = []
+        state: dict[str, Any] = {"configs": self._identity, "run": self.key, "progress": asdict(now)}
+        checkpoint.save(folder, now.done, {"run": self.state()}, state, keep_last=1)
 
 
-def identity(sampler: Sampler, request: dict) -> dict:
-    """What has to be the same for a continued run to make the same frames."""
-    from mimo.tokenizers.weights import checksum
-
-    config, policy = sampler.config, sampler.policy
-    lengths = ("context_frames", "num_frames")  # of a preset; a run has its own
-    sampling = {name: value for name, value in config.to_dict().items() if name not in lengths}
-    sampling |= {name: getattr(policy, name) for name in ("window", "sink", "coarse_tokens")}
-    sampling |= {"page_size": sampler.page_size, "dtype": str(sampler._dtype)}
-    network = sampler.model.config.to_dict()
-    return {"network": network, "weights": checksum(sampler.model), "sampling": sampling, "request": request}
+def require_unused(folder: Path) -> None:
+    """InputError when a saved run lies in the folder."""
+    if checkpoint.step_folders(folder):
+        raise InputError(f"{folder} holds a saved run: resume it, or save into another folder")
 
 
-class _Clock:
-    """Seconds from its making to `stop`; on a GPU of the work queued in between."""
-
-    def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
-        self.start = self._now()
-
-    def stop(self) -> Callable[[], float]:
-        end = self._now()
-        if not self.cuda:
-            return lambda: end - self.start
-
-        def seconds() -> float:
-            end.synchronize()
-            return self.start.elapsed_time(end) / 1000
-
-        return seconds
-
-    def _now(self):
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+def load_run(folder: Path, identity: dict) -> SavedRun:
+    """The newest state in the folder, to go on from. InputError when there is none, when it is damaged, and when what has to
+    be the same is not: the message says what there is and what is expected."""
+    newest, damaged = checkpoint.find(folder)
+    if damaged:
+        raise InputError(damaged[0])
+    state = checkpoint.read_state(newest)
+    checkpoint.require_same_config(state["configs"], identity, newest)
+    for leftovers in (folder, folder / "frames"):
+        checkpoint.delete_unfinished(leftovers)
+    return SavedRun(Progress(**state["progress"]), state["run"], checkpoint.read_tensors(newest, "run", state))
 
 
-def _between(ends: tuple[float, float], share: float) -> float:
-    return ends[0] + (ends[1] - ends[0]) * share
+def load_frames(folder: Path, progress: Progress) -> Iterator[Tensor]:
+    """The saved frames, each ``[S, N, C]`` on the host, in the order in which they were made."""
+    for step in progress.chunks:
+        chunk = checkpoint.step_folder(folder / "frames", step)
+        yield from checkpoint.read_tensors(chunk, "frames", checkpoint.read_state(chunk))["frames"]

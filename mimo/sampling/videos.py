@@ -17,7 +17,8 @@ from mimo.data.video import check_fps, clip_span, load_actions, open_clip
 from mimo.errors import InputError, user_input
 from mimo.network.network import MiMo
 from mimo.runtime import autocast, best_device, config_tokenizer, recorded_tokenizer
-from mimo.sampling.sampler import Sampler, Saving
+from mimo.sampling.sampler import Sampler
+from mimo.sampling.saving import Saving
 from mimo.tokenizers.weights import checksum
 
 MIN_SIDE = 128  # small videos are written magnified until their shorter side has this many pixels

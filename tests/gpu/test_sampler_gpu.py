@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-import mimo.sampling.denoiser
+import mimo.sampling.sampler
 from mimo import MiMo, MiMoConfig
 from mimo.config import SampleConfig
 from mimo.network.frames import make_layout
-from mimo.sampling.denoiser import CachePolicy
-from mimo.sampling.sampler import Sampler, Saving
+from mimo.sampling.history import CachePolicy
+from mimo.sampling.sampler import Sampler
+from mimo.sampling.saving import Saving
 
 DEVICE = torch.device("cuda")
 
@@ -42,7 +43,7 @@ def eager(monkeypatch):
 
     def make(*args, **options):
         with monkeypatch.context() as patch:
-            patch.setattr(mimo.sampling.denoiser, "_Replayed", lambda function, captures: function)
+            patch.setattr(mimo.sampling.sampler, "Replayed", lambda function, captures: function)
             sampler = Sampler(*args, **options)
             video = draw(sampler)
         return video

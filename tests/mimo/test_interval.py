@@ -12,9 +12,11 @@ from mimo.config import SampleConfig, TrainConfig
 from mimo.data import VideoFolder, write_video
 from mimo.errors import InputError
 from mimo.recipes import Recipe, step_generator
-from mimo.sampling.sampler import CachePolicy, Sampler
+from mimo.runtime import to_latents
+from mimo.sampling.history import CachePolicy
+from mimo.sampling.sampler import Sampler
 from mimo.sampling.videos import load, read_actions, read_context
-from mimo.training.trainer import Trainer, check_conditions, encode, train
+from mimo.training.trainer import Trainer, check_conditions, train
 
 HIGHEST = 5
 NETWORK = {
@@ -241,7 +243,7 @@ def test_clips_of_unknown_or_unfit_interval_are_refused(model):
         check_conditions(latents, model.config)
     with pytest.raises(InputError, match=r"interval 7 in the data, expected 1\.\.5"):
         check_conditions(latents | {"interval": torch.tensor([1, 7])}, model.config)
-    _, conditions = encode(latents | {"interval": torch.tensor([1, 5])}, None, model.config, torch.device("cpu"))
+    _, conditions = to_latents(latents | {"interval": torch.tensor([1, 5])}, None, model.config, torch.device("cpu"))
     assert conditions["intervals"].tolist() == [1, 5]
 
 

@@ -11,11 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import mimo.network.blocks
-import mimo.sampling.denoiser
+import mimo.sampling.history
+import mimo.sampling.sampler
 from mimo import MiMo, MiMoConfig
 from mimo.config import SampleConfig
 from mimo.diffusion import FlowSchedule, VPredictionSchedule
-from mimo.sampling.denoiser import CachePolicy, guidance_branches
+from mimo.sampling.guidance import guidance_branches
+from mimo.sampling.history import CachePolicy
 from mimo.sampling.sampler import Sampler
 from mimo.sampling.videos import round_weights
 from mimo_kernels import FrameCache, paged_frame_attention
@@ -189,7 +191,7 @@ def test_trajectories_store_their_context_once(model, monkeypatch):
             super().__init__(*args, **options)
             caches.append(self)
 
-    monkeypatch.setattr(mimo.sampling.denoiser, "FrameCache", Recorded)
+    monkeypatch.setattr(mimo.sampling.history, "FrameCache", Recorded)
     stream = Sampler(model, config()).stream(context(2, 4), 6, trajectories=10, generator=seed())
     next(stream)
     (cache,) = caches
@@ -277,11 +279,11 @@ def test_one_recording_serves_all_steps_and_frames(conditional, monkeypatch, gra
     expected = [
         Sampler(conditional, guided, policy=policy).sample(context(), 6, generator=seed(), **o) for o in options
     ]
-    monkeypatch.setattr(mimo.sampling.denoiser, "_Replayed", Recorded)
+    monkeypatch.setattr(mimo.sampling.sampler, "Replayed", Recorded)
     # The reference takes lengths from the host; the kernel reads them where a graph leaves them.
     kernel = partial(paged_frame_attention, backend="triton")
     monkeypatch.setattr(
-        mimo.sampling.denoiser, "paged_frame_attention", lambda *args, backend, **rest: kernel(*args, **rest)
+        mimo.sampling.history, "paged_frame_attention", lambda *args, backend, **rest: kernel(*args, **rest)
     )
     sampler = Sampler(conditional, guided, policy=policy, graph=graph)
     for o, video in zip(options, expected, strict=True):
@@ -291,7 +293,7 @@ def test_one_recording_serves_all_steps_and_frames(conditional, monkeypatch, gra
         assert run.step.calls == 2 * 2 * 4 and run.record.calls == 2 * 3
     else:  # one launch per frame
         assert run.frame.calls == 2 * 4 and run.step.calls == run.record.calls == 0
-    assert run.cache.num_free_pages == run.cache.num_pages
+    assert run.history.cache.num_free_pages == run.history.cache.num_pages
 
 
 def test_window_comes_from_the_config_or_from_a_policy(model):
@@ -308,7 +310,7 @@ def test_long_video_in_constant_memory():
     video = sampler.sample(context(1), 300, generator=seed())
     assert video.shape == (1, 300, TOKENS, CHANNELS) and video.isfinite().all()
     (run,) = sampler._idle.values()
-    assert run.cache.num_pages == run.cache.num_free_pages == 6
+    assert run.history.cache.num_pages == run.history.cache.num_free_pages == 6
 
 
 def test_multi_level_cache(model):
@@ -422,7 +424,7 @@ def test_norms_are_told_once_per_frame_what_every_step_would_tell_them(condition
     monkeypatch.setattr(type(conditional), "modulations", count)
     once = sampler.sample(context(), 5, generator=seed(), **given)
     assert len(calls) == (3 if "actions" in told else 1)  # an action belongs to a frame, and 3 are made
-    monkeypatch.setattr(mimo.sampling.denoiser, "MODULATION_BYTES", 0)
+    monkeypatch.setattr(mimo.sampling.sampler, "MODULATION_BYTES", 0)
     close(once, Sampler(conditional, config(class_guidance=1.5)).sample(context(), 5, generator=seed(), **given))
     assert len(calls) <= 3
 
@@ -450,7 +452,7 @@ def test_autocast_keeps_keys_and_values_in_its_dtype(model):
     with torch.autocast("cpu", torch.bfloat16):
         video = sampler.sample(context(), 4, generator=seed())
     (run,) = sampler._idle.values()
-    assert run.cache.dtype == torch.bfloat16 and video.dtype == torch.float32
+    assert run.history.cache.dtype == torch.bfloat16 and video.dtype == torch.float32
     assert 1e-4 < (video - exact).abs().max() < 0.3
 
 
@@ -469,15 +471,15 @@ def test_weights_rounded_ahead_make_the_same_video():
 
 
 def test_guidance_branches():
-    assert [(b.weight, b.history, b.condition) for b in guidance_branches(1.0, 1.0)] == [(1.0, True, True)]
+    assert [(b.weight, b.history, b.condition) for b in guidance_branches(1.0, 1.0)] == [(1.0, 0, True)]
     assert [(b.weight, b.history, b.condition) for b in guidance_branches(1.5, 1.0)] == [
-        (1.5, True, True),
-        (-0.5, False, True),
+        (1.5, 0, True),
+        (-0.5, None, True),
     ]
     assert [(b.weight, b.history, b.condition) for b in guidance_branches(1.5, 3.0)] == [
-        (3.5, True, True),
-        (-0.5, False, True),
-        (-2.0, True, False),
+        (3.5, 0, True),
+        (-0.5, None, True),
+        (-2.0, 0, False),
     ]
 
 

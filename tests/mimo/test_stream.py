@@ -15,8 +15,9 @@ from mimo import MiMo, MiMoConfig
 from mimo.cli import main
 from mimo.config import SampleConfig
 from mimo.errors import InputError
-from mimo.sampling.denoiser import CachePolicy
-from mimo.sampling.sampler import Sampler, Saving
+from mimo.sampling.history import CachePolicy
+from mimo.sampling.sampler import Sampler
+from mimo.sampling.saving import Saving
 
 TOKENS, CHANNELS, FRAMES = 8, 5, 9
 
@@ -89,7 +90,7 @@ def test_continued_frames_are_the_same_bit_for_bit(model, tmp_path, name, stop):
     assert done[0] == (saved + 1, 6) and done[-1] == (6, 6) and len(sampler.latencies) == len(rest)
     assert all(torch.equal(a, b) for a, b in zip(continued.saved(), expected, strict=True))
     (run,) = sampler._idle.values()
-    assert run.cache.num_free_pages == run.cache.num_pages
+    assert run.history.cache.num_free_pages == run.history.cache.num_pages
 
 
 def test_continued_in_the_cache_of_the_interrupted_run_and_twice(model, tmp_path):
@@ -199,7 +200,7 @@ def test_long_run_is_saved_and_continued_in_constant_space(tmp_path):
     sizes, made = [], []
     for frame in stream:
         made.append(frame)
-        assert len(stream._unsaved) < 25
+        assert len(stream.saver.unsaved) < 25
         if len(made) % 50 == 0:
             (state,) = (tmp_path / "checkpoints").iterdir()
             sizes.append(sum(file.stat().st_size for file in state.rglob("*.safetensors")))
@@ -208,7 +209,7 @@ def test_long_run_is_saved_and_continued_in_constant_space(tmp_path):
     stream.close()
     assert len(set(sizes)) == 1
     continued = sampler.resume(Saving(tmp_path, every=25))
-    assert continued.run.cache.num_pages == 6
+    assert continued.run.history.cache.num_pages == 6
     rest = list(continued)
     assert len(rest) == 50 and all(map(torch.equal, rest[:10], made[250:]))
     assert len(list(continued.saved())) == 300

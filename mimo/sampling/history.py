@@ -1,0 +1,297 @@
+"""What a frame sees of the frames before it: keys and values in a paged cache, or computed anew from the latents.
+
+A history is asked by the loop (mimo.sampling.sampler) in this order:
+
+    begin(clips)        the context
+    per step  prepare() then, layer by layer, attend(layer, q, k, v): rows of all branches, each sees its own history
+    per frame reserve() host: room for the frame;  record(x) device: the finished frame;  commit() host: from now on it is seen
+    end()
+
+`prepare`, `attend` and `record` are device work on static buffers; where `captures` is true they can be replayed as a CUDA
+graph.
+
+Letters: B clips, K trajectories per clip, S = B * K sequences, N tokens per frame, C latent channels, G branches, H histories.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mimo.network.frames import make_layout
+from mimo.network.network import MiMo
+from mimo.sampling.guidance import Conditions, RunKey
+from mimo_kernels import FrameCache, FrameMask, frame_attention, paged_frame_attention
+from mimo_kernels.attention.paged import serving as paged_serving
+from mimo_kernels.cache.pages import CacheView, FrameSlot, ViewHead
+
+
+@dataclass(frozen=True)
+class CachePolicy:
+    """Which earlier frames a frame sees.
+
+    Args:
+        window: the latest frames, the one being made included, as in FrameMask; None: all of them.
+        sink: the first frames of the video, which stay visible.
+        coarse: called with the cache, a sequence and the time of a frame that leaves the window; returns the keys and
+            values, each ``[layers, M, heads, head_dim]``, that stand for it from then on (FAR's multi-level cache,
+            Sec. 4.4). None: it is dropped.
+        coarse_tokens: M, so that the memory is known before the run.
+    """
+
+    window: int | None = None
+    sink: int = 0
+    coarse: Callable[[FrameCache, int, int], tuple[Tensor, Tensor]] | None = None
+    coarse_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window={self.window}: expected 1 or more frames, or None")
+        if self.sink < 0:
+            raise ValueError(f"sink={self.sink}: expected 0 or more frames")
+        if self.coarse is not None and (self.window is None or self.coarse_tokens < 1):
+            raise ValueError(
+                f"coarse needs a window that frames leave and the tokens that stay, "
+                f"got window={self.window}, coarse_tokens={self.coarse_tokens}"
+            )
+
+    def pages(self, frames: int, tokens: int, page_size: int) -> int:
+        """Pages of a sequence of up to `frames` frames at most, the frame being added included."""
+        whole = frames if self.window is None else min(frames, self.window + self.sink)
+        coarse = frames - whole if self.coarse is not None else 0
+        return sum(
+            FrameCache.pages_for(count, size, page_size=page_size)
+            for count, size in ((whole, tokens), (coarse, self.coarse_tokens))
+        )
+
+    def pages_of_run(self, key: RunKey, tokens: int, page_size: int) -> int:
+        """Pages of all sequences of a run in all of its histories, at most."""
+        whole, shared, own = (
+            self.pages(frames, tokens, page_size)
+            for frames in (key.num_frames, key.context_frames, key.num_frames - key.context_frames)
+        )
+        # Trajectories share the context's pages, so K of them need less than K times one.
+        return key.histories * min(key.sequences * whole, key.clips * shared + key.sequences * own)
+
+    def apply(self, cache: FrameCache, seqs: Sequence[int]) -> None:
+        """Leave in the cache what the next frame sees."""
+        if self.window is None:
+            return
+        if self.coarse is not None:
+            cache.compress(
+                seqs, lambda seq, index: self.coarse(cache, seq, index), window=self.window - 1, sink=self.sink
+            )
+            return
+        for seq in seqs:
+            cache.evict(seq, window=self.window - 1, sink=self.sink)
+
+
+class History(ABC):
+    """The frames before the one being made, of all sequences of a run. See the top of this file."""
+
+    captures = False  # device work can be captured as a CUDA graph
+
+    def __init__(self, model: MiMo, policy: CachePolicy, key: RunKey, conditions: Conditions, page_size: int):
+        self.model, self.policy, self.key, self.conditions = model, policy, key, conditions
+        self.page_size = page_size
+        self.size, self.tokens, self.branches = key.sequences, model.config.tokens, key.branches
+        self.device, self.dtype = model.embed.weight.device, model.embed.weight.dtype
+
+    @abstractmethod
+    def begin(self, clips: list[Tensor]) -> None:
+        """Take the contexts, one ``[Tc_b, N, C]`` per clip, for all of its trajectories."""
+
+    def prepare(self) -> None:
+        """Before a denoising step."""
+        return
+
+    @abstractmethod
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of the rows of a step, each ``[G * S * N, h, d]``."""
+
+    def reserve(self) -> None:
+        """Room for the frame being made. A frame that is not committed gives it back in `end`."""
+        return
+
+    @abstractmethod
+    def record(self, x: Tensor) -> None:
+        """The finished frame ``[S, N, C]`` becomes history."""
+
+    def commit(self) -> None:
+        """The recorded frame is seen from now on."""
+        return
+
+    @abstractmethod
+    def end(self) -> None:
+        """Forget everything; the next run `begin`s."""
+
+
+class CachedHistory(History):
+    """Keys and values in a FrameCache: H * S sequences, those of history 0 first."""
+
+    def __init__(self, model: MiMo, policy: CachePolicy, key: RunKey, conditions: Conditions, page_size: int):
+        super().__init__(model, policy, key, conditions, page_size)
+        c = model.config
+        num_pages = policy.pages_of_run(key, c.tokens, page_size)
+        self.cache = FrameCache(
+            c.depth, c.heads, c.head_dim, num_pages=num_pages, page_size=page_size, dtype=key.dtype, device=self.device
+        )
+        self.seqs: list[int] = []
+        most = policy.pages(key.num_frames, c.tokens, page_size)
+        self.seen = self.cache.view([None] * (self.size * len(self.branches)), max_pages=most)  # by the branches
+        self.past = self.seen.first(key.histories * self.size)  # by a frame that becomes history
+        self.slot: FrameSlot | None = None  # of the frame that becomes history now
+        self.kept: FrameSlot | None = None  # the one that the captured graph writes to
+        # The reference attention takes lengths from the host, which a graph would freeze.
+        refusals = paged_serving(self.device, key.dtype, c.head_dim)["triton"]
+        self.captures = self.device.type == "cuda" and model.backend == "auto" and not refusals
+        # Graphs point to the tables of these, which others may push out of the memory of layouts.
+        self.layouts = (
+            make_layout(self.size * len(self.branches), 1, 0, self.tokens, c.separate_ln),
+            make_layout(self.size * key.histories, 1, self.tokens, 0, c.separate_ln),
+        )
+
+    def begin(self, clips: list[Tensor]) -> None:
+        histories, trajectories = self.key.histories, self.key.trajectories
+        self.seqs = [self.cache.new_sequence() for _ in range(histories * len(clips))]  # all of them, should this fail
+        firsts = list(self.seqs)
+        for moment in range(max(map(len, clips))):
+            here = [b for b, clip in enumerate(clips) if len(clip) > moment]
+            seqs = [firsts[h * len(clips) + b] for h in range(histories) for b in here]
+            x = torch.stack([clips[b][moment] for b in here]).to(self.device, torch.float32)
+            rows = torch.tensor([b * trajectories for b in here], device=self.device)
+            told = self.conditions.of_histories(rows, torch.full_like(rows, moment))
+            self.slot = self.cache.begin_frame(seqs, self.tokens)
+            self._as_history(x, moment, told, self.cache.view(seqs, max_pages=self.seen.max_pages))
+            self._show()
+        self.seqs = []
+        for first in firsts:
+            self.seqs += [first, *(self.cache.fork(first) for _ in range(trajectories - 1))]
+        self._refresh()
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._attend(self.seen, layer, q, k, v)
+
+    def reserve(self) -> None:
+        self.slot = self.kept = self.cache.begin_frame(self.seqs, self.tokens, reuse=self.kept)
+
+    def record(self, x: Tensor) -> None:
+        position = self.conditions.position.expand(self.key.histories, -1).flatten()
+        self._as_history(x, position, self.conditions.of_histories(), self.past)
+
+    def commit(self) -> None:
+        self._show()
+        self._refresh()
+
+    def end(self) -> None:
+        self._cancel()
+        for seq in self.seqs:
+            self.cache.free(seq)
+        self.seqs = []
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the frames to come depend on, as tensors on the host."""
+        self._cancel()
+        return self.cache.state_dict() | {"seqs": torch.tensor(self.seqs)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Instead of `begin`: go on where `state_dict` was called."""
+        self.cache.load_state_dict(state)
+        self.seqs = state["seqs"].tolist()
+        self._refresh()
+
+    def _as_history(self, x: Tensor, position: int | Tensor, told: dict, past: CacheView | ViewHead) -> None:
+        """The pass that makes the keys and values of clean frames in all histories, straight into the pages of `slot`."""
+        self.model.history_frame(
+            x.to(self.dtype).expand(self.key.histories, *x.shape).flatten(0, 1),
+            position,
+            lambda layer, q, k, v: self._attend(past, layer, q, k, v),
+            **told,
+            place=lambda layer: self.cache.place(self.slot, layer),
+        )
+
+    def _attend(self, view: CacheView | ViewHead, layer: int, *packed: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(0, (-1, self.tokens)) for x in packed)
+        out = paged_frame_attention(q, k, v, self.cache, layer=layer, view=view, backend=self.model.backend)
+        return out.flatten(0, 1)
+
+    def _cancel(self) -> None:
+        if self.slot is not None and self.slot.open:
+            self.cache.cancel(self.slot)
+
+    def _show(self) -> None:
+        self.cache.commit(self.slot)
+        self.policy.apply(self.cache, self.slot.seqs)
+
+    def _refresh(self) -> None:
+        """What every row of a step sees: the sequence of its history, or nothing."""
+        seqs = []
+        for branch in self.branches:
+            first = None if branch.history is None else branch.history * self.size
+            seqs += [None] * self.size if first is None else self.seqs[first : first + self.size]
+        self.seen.refresh(seqs)
+
+
+class RecomputedHistory(History):
+    """Latents, put through the network anew in every step under the full mask: for comparison."""
+
+    def begin(self, clips: list[Tensor]) -> None:
+        latents = [clip.to(self.device, torch.float32) for clip in clips]
+        self.frames = [list(clip) for clip in latents for _ in range(self.key.trajectories)]
+
+    def prepare(self) -> None:
+        self.layers = self._run()
+
+    def record(self, x: Tensor) -> None:
+        for frames, latent in zip(self.frames, x, strict=True):
+            frames.append(latent)
+
+    def end(self) -> None:
+        self.frames = []
+
+    def _run(self) -> list[list[tuple[Tensor, Tensor]]]:
+        """Keys and values of every frame, per layer and sequence of all histories: ``[frames, N, h, d]``."""
+        counts, histories = [len(frames) for frames in self.frames], self.key.histories
+        packed = [x for frames in self.frames for x in frames]
+        if not packed:
+            return [[]] * self.model.config.depth
+        lens = [[self.tokens] * count for count in counts] * histories
+        mask = FrameMask.block_causal(lens, window=self.policy.window, sink=self.policy.sink)
+        layers = []
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            split = [x.unflatten(0, (-1, self.tokens)).split(counts * histories) for x in (k, v)]
+            layers.append(list(zip(*split, strict=True)))
+            return frame_attention(q, k, v, mask, backend=self.model.backend)
+
+        rows = torch.arange(self.size).repeat_interleave(torch.tensor(counts)).to(self.device)
+        moments = torch.cat([torch.arange(count) for count in counts]).to(self.device)
+        x = torch.stack(packed).to(self.dtype).repeat(histories, 1, 1)
+        self.model.history_frame(x, moments.repeat(histories), attend, **self.conditions.of_histories(rows, moments))
+        return layers
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows = [x.unflatten(0, (len(self.branches), self.size, self.tokens)) for x in (q, k, v)]
+        out = torch.empty_like(rows[0])
+        for g, branch in enumerate(self.branches):
+            for s in range(self.size):
+                q_s, k_s, v_s = (x[g, s] for x in rows)
+                if branch.history is not None and self.layers[layer]:
+                    seen = self._seen(s)
+                    k_s, v_s = (
+                        torch.cat([past[seen].flatten(0, 1), own])
+                        for past, own in zip(
+                            self.layers[layer][branch.history * self.size + s], (k_s, v_s), strict=True
+                        )
+                    )
+                q_s, k_s, v_s = (x.transpose(0, 1) for x in (q_s, k_s, v_s))
+                out[g, s] = F.scaled_dot_product_attention(q_s, k_s, v_s).transpose(0, 1)
+        return out.flatten(0, 2)
+
+    def _seen(self, s: int) -> list[int]:
+        count, window = len(self.frames[s]), self.policy.window
+        first = 0 if window is None else max(0, count - (window - 1))
+        return [t for t in range(count) if t >= first or t < self.policy.sink]
