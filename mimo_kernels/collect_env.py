@@ -57,13 +57,13 @@ def _load(name: str) -> tuple[types.ModuleType | None, str]:
 
 
 def _version(package: str) -> str:
-    """The installed version, and why it does not load where it does not."""
+    """The version that loads, its local part (torch's +cu130) included, or that of the files, and why they do not load."""
     try:
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-    _, reason = _load(package.replace("-", "_"))
-    return f"{version}, does not load ({reason})" if reason else version
+    module, reason = _load(package.replace("-", "_"))
+    return f"{version}, does not load ({reason})" if reason else getattr(module, "__version__", version)
 
 
 def _gpu(torch: types.ModuleType | None, torch_reason: str) -> dict[str, str]:

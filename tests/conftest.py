@@ -27,6 +27,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--installed", action="store_true", help="test the installed packages, not the sources")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Use all cores where pytest-xdist is installed, unless -n says otherwise; processes would only share one GPU."""
+    several = min(8, os.cpu_count() or 1)
+    asked = getattr(config.option, "numprocesses", 0) is not None or config.option.usepdb or config.option.collectonly
+    if several > 1 and not (asked or HAS_GPU or hasattr(config, "workerinput")):
+        config.option.numprocesses, config.option.dist = several, "worksteal"
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Test the sources in this folder where the module is built (`pip install .` leaves it beside them), else, or with
     --installed, what pip installed. Sources without it must not hide the installed packages: `python -m pytest` puts

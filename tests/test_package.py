@@ -132,6 +132,13 @@ def test_collect_env_here():
     assert ("torch sees no CUDA device" in report) is not torch.cuda.is_available()
 
 
+def test_collect_env_tells_the_version_that_loads(monkeypatch: pytest.MonkeyPatch):
+    """torch says 2.15.0+cu132, the metadata of its wheel 2.15.0."""
+    monkeypatch.setattr(torch, "__version__", "2.15.0+cu132")
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "2.15.0")
+    assert collect_env.collect()["packages"]["torch"] == "2.15.0+cu132"
+
+
 @pytest.mark.parametrize("blocked", [["torch"], ["triton"], ["torch", "triton"], ["mimo_kernels._C"]])
 def test_collect_env_without(blocked: list[str]):
     report = python(f"""
