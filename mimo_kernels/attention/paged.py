@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimo_kernels.core import backends, launch
+from mimo_kernels.core.register import register
 
 if TYPE_CHECKING:
     from mimo_kernels.cache.pages import CacheView, FrameCache, ViewHead
@@ -19,8 +20,7 @@ if backends.triton_available():
     from mimo_kernels.attention.triton import paged as triton_paged
 
 
-@torch.library.custom_op("mimo_kernels::paged_frame_attention_triton", mutates_args=())
-def _triton_op(
+def _paged_triton(
     q: Tensor,
     k_self: Tensor,
     v_self: Tensor,
@@ -38,9 +38,24 @@ def _triton_op(
         )
 
 
-@_triton_op.register_fake
-def _(q, k_self, v_self, k_pages, v_pages, page_table, page_rows, num_pages, scale, splits=None):
+def _paged_fake(q, k_self, v_self, k_pages, v_pages, page_table, page_rows, num_pages, scale, splits=None):
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+def _paged_sample(tokens: int) -> tuple:
+    k_pages, v_pages = torch.randn(2, 3, 16, 2, 8).unbind()
+    page_table, page_rows = torch.tensor([[2, 0]]), torch.tensor([[16, 5]])
+    tables = (table.to(torch.int32) for table in (page_table, page_rows, torch.tensor([2])))
+    return *torch.randn(3, 1, tokens, 2, 8).unbind(), k_pages, v_pages, *tables, 0.35
+
+
+_triton_op = register(
+    "paged_frame_attention_triton(Tensor q, Tensor k_self, Tensor v_self, Tensor k_pages, Tensor v_pages,"
+    " Tensor page_table, Tensor page_rows, Tensor num_pages, float scale, SymInt? splits=None) -> Tensor",
+    _paged_triton,
+    fake=_paged_fake,
+    sample=_paged_sample,
+)
 
 
 def serving(device: torch.device, dtype: torch.dtype, head_dim: int, aligned: bool = True) -> dict[str, list[str]]:

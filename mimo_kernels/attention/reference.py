@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimo_kernels.attention.mask import FrameMask
-from mimo_kernels.attention.register import register
+from mimo_kernels.attention.operator import register_attention
 
 DEVICES = ("cpu", "cuda", "meta")
 
@@ -152,4 +152,4 @@ def _attend_backward(
     return tuple(gradient.transpose(1, 2) for gradient in gradients[:3])
 
 
-_operator = register("frame_attention_reference", _forward, _backward)
+_operator = register_attention("frame_attention_reference", _forward, _backward)

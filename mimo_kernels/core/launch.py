@@ -1,4 +1,4 @@
-"""What the op families share: the operator library, which device the compiled kernels serve, and how tensors are handed to them."""
+"""What the op families share: which device the compiled kernels serve, and how tensors are handed to them."""
 
 import functools
 from collections.abc import Callable
@@ -8,7 +8,6 @@ from torch import Tensor
 
 from mimo_kernels.core import backends
 
-LIBRARY = torch.library.Library("mimo_kernels", "FRAGMENT")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the numbers of csrc/common.cuh
 DTYPE_NAMES = "float32, float16 or bfloat16"
 

@@ -14,7 +14,6 @@ from mimo_kernels.core import backends
 from mimo_kernels.core.launch import (
     DTYPE_NAMES,
     DTYPES,
-    LIBRARY,
     aligned,
     aligned_rows,
     device_refusals,
@@ -24,6 +23,7 @@ from mimo_kernels.core.launch import (
     pointer,
     same_device,
 )
+from mimo_kernels.core.register import register
 
 MAX_DIM = 8192
 
@@ -226,28 +226,26 @@ def _backward_results(x, branch, gate, scale, weight, bias):
     return dx, dbranch, dgate, scale.new_empty(scale.shape), scale.new_empty(scale.shape), dweight, dbias
 
 
-def _save(ctx, x, mean, rstd, branch, gate, scale, weight, bias, chunks, first):
+def _save_for_backward(ctx, x, mean, rstd, branch, gate, scale, weight, bias, chunks, first):
     ctx.save_for_backward(x, mean, rstd, branch, gate, scale, weight, bias, chunks, first)
     ctx.set_materialize_grads(False)
 
 
-def _modulate_context(ctx, inputs, output):
+def _save_modulate(ctx, inputs, output):
     x, scale, _, weight, bias, _, chunks, first, _ = inputs
-    _save(ctx, x, output[1], output[2], None, None, scale, weight, bias, chunks, first)
+    _save_for_backward(ctx, x, output[1], output[2], None, None, scale, weight, bias, chunks, first)
 
 
-def _gated_context(ctx, inputs, output):
+def _save_gated(ctx, inputs, output):
     _, branch, gate, scale, _, weight, bias, _, chunks, first, _ = inputs
     x_new, _, mean, rstd = output
-    _save(ctx, x_new, mean, rstd, branch, gate, scale, weight, bias, chunks, first)
+    _save_for_backward(ctx, x_new, mean, rstd, branch, gate, scale, weight, bias, chunks, first)
 
 
 def _gradients(ctx, dx_new, dy):
     x, mean, rstd, branch, gate, scale, weight, bias, chunks, first = ctx.saved_tensors
     dy = torch.zeros_like(x) if dy is None else dy
-    return torch.ops.mimo_kernels.modulate_backward(
-        dy, dx_new, x, mean, rstd, branch, gate, scale, weight, bias, chunks, first
-    )
+    return _backward_operator(dy, dx_new, x, mean, rstd, branch, gate, scale, weight, bias, chunks, first)
 
 
 def _modulate_gradients(ctx, dy, dmean, drstd):
@@ -266,42 +264,73 @@ def _parameters(ctx, at, *gradients):
 
 _ROWS = "Tensor scale, Tensor shift, Tensor? weight, Tensor? bias, Tensor row, Tensor chunks, Tensor first, float eps"
 _BRANCH = "Tensor? branch, Tensor? gate, Tensor scale, Tensor? weight, Tensor? bias, Tensor chunks, Tensor first"
-LIBRARY.define(f"modulate(Tensor x, {_ROWS}) -> (Tensor y, Tensor mean, Tensor rstd)")
-LIBRARY.define(
-    f"gated_residual_modulate(Tensor x, Tensor branch, Tensor gate, {_ROWS})"
-    " -> (Tensor x_new, Tensor y, Tensor mean, Tensor rstd)"
-)
-LIBRARY.define(
-    f"modulate_backward(Tensor dy, Tensor? dx_new, Tensor x, Tensor mean, Tensor rstd, {_BRANCH}) -> "
-    "(Tensor dx, Tensor dbranch, Tensor dgate, Tensor dscale, Tensor dshift, Tensor dweight, Tensor dbias)"
-)
-LIBRARY.impl("modulate", _modulate, "CompositeExplicitAutograd")
-LIBRARY.impl("gated_residual_modulate", _gated, "CompositeExplicitAutograd")
-LIBRARY.impl("modulate_backward", _backward, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("mimo_kernels::modulate", lib=LIBRARY)
-def _(x, scale, shift, weight, bias, row, chunks, first, eps):
+def _fake_modulate(x, scale, shift, weight, bias, row, chunks, first, eps):
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     return y, *(x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
 
 
-@torch.library.register_fake("mimo_kernels::gated_residual_modulate", lib=LIBRARY)
-def _(x, branch, gate, scale, shift, weight, bias, row, chunks, first, eps):
+def _fake_gated(x, branch, gate, scale, shift, weight, bias, row, chunks, first, eps):
     x_new, y = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
     return x_new, y, *(x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
 
 
-@torch.library.register_fake("mimo_kernels::modulate_backward", lib=LIBRARY)
-def _(dy, dx_new, x, mean, rstd, branch, gate, scale, weight, bias, chunks, first):
+def _fake_backward(dy, dx_new, x, mean, rstd, branch, gate, scale, weight, bias, chunks, first):
     return _backward_results(x, branch, gate, scale, weight, bias)
 
 
-torch.library.register_autograd(
-    "mimo_kernels::modulate", _modulate_gradients, setup_context=_modulate_context, lib=LIBRARY
+def _sample(rows: int) -> tuple:
+    """Three frames: history, one of the first group, one of the second."""
+    frames = FrameRows([rows, rows, rows], [-1, 0, 1])
+    x, branch, scale, shift, gate = (torch.randn(n, 16) for n in (3 * rows, 3 * rows, 2, 2, 2))
+    return (
+        x,
+        branch,
+        gate,
+        scale,
+        shift,
+        torch.randn(16),
+        torch.randn(16),
+        frames.row_on("cpu"),
+        *frames.chunks_on("cpu"),
+    )
+
+
+def _sample_modulate(rows: int) -> tuple:
+    x, _, _, *others = _sample(rows)
+    return x, *others, 1e-6
+
+
+def _sample_backward(rows: int) -> tuple:
+    x, branch, gate, scale, _, weight, bias, _, chunks, first = _sample(rows)
+    mean, rstd = x.mean(1), 1 / (0.1 + x.square().mean(1))
+    return x.cos(), x.sin(), x, mean, rstd, branch, gate, scale, weight, bias, chunks, first
+
+
+_operator = register(
+    f"modulate(Tensor x, {_ROWS}) -> (Tensor y, Tensor mean, Tensor rstd)",
+    _modulate,
+    fake=_fake_modulate,
+    sample=_sample_modulate,
+    gradients=_modulate_gradients,
+    save=_save_modulate,
 )
-torch.library.register_autograd(
-    "mimo_kernels::gated_residual_modulate", _gated_gradients, setup_context=_gated_context, lib=LIBRARY
+_gated_operator = register(
+    f"gated_residual_modulate(Tensor x, Tensor branch, Tensor gate, {_ROWS})"
+    " -> (Tensor x_new, Tensor y, Tensor mean, Tensor rstd)",
+    _gated,
+    fake=_fake_gated,
+    sample=lambda rows: (*_sample(rows), 1e-6),
+    gradients=_gated_gradients,
+    save=_save_gated,
+)
+_backward_operator = register(
+    f"modulate_backward(Tensor dy, Tensor? dx_new, Tensor x, Tensor mean, Tensor rstd, {_BRANCH}) -> "
+    "(Tensor dx, Tensor dbranch, Tensor dgate, Tensor dscale, Tensor dshift, Tensor dweight, Tensor dbias)",
+    _backward,
+    fake=_fake_backward,
+    sample=_sample_backward,
 )
 
 
@@ -382,7 +411,7 @@ def modulate(
     if backends.choose("modulate", backend, _refusals(x.device, x.dtype, x.shape[1])) == "reference":
         return modulate_ref(x, scale, shift, rows, weight=weight, bias=bias, eps=eps)
     row, (chunks, first) = rows.row_on(x.device), rows.chunks_on(x.device)
-    return torch.ops.mimo_kernels.modulate(x, scale, shift, weight, bias, row, chunks, first, eps)[0]
+    return _operator(x, scale, shift, weight, bias, row, chunks, first, eps)[0]
 
 
 def gated_residual_modulate(
@@ -412,9 +441,7 @@ def gated_residual_modulate(
     if backends.choose("gated_residual_modulate", backend, _refusals(x.device, x.dtype, x.shape[1])) == "reference":
         return gated_residual_modulate_ref(x, branch, gate, scale, shift, rows, weight=weight, bias=bias, eps=eps)
     row, (chunks, first) = rows.row_on(x.device), rows.chunks_on(x.device)
-    return torch.ops.mimo_kernels.gated_residual_modulate(
-        x, branch, gate, scale, shift, weight, bias, row, chunks, first, eps
-    )[:2]
+    return _gated_operator(x, branch, gate, scale, shift, weight, bias, row, chunks, first, eps)[:2]
 
 
 def _per_row(history: Tensor, modulation: Tensor, rows: FrameRows, dtype: torch.dtype) -> Tensor:

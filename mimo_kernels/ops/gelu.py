@@ -8,7 +8,6 @@ from mimo_kernels.core import backends
 from mimo_kernels.core.launch import (
     DTYPE_NAMES,
     DTYPES,
-    LIBRARY,
     aligned,
     device_refusals,
     floating,
@@ -17,6 +16,7 @@ from mimo_kernels.core.launch import (
     pointer,
     same_device,
 )
+from mimo_kernels.core.register import register
 
 GRAD_ROWS = 64  # rows per block of the backward
 
@@ -66,29 +66,30 @@ def _backward_results(dy, x, bias):
     return dx, x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
 
 
-def _context(ctx, inputs, output):
+def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
 def _gradients(ctx, dy):
     x, bias = ctx.saved_tensors
-    dx, dbias = torch.ops.mimo_kernels.bias_gelu_backward(dy, x, bias)
+    dx, dbias = _backward_operator(dy, x, bias)
     return dx, None if bias is None else dbias
 
 
-LIBRARY.define("bias_gelu(Tensor x, Tensor? bias) -> Tensor")
-LIBRARY.define("bias_gelu_backward(Tensor dy, Tensor x, Tensor? bias) -> (Tensor dx, Tensor dbias)")
-LIBRARY.impl("bias_gelu", _bias_gelu, "CompositeExplicitAutograd")
-LIBRARY.impl("bias_gelu_backward", _bias_gelu_backward, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("mimo_kernels::bias_gelu", lib=LIBRARY)
-def _(x, bias):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-torch.library.register_fake("mimo_kernels::bias_gelu_backward", _backward_results, lib=LIBRARY)
-torch.library.register_autograd("mimo_kernels::bias_gelu", _gradients, setup_context=_context, lib=LIBRARY)
+_operator = register(
+    "bias_gelu(Tensor x, Tensor? bias) -> Tensor",
+    _bias_gelu,
+    fake=lambda x, bias: torch.empty_like(x, memory_format=torch.contiguous_format),
+    sample=lambda rows: (torch.randn(rows, 16), torch.randn(16)),
+    gradients=_gradients,
+    save=_save,
+)
+_backward_operator = register(
+    "bias_gelu_backward(Tensor dy, Tensor x, Tensor? bias) -> (Tensor dx, Tensor dbias)",
+    _bias_gelu_backward,
+    fake=_backward_results,
+    sample=lambda rows: (torch.randn(rows, 16), torch.randn(rows, 16), torch.randn(16)),
+)
 
 
 def _refusals(device: torch.device, dtype: torch.dtype, dim: int) -> dict[str, list[str]]:
@@ -130,7 +131,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -
     same_device("bias_gelu", x, bias=bias)
     if backends.choose("bias_gelu", backend, _refusals(x.device, x.dtype, x.shape[-1])) == "reference":
         return bias_gelu_ref(x, bias)
-    return torch.ops.mimo_kernels.bias_gelu(x.reshape(-1, x.shape[-1]), bias).view(x.shape)
+    return _operator(x.reshape(-1, x.shape[-1]), bias).view(x.shape)
 
 
 def bias_gelu_ref(x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mimo_kernels.core import backends, launch
+from mimo_kernels.core.register import refuse_torch_func, register
 
 if backends.triton_available():
     import triton
@@ -28,8 +29,7 @@ if backends.triton_available():
 BLOCK = 1024
 
 
-@torch.library.custom_op("mimo_kernels::guided_step_triton", mutates_args=("x",))
-def _triton_op(x: Tensor, v: Tensor, weights: Tensor, coefficients: Tensor, index: Tensor) -> None:
+def _guided_step(x: Tensor, v: Tensor, weights: Tensor, coefficients: Tensor, index: Tensor) -> None:
     blocks = triton.cdiv(x.numel(), BLOCK)
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():  # a launch goes to the current device
         guided_step_kernel[(blocks,)](
@@ -37,9 +37,18 @@ def _triton_op(x: Tensor, v: Tensor, weights: Tensor, coefficients: Tensor, inde
         )
 
 
-@_triton_op.register_fake
-def _(x, v, weights, coefficients, index):
-    return None
+_triton_op = register(
+    "guided_step_triton(Tensor(a!) x, Tensor v, Tensor weights, Tensor coefficients, Tensor index) -> ()",
+    _guided_step,
+    fake=lambda x, v, weights, coefficients, index: None,
+    sample=lambda rows: (
+        torch.randn(rows, 8),
+        torch.randn(2, rows, 8),
+        torch.randn(2),
+        torch.randn(3, 2),
+        torch.tensor([1]),
+    ),
+)
 
 
 def serving(device: torch.device) -> dict[str, list[str]]:
@@ -87,6 +96,7 @@ def guided_step(
                 f"got {tensor.dtype} {list(tensor.shape)} with strides {list(tensor.stride())}"
             )
     if backends.choose("guided_step", backend, serving(x.device)) == "triton":
+        refuse_torch_func("guided_step")
         _triton_op(x, v, weights, coefficients, index)
         return x
     return x.copy_(guided_step_ref(x, v, weights, coefficients, index))

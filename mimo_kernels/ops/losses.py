@@ -7,13 +7,13 @@ from mimo_kernels.core import backends
 from mimo_kernels.core.launch import (
     DTYPE_NAMES,
     DTYPES,
-    LIBRARY,
     device_refusals,
     floating,
     kernels,
     place,
     same_device,
 )
+from mimo_kernels.core.register import register
 
 BLOCKS = 512  # a constant, so that the order of addition is one
 
@@ -53,31 +53,28 @@ def _squared_error_backward(dloss: Tensor, prediction: Tensor, target: Tensor, w
     return dprediction
 
 
-def _context(ctx, inputs, output):
+def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
 def _gradients(ctx, dloss):
-    return torch.ops.mimo_kernels.squared_error_backward(dloss, *ctx.saved_tensors), None, None
+    return _backward_operator(dloss, *ctx.saved_tensors), None, None
 
 
-LIBRARY.define("squared_error(Tensor prediction, Tensor target, Tensor weight) -> Tensor")
-LIBRARY.define("squared_error_backward(Tensor dloss, Tensor prediction, Tensor target, Tensor weight) -> Tensor")
-LIBRARY.impl("squared_error", _squared_error, "CompositeExplicitAutograd")
-LIBRARY.impl("squared_error_backward", _squared_error_backward, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("mimo_kernels::squared_error", lib=LIBRARY)
-def _(prediction, target, weight):
-    return prediction.new_empty((), dtype=torch.float32)
-
-
-@torch.library.register_fake("mimo_kernels::squared_error_backward", lib=LIBRARY)
-def _(dloss, prediction, target, weight):
-    return torch.empty_like(prediction, memory_format=torch.contiguous_format)
-
-
-torch.library.register_autograd("mimo_kernels::squared_error", _gradients, setup_context=_context, lib=LIBRARY)
+_operator = register(
+    "squared_error(Tensor prediction, Tensor target, Tensor weight) -> Tensor",
+    _squared_error,
+    fake=lambda prediction, target, weight: prediction.new_empty((), dtype=torch.float32),
+    sample=lambda rows: (torch.randn(rows, 8), torch.randn(rows, 8), torch.rand(rows)),
+    gradients=_gradients,
+    save=_save,
+)
+_backward_operator = register(
+    "squared_error_backward(Tensor dloss, Tensor prediction, Tensor target, Tensor weight) -> Tensor",
+    _squared_error_backward,
+    sample=lambda rows: (torch.tensor(0.5), torch.randn(rows, 8), torch.randn(rows, 8), torch.rand(rows)),
+    fake=lambda dloss, prediction, target, weight: torch.empty_like(prediction, memory_format=torch.contiguous_format),
+)
 
 
 def _refusals(device: torch.device, dtype: torch.dtype) -> dict[str, list[str]]:
@@ -125,7 +122,7 @@ def weighted_squared_error(prediction: Tensor, target: Tensor, weight: Tensor, *
     chosen = backends.choose("weighted_squared_error", backend, _refusals(prediction.device, prediction.dtype))
     if chosen == "reference":
         return weighted_squared_error_ref(prediction, target, weight)
-    return torch.ops.mimo_kernels.squared_error(prediction, target, weight)
+    return _operator(prediction, target, weight)
 
 
 def weighted_squared_error_ref(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from mimo_kernels.core import backends
 from mimo_kernels.core.launch import (
     DTYPE_NAMES,
     DTYPES,
-    LIBRARY,
     aligned,
     device_refusals,
     floating,
@@ -22,6 +21,7 @@ from mimo_kernels.core.launch import (
     pointer,
     same_device,
 )
+from mimo_kernels.core.register import refuse_torch_func, register
 
 MAX_HEAD_DIM = 256
 GRAD_BLOCKS = 528  # blocks of the backward, each with its own sum of the weights' gradients: a constant fixes the order of addition
@@ -84,8 +84,8 @@ class AxialRoPE:
         table = self._table(torch.device(device), max_position).whole
         return table[..., 0], table[..., 1]
 
-    def _table(self, device: torch.device, max_position: int = 1023) -> _Table:
-        key = str(device)
+    def _table(self, device: torch.device | str, max_position: int = 1023) -> _Table:
+        device, key = torch.device(device), str(device)
         kept = self._tables.setdefault(key, [])  # replaced tables stay: a captured CUDA graph may point to them
         if not kept or kept[-1].whole.shape[0] <= max_position:
             if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
@@ -178,48 +178,67 @@ def _backward(dq, dk, dv, qkv, q_weight, k_weight, coords, table, split, eps):
     return dqkv, dq_weight, dk_weight
 
 
-def _context(ctx, inputs, output):
+def _save(ctx, inputs, output):
     qkv, q_weight, k_weight, coords, table, ctx.split, ctx.eps, ctx.with_v = inputs
     ctx.save_for_backward(qkv, q_weight, k_weight, coords, table)
 
 
 def _gradients(ctx, dq, dk, dv):
     dv = dv if ctx.with_v else None
-    gradients = torch.ops.mimo_kernels.qk_norm_rope_backward(dq, dk, dv, *ctx.saved_tensors, ctx.split, ctx.eps)
+    gradients = _backward_operator(dq, dk, dv, *ctx.saved_tensors, ctx.split, ctx.eps)
     return *gradients, None, None, None, None, None
 
 
 _INPUTS = "Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor? coords, Tensor? table, int[] split, float eps"
-LIBRARY.define(f"qk_norm_rope({_INPUTS}, bool with_v) -> (Tensor q, Tensor k, Tensor v)")
-LIBRARY.define(
-    f"qk_norm_rope_cache({_INPUTS}, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_rows) -> (Tensor q, Tensor k)"
-)
-LIBRARY.define(
-    f"qk_norm_rope_backward(Tensor dq, Tensor dk, Tensor? dv, {_INPUTS})"
-    " -> (Tensor dqkv, Tensor dq_weight, Tensor dk_weight)"
-)
-LIBRARY.impl("qk_norm_rope", _qk_norm_rope, "CompositeExplicitAutograd")
-LIBRARY.impl("qk_norm_rope_cache", _qk_norm_rope_cache, "CompositeExplicitAutograd")
-LIBRARY.impl("qk_norm_rope_backward", _backward, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("mimo_kernels::qk_norm_rope", lib=LIBRARY)
-def _(qkv, q_weight, k_weight, coords, table, split, eps, with_v):
+def _fake(qkv, q_weight, k_weight, coords, table, split, eps, with_v):
     shape = (qkv.shape[0], qkv.shape[2], qkv.shape[3])
     return qkv.new_empty(shape), qkv.new_empty(shape), qkv.new_empty(shape if with_v else 0)
 
 
-@torch.library.register_fake("mimo_kernels::qk_norm_rope_cache", lib=LIBRARY)
-def _(qkv, q_weight, k_weight, coords, table, split, eps, k_cache, v_cache, cache_rows):
+def _fake_cache(qkv, q_weight, k_weight, coords, table, split, eps, k_cache, v_cache, cache_rows):
     return tuple(qkv.new_empty(qkv.shape[0], qkv.shape[2], qkv.shape[3]) for _ in range(2))
 
 
-@torch.library.register_fake("mimo_kernels::qk_norm_rope_backward", lib=LIBRARY)
-def _(dq, dk, dv, qkv, q_weight, k_weight, coords, table, split, eps):
+def _fake_backward(dq, dk, dv, qkv, q_weight, k_weight, coords, table, split, eps):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (qkv, q_weight, k_weight))
 
 
-torch.library.register_autograd("mimo_kernels::qk_norm_rope", _gradients, setup_context=_context, lib=LIBRARY)
+def _sample(rows: int) -> tuple:
+    rope, coords = AxialRoPE(16), torch.arange(3 * rows, dtype=torch.int32).view(rows, 3)
+    return (
+        torch.randn(rows, 3, 2, 16),
+        torch.ones(16),
+        torch.ones(16),
+        coords,
+        rope._table("cpu").whole,
+        rope.split,
+        1e-6,
+    )
+
+
+_operator = register(
+    f"qk_norm_rope({_INPUTS}, bool with_v) -> (Tensor q, Tensor k, Tensor v)",
+    _qk_norm_rope,
+    fake=_fake,
+    sample=lambda rows: (*_sample(rows), True),
+    gradients=_gradients,
+    save=_save,
+)
+_cache_operator = register(
+    f"qk_norm_rope_cache({_INPUTS}, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_rows) -> (Tensor q, Tensor k)",
+    _qk_norm_rope_cache,
+    fake=_fake_cache,
+    sample=lambda rows: (*_sample(rows), *torch.zeros(2, rows, 2, 16).unbind(), torch.arange(rows)),
+)
+_backward_operator = register(
+    f"qk_norm_rope_backward(Tensor dq, Tensor dk, Tensor? dv, {_INPUTS})"
+    " -> (Tensor dqkv, Tensor dq_weight, Tensor dk_weight)",
+    _backward,
+    fake=_fake_backward,
+    sample=lambda rows: (*torch.randn(3, rows, 2, 16).unbind(), *_sample(rows)),
+)
 
 
 def _refusals(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, list[str]]:
@@ -295,7 +314,7 @@ def qk_norm_rope(
     if backends.choose("qk_norm_rope", backend, _refusals(qkv.device, qkv.dtype, qkv.shape[3])) == "reference":
         return qk_norm_rope_ref(qkv, q_weight, k_weight, coords, rope, eps=eps, return_v=return_v)
     table, split = (None, (0, 0, 0)) if rope is None else (rope._table(qkv.device).whole, rope.split)
-    outputs = torch.ops.mimo_kernels.qk_norm_rope(qkv, q_weight, k_weight, coords, table, split, eps, return_v)
+    outputs = _operator(qkv, q_weight, k_weight, coords, table, split, eps, return_v)
     return outputs if return_v else outputs[:2]
 
 
@@ -343,8 +362,9 @@ def qk_norm_rope_cache(
         return q, k
     if not torch.compiler.is_compiling() and (k_cache.data_ptr() | v_cache.data_ptr()) % 16:
         raise ValueError("qk_norm_rope_cache: k_cache and v_cache are expected to begin at a multiple of 16 bytes")
+    refuse_torch_func("qk_norm_rope_cache")
     table, split = (None, (0, 0, 0)) if rope is None else (rope._table(qkv.device).whole, rope.split)
-    return torch.ops.mimo_kernels.qk_norm_rope_cache(
+    return _cache_operator(
         qkv, q_weight, k_weight, coords, table, split, eps, k_cache, v_cache, cache_rows.contiguous()
     )
 

@@ -11,7 +11,6 @@ from mimo_kernels.core import backends
 from mimo_kernels.core.launch import (
     DTYPE_NAMES,
     DTYPES,
-    LIBRARY,
     aligned,
     device_refusals,
     kernels,
@@ -19,6 +18,7 @@ from mimo_kernels.core.launch import (
     pointer,
     same_device,
 )
+from mimo_kernels.core.register import register
 
 FILL_GRAD_ROWS = 64  # rows per block of the first pass of fill's gradient
 
@@ -83,56 +83,52 @@ def _hole_sum(dy: Tensor, inverse: Tensor) -> Tensor:
     return total
 
 
-def _gather_backward(ctx, dy):
+def _gather_gradients(ctx, dy):
     (index,) = ctx.saved_tensors
-    return torch.ops.mimo_kernels.scatter_rows(dy, index, ctx.num_rows, None)[0], None
+    return _scatter_operator(dy, index, ctx.num_rows, None)[0], None
 
 
-def _gather_context(ctx, inputs, output):
+def _save_gather(ctx, inputs, output):
     x, index = inputs
     ctx.save_for_backward(index)
     ctx.num_rows = x.shape[0]
 
 
-def _scatter_backward(ctx, dy, _):
+def _scatter_gradients(ctx, dy, _):
     index, inverse = ctx.saved_tensors
-    dx = torch.ops.mimo_kernels.gather_rows(dy, index) if ctx.needs_input_grad[0] else None
-    dfill = torch.ops.mimo_kernels.hole_sum(dy, inverse) if ctx.needs_input_grad[3] else None
+    dx = _gather_operator(dy, index) if ctx.needs_input_grad[0] else None
+    dfill = _hole_sum_operator(dy, inverse) if ctx.needs_input_grad[3] else None
     return dx, None, None, dfill
 
 
-def _scatter_context(ctx, inputs, output):
+def _save_scatter(ctx, inputs, output):
     ctx.save_for_backward(inputs[1], output[1])
 
 
-LIBRARY.define("gather_rows(Tensor x, Tensor index) -> Tensor")
-LIBRARY.define("scatter_rows(Tensor x, Tensor index, SymInt num_rows, Tensor? fill) -> (Tensor, Tensor)")
-LIBRARY.define("hole_sum(Tensor dy, Tensor inverse) -> Tensor")
-LIBRARY.impl("gather_rows", _gather_rows, "CompositeExplicitAutograd")
-LIBRARY.impl("scatter_rows", _scatter_rows, "CompositeExplicitAutograd")
-LIBRARY.impl("hole_sum", _hole_sum, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("mimo_kernels::gather_rows", lib=LIBRARY)
-def _(x, index):
-    return x.new_empty(index.shape[0], x.shape[1])
-
-
-@torch.library.register_fake("mimo_kernels::scatter_rows", lib=LIBRARY)
-def _(x, index, num_rows, fill):
-    return x.new_empty(num_rows, x.shape[1]), x.new_empty(num_rows, dtype=torch.int32)
-
-
-@torch.library.register_fake("mimo_kernels::hole_sum", lib=LIBRARY)
-def _(dy, inverse):
-    return dy.new_empty(dy.shape[1])
-
-
-torch.library.register_autograd(
-    "mimo_kernels::gather_rows", _gather_backward, setup_context=_gather_context, lib=LIBRARY
+_gather_operator = register(
+    "gather_rows(Tensor x, Tensor index) -> Tensor",
+    _gather_rows,
+    fake=lambda x, index: x.new_empty(index.shape[0], x.shape[1]),
+    sample=lambda rows: (torch.randn(rows, 8), torch.arange(rows).flip(0)[: rows // 2]),
+    gradients=_gather_gradients,
+    save=_save_gather,
 )
-torch.library.register_autograd(
-    "mimo_kernels::scatter_rows", _scatter_backward, setup_context=_scatter_context, lib=LIBRARY
+_scatter_operator = register(
+    "scatter_rows(Tensor x, Tensor index, SymInt num_rows, Tensor? fill) -> (Tensor, Tensor)",
+    _scatter_rows,
+    fake=lambda x, index, num_rows, fill: (
+        x.new_empty(num_rows, x.shape[1]),
+        x.new_empty(num_rows, dtype=torch.int32),
+    ),
+    sample=lambda rows: (torch.randn(rows, 8), 2 * torch.arange(rows), 2 * rows, torch.randn(8)),
+    gradients=_scatter_gradients,
+    save=_save_scatter,
+)
+_hole_sum_operator = register(
+    "hole_sum(Tensor dy, Tensor inverse) -> Tensor",
+    _hole_sum,
+    fake=lambda dy, inverse: dy.new_empty(dy.shape[1]),
+    sample=lambda rows: (torch.randn(rows, 8), torch.arange(rows, dtype=torch.int32) - rows // 2),
 )
 
 
@@ -179,7 +175,7 @@ def gather_tokens(x: Tensor, index: Tensor, *, backend: str = "auto") -> Tensor:
     chosen = backends.choose("gather_tokens", backend, _refusals(x.device, x.dtype))
     if chosen == "reference":
         return gather_tokens_ref(x, index)
-    return torch.ops.mimo_kernels.gather_rows(x, index)
+    return _gather_operator(x, index)
 
 
 def scatter_tokens(
@@ -212,7 +208,7 @@ def scatter_tokens(
     chosen = backends.choose("scatter_tokens", backend, _refusals(x.device, x.dtype))
     if chosen == "reference":
         return scatter_tokens_ref(x, index, num_rows, fill)
-    return torch.ops.mimo_kernels.scatter_rows(x, index, num_rows, fill)[0]
+    return _scatter_operator(x, index, num_rows, fill)[0]
 
 
 def sample_tube_mask(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mimo_kernels.attention.register import register
+from mimo_kernels.attention.operator import register_attention
 from mimo_kernels.attention.triton import backward as triton_bwd
 from mimo_kernels.attention.triton import forward as triton_fwd
 from mimo_kernels.attention.triton.schedule import PASSES, Plan, plan_for
@@ -97,4 +97,4 @@ def _on_device(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-_operator = register("frame_attention_triton", _forward, _backward)
+_operator = register_attention("frame_attention_triton", _forward, _backward)
