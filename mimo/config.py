@@ -303,15 +303,18 @@ class SampleConfig(_Record):
         sampler: "ddim" (for v-prediction) or "euler" (for flow).
         steps: denoising steps per frame.
         history_guidance: w of (1 - w) v(no history) + w v(history); 1 is none.
-        class_guidance: w of (1 - w) v(null) + w v(class or action); 1 is none.
+        class_guidance: w of (1 - w) v(null) + w v(class or action); 1 is none. "null" is told no class and no action, in
+            any frame, those of its history included (FAR's protocol).
         context_frames: latent frames given when a clip is predicted; 0 generates from nothing.
         num_frames: latent frames of the result, context included.
         window: how many latent frames a frame sees, the latest, itself included; None: all. Memory no longer grows then.
         sink: the first frames of the video, which stay visible beside the window.
         temperature: factor on the noise that a frame starts from, for the first and the last frame made, linear in
-            between: cooler late frames gather less error (VideoMAR, Sec. 3.3: 1 to 0.9).
+            between; of no paper. VideoMAR's temperature (0.9 + 10^-(t+1), its App. B) is another one: it scales noise in
+            every step of a diffusion head per token.
         history_noise: standard deviation of the noise added to a finished frame before it becomes history, for the
-            first and the last frame made, linear in between.
+            first and the last frame made, linear in between; of no paper. MAGI injects noise in training, and tells the
+            network how much; here the network is not told.
     """
 
     sampler: Literal["ddim", "euler"] = "ddim"

@@ -32,11 +32,13 @@ class Sample:
         sampler: "ddim" for v-prediction, "euler" for flow.
         steps: denoising steps per frame.
         history_guidance: 1 is none.
-        class_guidance: 1 is none.
+        class_guidance: of class or actions; 1 is none.
         window: latent frames that a frame sees, the latest, itself included: long videos in constant memory.
         sink: the first frames, which stay visible beside the window.
-        temperature: factor on the noise that the first and the last frame start from, linear in between.
-        history_noise: standard deviation of the noise on the first and the last frame as the history of later ones.
+        temperature: factor on the noise that the first and the last frame start from, linear in between; 1 is none. Not
+            VideoMAR's, which scales noise inside its token diffusion.
+        history_noise: standard deviation of the noise on the first and the last frame as the history of later ones; 0 is
+            none. Not MAGI's, which adds noise in training and tells the network its level.
         weights: the averaged weights, or those of the last step.
         tokenizer_weights: where the tokenizer's weights lie, if not where they lay when the model was trained.
         trust_pickle: read tokenizer weights that hold pickled objects, which can run any code.

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mimo.errors import InputError
 from mimo.network.frames import make_layout
 from mimo.network.network import MiMo
 from mimo.sampling.guidance import Conditions, RunKey
@@ -198,9 +199,15 @@ class CachedHistory(History):
         return self.cache.state_dict() | {"seqs": torch.tensor(self.seqs)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Instead of `begin`: go on where `state_dict` was called."""
+        """Instead of `begin`: go on where `state_dict` was called. InputError for a state of other histories."""
+        seqs, expected = state["seqs"].tolist(), self.key.histories * self.size
+        if len(seqs) != expected:
+            raise InputError(
+                f"the saved run has {len(seqs)} sequences in its cache, expected {expected}: {self.size} in each of "
+                f"{self.key.histories} histories"
+            )
         self.cache.load_state_dict(state)
-        self.seqs = state["seqs"].tolist()
+        self.seqs = seqs
         self._refresh()
 
     def _as_history(self, x: Tensor, position: int | Tensor, told: dict, past: CacheView | ViewHead) -> None:

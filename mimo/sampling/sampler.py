@@ -368,9 +368,11 @@ class Sampler:
         c = self.model.config
         if self.model.rope is not None:
             self.model.rope.tables_on(self._device, max(num_frames, c.height, c.width))
+        given = {name for name, there in (("labels", labels), ("actions", actions)) if there}
         # Without a condition its null branch would be the same rows twice.
-        class_guidance = self.config.class_guidance if labels or actions else 1.0
-        branches = guidance_branches(self.config.history_guidance, class_guidance)
+        class_guidance = self.config.class_guidance if given else 1.0
+        own_history = not given.isdisjoint(self.model.history_conditions)
+        branches = guidance_branches(self.config.history_guidance, class_guidance, own_history=own_history)
         key = RunKey(clips, trajectories, context_frames, num_frames, labels, actions, self._dtype, tuple(branches))
         run = self._idle.pop(key, None)
         self._idle.clear()  # before memory is taken for another one

@@ -110,10 +110,8 @@ def algorithm_4(model, schedule, steps, given, starts, w_history=1.0, w_class=1.
             if w_history != 1:
                 guided = guided + (w_history - 1) * (v - velocity(drop=True))
             if w_class != 1:
-                # The history keeps its actions: it is the same for all branches.
-                null = actions.clone() if actions is not None else None
-                if null is not None:
-                    null[:, t] = ACTIONS
+                # Nobody is told anything: neither the frame nor its history.
+                null = None if actions is None else torch.full_like(actions, ACTIONS)
                 guided = guided + (w_class - 1) * (v - velocity(labels=None, actions=null))
             x = schedule.step(guided, x, i)
         frames.append(x)
@@ -481,6 +479,47 @@ def test_guidance_branches():
         (-0.5, None, True),
         (-2.0, 0, False),
     ]
+
+
+def test_a_branch_that_is_told_less_brings_its_history():
+    found = [(b.weight, b.history, b.condition) for b in guidance_branches(1.5, 3.0, own_history=True)]
+    assert found == [(3.5, 0, True), (-2.0, 1, False), (-0.5, None, True)]
+    assert guidance_branches(1.5, 1.0, own_history=True) == guidance_branches(1.5, 1.0)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_null_branch_is_told_no_action_in_any_frame(conditional, name, use_cache):
+    """All weight on it, it makes the video of a network that is told nothing from the first frame on."""
+    given, told = [context(1, 4)[0], context(1, 1)[0]], conditions(frames=8)
+    options = {"policy": POLICIES[name], "use_cache": use_cache, "page_size": 3}
+    videos = [
+        Sampler(conditional, config(class_guidance=w), **options).sample(
+            given, 8, trajectories=2, generator=seed(), **(told if w == 0 else {})
+        )
+        for w in (0.0, 1.0)
+    ]
+    for one, other in zip(*videos, strict=True):
+        close(one, other)
+
+
+def test_a_history_of_its_own_takes_as_many_pages_again(conditional):
+    """Only where the condition changes history, and is guided by; forks share the context in each."""
+    for told, w, histories in (
+        (("actions",), 2.0, 2),
+        (("labels", "actions"), 2.0, 2),
+        (("labels",), 2.0, 1),
+        (("actions",), 1.0, 1),
+    ):
+        given = {name: conditions()[name] for name in told}
+        sampler = Sampler(conditional, config(class_guidance=w, history_guidance=1.5))
+        stream = sampler.stream(context(2, 4), 6, trajectories=10, generator=seed(), **given)
+        next(stream)
+        cache = stream.run.history.cache
+        assert cache.num_pages == histories * (2 * 4 + 20 * 2)
+        assert cache.num_pages - cache.num_free_pages == histories * (2 * 4 + 20 * 1)
+        stream.close()
+        assert cache.num_free_pages == cache.num_pages
 
 
 def test_wrong_use_is_named(model, conditional):

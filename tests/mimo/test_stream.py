@@ -166,6 +166,15 @@ def test_state_of_another_run_is_named(model, tmp_path):
     assert Sampler(model, config()).resume(saving).progress.done == 2
 
 
+def test_state_with_fewer_histories_is_refused(model, tmp_path, monkeypatch):
+    """As an older version saved it, whose null branch was told the actions of its history."""
+    with monkeypatch.context() as patch:
+        patch.setattr(MiMo, "history_conditions", frozenset())
+        saving = saved_run(model, tmp_path)
+    with pytest.raises(InputError, match="has 4 sequences in its cache, expected 8: 4 in each of 2 histories"):
+        next(Sampler(model, config()).resume(saving))
+
+
 def test_damaged_and_missing_states_are_named(model, tmp_path):
     sampler = Sampler(model, config())
     with pytest.raises(InputError, match="none does not exist"):
