@@ -2,38 +2,71 @@
 
     RUN/checkpoints/step_00001234/
         model/  ema/  optimizer/    shard-00001-model-00001-of-00001.safetensors, ...: what rank 0, 1, ... wrote; never pickles
-        state.json                  format, step, configurations, random seed, and the size and SHA-256 of every other file
+        state.json                  format, step, configurations, random seed, the size and SHA-256 of every other file, and
+                                    its own checksum
 
 The shards are those of torch.distributed.checkpoint's safetensors storage: a header says which part of which tensor follows,
 so that any number of processes reads what any other number wrote, each the parts it needs.
 
 A checkpoint is written into a hidden folder beside its place, flushed to disk, and renamed: the rename is the moment it exists.
 A process killed at any other moment leaves a hidden folder, which nobody reads and the next training run deletes.
+
+A checkpoint is whole when its state fits its checksum and the name of its folder, and every file that it lists its own
+checksum; no other file is read. Whoever asks for the newest one gets the newest whole one, and why others were passed over.
 """
 
 import hashlib
+import itertools
 import json
-import os
+import logging
+import math
 import re
-import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.tensor import DTensor
 
+from mimo import folders, records
 from mimo.errors import InputError
+from mimo.folders import NotOurs
+from mimo.records import flush
 from mimo.training.distributed import World
 
-FORMAT = 2  # 1 had one file per part and knew no shards
+log = logging.getLogger("mimo.checkpoint")
+
+FORMAT = 3  # 2 had no checksum of state.json; 1 had one file per part and knew no shards
+# All that lies in a step folder, and in a folder with checkpoints; see mimo.folders.
+STEP_FILES = ("state.json", "*/shard-?????-model-?????-of-?????.safetensors")
+RUN_FILES = tuple(f"checkpoints/{step}/{name}" for step in ("step_*", ".unfinished-*") for name in STEP_FILES)
 _STEP = re.compile(r"step_(\d{8,})")
+_SHARD = re.compile(r"\w+/shard-[\w-]+\.safetensors")
 _UNFINISHED = ".unfinished-"
+
+
+@dataclass
+class _File:
+    bytes: int
+    sha256: str
+
+
+@dataclass
+class _State:
+    """What every state.json has; whoever saves adds keys of its own."""
+
+    format: Literal[2, 3]
+    step: int
+    files: dict[str, _File]
+    OTHER_KEYS: ClassVar[bool] = True
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -60,12 +93,13 @@ def save(
     """
     world = world or World()
     final = step_folder(run, step)
-    temporary = final.parent / f"{_UNFINISHED}{final.name}"
+    temporary = None
     with world.together(), _writing(final):
         if world.leads:
             final.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)
+            temporary = _free(final, final.name)
             temporary.mkdir()
+    temporary = world.gather(temporary)[0]
     with world.together(), _writing(final), _alone_is_intended():  # when one rank fails in here, all do
         for part, named in tensors.items():
             writer = HuggingFaceStorageWriter(str(temporary / part), save_distributed=True)  # flushes what it writes
@@ -78,15 +112,13 @@ def save(
     files = {name: entry for part in world.gather(ours) for name, entry in part.items()}
     with world.together(), _writing(final):
         if world.leads:
-            record = {"format": FORMAT, "step": step, **state, "files": files}
-            (temporary / "state.json").write_text(json.dumps(record, indent=1))
+            record = {**state, "format": FORMAT, "step": step, "files": files}
+            (temporary / "state.json").write_text(records.sealed(record))
             for path in (temporary / "state.json", *(temporary / part for part in tensors), temporary):
-                _flush(path)
-            if final.exists():  # a damaged checkpoint of the same step: whole ones are never written twice
-                shutil.rmtree(final)
-            temporary.rename(final)
+                flush(path)
+            _replace(final, temporary)
             for path in (final.parent, run):
-                _flush(path)
+                flush(path)
             _delete_old(run, keep_last, keep_every)
     return final
 
@@ -97,62 +129,85 @@ def step_folders(run: Path) -> list[Path]:
     return sorted(found, key=_step_of)
 
 
-def latest(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint of a run (None if there is none), and why each newer one was passed over."""
+def latest(
+    run: Path, *, parts: Iterable[str] | None = None, world: World | None = None
+) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of a run (None if there is none), and why each newer one was passed over.
+
+    parts: those that will be read, whose checksums are compared; None: all.
+    world: ranks that all make this call, share the comparing and get the same answer.
+    """
+    world = world or World()
     passed_over = []
-    for folder in reversed(step_folders(run)):
-        try:
-            read_state(folder)
-        except InputError as error:
-            passed_over.append(str(error))
-        else:
+    for folder in reversed(world.gather(step_folders(run))[0]):
+        faults = [fault for fault in world.gather(_fault(folder, parts, world)) if fault]
+        if not faults:
+            if world.leads:
+                _say_what_is_unchecked(folder)
             return folder, passed_over
+        passed_over.append(faults[0])
     return None, passed_over
 
 
 def delete_unfinished(run: Path) -> list[Path]:
     """Delete what an interrupted save left behind. Only the process that owns the run may call this."""
     leftovers = sorted((run / "checkpoints").glob(f"{_UNFINISHED}*"))
-    for folder in leftovers:
-        shutil.rmtree(folder)
-    return leftovers
+    return [folder for folder in leftovers if _delete(folder)]
 
 
-def find(path: Path) -> tuple[Path, list[str]]:
-    """The step folder meant by a path: itself, or the newest whole one of a run; and notes on those passed over."""
+def find(path: Path, *, parts: Iterable[str] | None = None) -> tuple[Path, list[str]]:
+    """The step folder meant by a path: itself, or the newest whole one of a run; and notes on those passed over.
+
+    parts: those that will be read, whose checksums are compared; None: all.
+    """
     if not path.exists():
         raise InputError(f"checkpoint {path} does not exist")
     if path.is_file():
         _check_tensor_file(path)
         raise InputError(f"checkpoint {path} is a file; expected a run folder or one of its checkpoints/step_* folders")
     if (path / "state.json").exists() or _STEP.fullmatch(path.name):
-        read_state(path)
+        if fault := _fault(path, parts, World()):
+            run = path.parent.parent
+            others = path.parent.name == "checkpoints" and len(step_folders(run)) > 1
+            raise InputError(f"{fault}; {run} in its place takes the newest whole one" if others else fault)
+        _say_what_is_unchecked(path)
         return path, []
-    folder, passed_over = latest(path)
+    folder, passed_over = latest(path, parts=parts)
     if folder is None:
         raise InputError(
-            passed_over[0] if passed_over else f"{path} holds no checkpoint (no checkpoints/step_* folder)"
+            f"{path} has no whole checkpoint: {passed_over[0]}"
+            if passed_over
+            else f"{path} holds no checkpoint (no checkpoints/step_* folder)"
         )
     return folder, passed_over
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """state.json of a checkpoint, once every file it lists is there, is safetensors and has its recorded size."""
-    file = folder / "state.json"
+    """state.json of a checkpoint, once it fits its checksum and its folder, and every file it lists is there, is
+    safetensors and has its recorded size."""
+    source = f"checkpoint {folder}: state.json"
     try:
-        state = json.loads(file.read_text())
-        files, version = state["files"], state["format"]
+        data = (folder / "state.json").read_bytes()
     except FileNotFoundError:
         raise InputError(f"checkpoint {folder} is incomplete: state.json is missing") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"checkpoint {folder} is damaged: state.json cannot be read ({error!r})") from None
-    if version != FORMAT:
-        raise InputError(f"checkpoint {folder} has format {version}; this version reads format {FORMAT}")
-    for name, recorded in files.items():
+    except OSError as error:
+        raise InputError(f"{source} cannot be read: {error.strerror}") from None
+    state = records.parse(data, source)
+    version = state.get("format") if isinstance(state, dict) else None
+    if type(version) is int and version not in (2, FORMAT):
+        raise InputError(f"checkpoint {folder} has format {version}; this version reads format {FORMAT}, and 2")
+    core = records.convert(state, _State, source)
+    if version == FORMAT:
+        records.parse(data, source, checksum=True)
+    if _STEP.fullmatch(folder.name) and folder.name != step_folder(folder, core.step).name:
+        raise InputError(f"{source} is of step {core.step}, expected that of the folder's name")
+    for name, recorded in core.files.items():
+        if not _SHARD.fullmatch(name):
+            raise InputError(f"{source} lists {name!r}, expected PART/shard-....safetensors")
         _check_tensor_file(folder / name)
         size = (folder / name).stat().st_size
-        if size != recorded["bytes"]:
-            raise InputError(f"checkpoint {folder}: {name} has {size} bytes, {recorded['bytes']} were written")
+        if size != recorded.bytes:
+            raise InputError(f"checkpoint {folder}: {name} has {size} bytes, {recorded.bytes} were written")
     return state
 
 
@@ -170,23 +225,22 @@ def read_tensors(
         else comes back whole.
     world: ranks that all make this call and share the checking.
     """
-    world = world or World()
-    names = sorted(name for name in state["files"] if name.startswith(f"{part}/"))
     if not (folder / part).is_dir():
         parts = {name.partition("/")[0] for name in state["files"]}
         raise InputError(f"checkpoint {folder} has no {part}; it holds {', '.join(sorted(parts))}")
-    for name in names[world.rank :: world.size]:
-        if _sha256(folder / name) != state["files"][name]["sha256"]:
-            raise InputError(f"checkpoint {folder} is damaged: the checksum of {name} is not the recorded one")
+    _compare_checksums(folder, (part,), state, world or World())
+    reader = _Reader(folder, [name for name in state["files"] if name.startswith(f"{part}/")])
     tensors = {}
-    for name, saved in HuggingFaceStorageReader(str(folder / part)).read_metadata().state_dict_metadata.items():
-        model = (like or {}).get(name, (like or {}).get(name.rpartition(":")[0]))
-        if isinstance(model, DTensor) and model.shape == saved.size:
-            tensors[name] = torch.zeros_like(model, dtype=saved.properties.dtype)
-        else:
-            tensors[name] = torch.empty(saved.size, dtype=saved.properties.dtype)
-    with _alone_is_intended():  # nobody needs the others in order to read
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder / part)), no_dist=True)
+    with _alone_is_intended(), _understanding(folder, part):  # nobody needs the others in order to read
+        for name, saved in reader.read_metadata().state_dict_metadata.items():
+            if sum(math.prod(chunk.sizes) for chunk in saved.chunks) != math.prod(saved.size):
+                raise ValueError(f"the shards do not hold all of {name}")
+            model = (like or {}).get(name, (like or {}).get(name.rpartition(":")[0]))
+            if isinstance(model, DTensor) and model.shape == saved.size:
+                tensors[name] = torch.zeros_like(model, dtype=saved.properties.dtype)
+            else:
+                tensors[name] = torch.empty(saved.size, dtype=saved.properties.dtype)
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors
 
 
@@ -265,7 +319,8 @@ def _require_match(expected: dict[str, tuple[int, ...]], tensors: dict[str, Tens
 
 
 def _check_tensor_file(file: Path) -> None:
-    """Look at the first bytes only: a pickle is named as one and never loaded, a file shorter than its header says is truncated."""
+    """Look at the first bytes only: a pickle is named as one and never loaded, a file shorter than its header says is
+    truncated."""
     if not file.is_file():
         raise InputError(f"checkpoint file {file} is missing")
     size = file.stat().st_size
@@ -285,18 +340,113 @@ def _check_tensor_file(file: Path) -> None:
     try:
         entries = json.loads(header)
         end = max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise InputError(f"{file} is not a safetensors file: its header is not the expected JSON") from None
     if size < 8 + header_bytes + end:
         raise InputError(f"{file} is truncated: {size} bytes, its header promises {8 + header_bytes + end}")
 
 
+def _fault(folder: Path, parts: Iterable[str] | None, world: World) -> str | None:
+    """Why a checkpoint is not whole, as far as this rank looks at it."""
+    try:
+        _compare_checksums(folder, parts, read_state(folder), world)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def _compare_checksums(folder: Path, parts: Iterable[str] | None, state: dict[str, Any], world: World) -> None:
+    """Raises InputError for the first file, among this rank's share of these parts, that is not the one written."""
+    wanted = None if parts is None else set(parts)
+    names = sorted(name for name in state["files"] if wanted is None or name.partition("/")[0] in wanted)
+    for name in names[world.rank :: world.size]:
+        if _sha256(folder / name) != state["files"][name]["sha256"]:
+            raise InputError(f"checkpoint {folder} is damaged: the checksum of {name} is not the recorded one")
+
+
+def _say_what_is_unchecked(folder: Path) -> None:
+    if read_state(folder)["format"] == 2:
+        log.warning("%s: state.json has no checksum, as an older version wrote it: it is believed as it is", folder)
+
+
+def _free(final: Path, name: str) -> Path:
+    """A hidden name beside `final` that nothing has. What an earlier save left there is deleted."""
+    for number in itertools.count():
+        path = final.with_name(f"{_UNFINISHED}{name}{f'-{number}' if number else ''}")
+        if not (path.is_symlink() or path.exists()) or _delete(path):
+            return path
+
+
+def _replace(final: Path, temporary: Path) -> None:
+    """Give a finished checkpoint its place. What stands there, as a damaged one does, makes way."""
+    if final.is_symlink() or final.exists():
+        aside = final.rename(_free(final, f"before-{final.name}"))
+        temporary.rename(final)
+        _delete(aside)
+    else:
+        temporary.rename(final)
+
+
 def _delete_old(run: Path, keep_last: int, keep_every: int | None) -> None:
     for folder in step_folders(run)[:-keep_last]:
         if not (keep_every and _step_of(folder) % keep_every == 0):
-            # Renamed first, so that a kill in the middle of the deletion does not leave a damaged checkpoint.
-            doomed = folder.rename(folder.parent / f"{_UNFINISHED}{folder.name}")
-            shutil.rmtree(doomed)
+            try:
+                list(folders.ours(folder, STEP_FILES))
+            except NotOurs as stranger:
+                log.warning("%s", stranger)
+            else:
+                # Renamed first, so that a kill in the middle of the deletion does not leave a damaged checkpoint.
+                _delete(folder.rename(_free(folder, folder.name)))
+
+
+def _delete(folder: Path) -> bool:
+    """Delete what a save left, unless something else is in it, which is said."""
+    try:
+        folders.remove_known(folder, STEP_FILES)
+    except NotOurs as stranger:
+        log.warning("%s", stranger)
+        return False
+    return True
+
+
+class _Listed(FileSystem):
+    """The file system with nothing in it but some files."""
+
+    def __init__(self, files: list[str]):
+        self.files = files
+
+    def ls(self, path: object) -> list[str]:
+        return self.files
+
+
+class _Reader(HuggingFaceStorageReader):
+    """Reads no file of a part but those that the state lists: torch's own takes every one that it finds."""
+
+    def __init__(self, folder: Path, names: list[str]):
+        self.listed = sorted(str(folder / name) for name in names)
+        super().__init__(str(folder))
+        self.fs = _Listed(self.listed)
+
+    def read_metadata(self) -> Any:
+        metadata = super().read_metadata()
+        others = {info.relative_path for info in metadata.storage_data.values()} - set(self.listed)
+        assert not others, f"torch has read {others}"
+        return metadata
+
+
+@contextmanager
+def _understanding(folder: Path, part: str) -> Iterator[None]:
+    """What torch and safetensors cannot make tensors of is said in one line. It fits its checksum: it was written so."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, AssertionError):
+        raise
+    except (
+        *(SafetensorError, CheckpointException, OSError, RuntimeError, RecursionError),
+        *(ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError),
+    ) as error:
+        words = " ".join(repr(error).split())[:200]
+        raise InputError(f"checkpoint {folder}: {part} cannot be read as tensors: {words}") from None
 
 
 @contextmanager
@@ -331,12 +481,3 @@ def _sha256(file: Path) -> str:
         while block := stream.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """fsync a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -20,8 +20,8 @@ Kinds: dataclasses, list, dict[str, X], tuple, Literal, unions, bool, int (of 64
 dataclass does not know is refused, as one that was renamed would otherwise take its default; where others may add keys of
 their own, the dataclass says `OTHER_KEYS: ClassVar[bool] = True`. What `__post_init__` raises as ValueError is refused alike.
 
-Written over dataclasses and not with a schema library: it is a page, the configurations are dataclasses already, and
-checkpoints are read where nothing but torch is installed.
+Written over dataclasses and not with a schema library: it is a page, the configurations are dataclasses already, keys that
+stand twice and checksums have to be seen below the schema, and what reads checkpoints asks for no package more.
 """
 
 from __future__ import annotations
@@ -77,9 +77,8 @@ def parse(data: bytes, source: Path | str, *, error: type[InputError] = InputErr
     if isinstance(value, dict) and CHECKSUM in value:
         recorded, found = value.pop(CHECKSUM), digest(value)
         if recorded != found:
-            raise error(
-                f"{source}: is damaged: its checksum is {found[:12]}..., {_shown(recorded)[:13]}... was written"
-            )
+            written = recorded[:12] if isinstance(recorded, str) else _shown(recorded)
+            raise error(f"{source}: is damaged: its checksum is {found[:12]}..., {written!r} was written")
     elif checksum:
         raise error(f"{source}: is damaged: it has no {CHECKSUM}")
     return value

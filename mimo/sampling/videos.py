@@ -51,7 +51,7 @@ def load(
             with another checksum than those of training are refused.
         trust_pickle: see `build_tokenizer`.
     """
-    folder, passed_over = checkpoint.find(path)
+    folder, passed_over = checkpoint.find(path, parts=[weights])
     for reason in passed_over:
         print(f"passed over: {reason}")
     state = checkpoint.read_state(folder)

@@ -322,15 +322,16 @@ def _next_batches(trainer: Trainer, stop: StopRequest) -> tuple[list[dict[str, T
 @contextmanager
 def _open_run(trainer: Trainer, out: Path, resume: bool) -> Iterator[list[str]]:
     """Load the newest checkpoint if `resume`, and keep others from the folder; gives what the user should know."""
-    world, found, lock = trainer.world, None, nullcontext()
+    world, lock = trainer.world, nullcontext()
     with world.together():
-        if world.leads:
-            newest, passed_over = found = checkpoint.latest(out)
-            if not resume and checkpoint.step_folders(out):
-                raise InputError(f"{out} already holds checkpoints: pass --resume to continue it, or another --out")
-            if newest is None and passed_over:
-                raise InputError(f"{out} has no whole checkpoint to resume from: {passed_over[0]}")
-    newest, passed_over = world.gather(found)[0]
+        if world.leads and not resume and checkpoint.step_folders(out):
+            raise InputError(f"{out} already holds checkpoints: pass --resume to continue it, or another --out")
+    newest, passed_over = checkpoint.latest(out, world=world)
+    with world.together():
+        if world.leads and newest is None and passed_over:
+            raise InputError(
+                f"{out} has no whole checkpoint to resume from: {passed_over[0]}; another --out begins anew"
+            )
     notes = [f"passed over: {reason}" for reason in passed_over]
     with world.together():
         if newest is not None:

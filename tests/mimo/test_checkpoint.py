@@ -1,5 +1,6 @@
 """Checkpoints: round trip, atomic, selective, and every kind of damage named."""
 
+import hashlib
 import json
 import pickle
 import resource
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from mimo import checkpoint
+from mimo import checkpoint, records
 from mimo.errors import InputError
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
@@ -70,8 +71,8 @@ def test_keeps_the_newest_and_every_mth(tmp_path):
 def test_unfinished_folder_is_ignored_and_deleted(tmp_path):
     whole = save(tmp_path, 1)
     leftover = whole.parent / ".unfinished-step_00000002"
-    leftover.mkdir()
-    (leftover / "model.safetensors").write_bytes(b"half")
+    (leftover / "model").mkdir(parents=True)
+    (leftover / "model" / SHARD).write_bytes(b"half")
     assert checkpoint.latest(tmp_path) == (whole, [])
     assert checkpoint.find(tmp_path) == (whole, [])
     assert checkpoint.delete_unfinished(tmp_path) == [leftover]
@@ -111,6 +112,25 @@ def test_a_file_system_that_refuses_is_named_and_the_checkpoint_before_stays(tmp
     assert [path.name for path in checkpoint.delete_unfinished(tmp_path)] == [".unfinished-step_00000002"]
 
 
+def tell(folder, **changes):
+    """Change state.json with a checksum that fits."""
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(records.sealed(state | changes))
+
+
+def make_old(folder):
+    """state.json as it was before it had a checksum."""
+    state = json.loads((folder / "state.json").read_text())
+    del state[records.CHECKSUM]
+    (folder / "state.json").write_text(json.dumps(state | {"format": 2}))
+
+
+def flip(file, place=-1):
+    data = bytearray(file.read_bytes())
+    data[place] ^= 1
+    file.write_bytes(data)
+
+
 def damage_missing_state(folder):
     (folder / "state.json").unlink()
 
@@ -142,21 +162,20 @@ def damage_text(folder):
 
 
 def damage_format(folder):
-    state = json.loads((folder / "state.json").read_text())
-    (folder / "state.json").write_text(json.dumps(state | {"format": 99}))
+    tell(folder, format=99)
 
 
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
         (damage_missing_state, "state.json is missing"),
-        (damage_broken_state, "state.json cannot be read"),
+        (damage_broken_state, "state.json: is damaged, not JSON"),
         (damage_missing_file, "is missing"),
         (damage_short_data, "is truncated"),
         (damage_short_header, "is truncated: 20 bytes, its header alone takes"),
         (damage_empty, "is truncated: 0 bytes, its header alone takes 8 or more"),
         (damage_text, "not a safetensors file"),
-        (damage_format, "format 99; this version reads format 2"),
+        (damage_format, "format 99; this version reads format 3, and 2"),
     ],
 )
 def test_each_damage_has_its_own_message(tmp_path, damage, words):
@@ -194,12 +213,148 @@ def test_a_pickle_is_named_and_never_loaded(tmp_path, how):
 
 def test_flipped_bits_are_found_by_the_checksum(tmp_path):
     folder = save(tmp_path, 1)
-    file = folder / "model" / SHARD
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
+    flip(folder / "model" / SHARD)
     with pytest.raises(InputError, match="checksum of model/shard-00001"):
         checkpoint.read_tensors(folder, "model", checkpoint.read_state(folder))
+    with pytest.raises(InputError, match="has no whole checkpoint: .*checksum of model/shard-00001"):
+        checkpoint.find(tmp_path)
+
+
+def test_a_flipped_bit_falls_back_as_a_cut_does(tmp_path):
+    whole, newest = save(tmp_path, 1), save(tmp_path, 2)
+    flip(newest / "model" / SHARD)
+    for found in (checkpoint.latest, checkpoint.find):
+        folder, reasons = found(tmp_path)
+        assert folder == whole
+        assert len(reasons) == 1 and "checksum of model/shard" in reasons[0] and "step_00000002" in reasons[0]
+    assert checkpoint.find(tmp_path, parts=["ema"]) == (newest, [])  # what is not read is not compared
+    with pytest.raises(InputError, match=f"is damaged: .*; {tmp_path} in its place takes the newest whole one"):
+        checkpoint.find(newest)
+
+
+def test_a_state_of_another_step_than_its_folder_is_refused(tmp_path):
+    whole = save(tmp_path, 1)
+    moved = whole.rename(whole.with_name("step_00000002"))
+    with pytest.raises(InputError, match="is of step 1, expected that of the folder's name"):
+        checkpoint.find(moved)
+    assert checkpoint.latest(tmp_path)[0] is None
+    make_old(moved)
+    with pytest.raises(InputError, match="is of step 1, expected that of the folder's name"):
+        checkpoint.find(moved)
+    best = moved.rename(tmp_path / "best")  # a name that says nothing of a step
+    tell(best, format=3)
+    assert checkpoint.find(best) == (best, [])
+
+
+def test_every_changed_byte_of_a_state_is_refused_or_without_effect(tmp_path):
+    folder = save(tmp_path, 1)
+    file, expected = folder / "state.json", checkpoint.read_state(folder)
+    whole = file.read_bytes()
+    for place in range(len(whole)):
+        for bits in (1, 0x20):
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ bits]) + whole[place + 1 :])
+            try:
+                assert checkpoint.read_state(folder) == expected
+            except InputError as error:
+                assert "step_00000001" in str(error) and "\n" not in str(error)
+
+
+def test_a_state_without_checksum_is_of_an_old_version_or_refused(tmp_path, caplog):
+    folder = save(tmp_path, 1)
+    make_old(folder)
+    assert checkpoint.find(tmp_path) == (folder, [])
+    assert [record.message.partition(": ")[2] for record in caplog.records if record.name == "mimo.checkpoint"] == [
+        "state.json has no checksum, as an older version wrote it: it is believed as it is"
+    ]
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | {"format": 3}))
+    with pytest.raises(InputError, match="has no sha256_of_the_rest"):
+        checkpoint.find(folder)
+
+
+def test_only_files_that_the_state_lists_are_loaded(tmp_path):
+    folder, other = save(tmp_path / "a", 1, value=1.0), save(tmp_path / "b", 1, value=2.0)
+    for name in ("zzz.safetensors", "shard-00009-model-00001-of-00001.safetensors"):
+        (folder / "model" / name).write_bytes((other / "model" / SHARD).read_bytes())
+    assert checkpoint.read_tensors(folder, "model", checkpoint.read_state(folder))["weight"][0, 0] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"files": {"../other/shard-1.safetensors": {"bytes": 1, "sha256": ""}}}, "expected PART/shard-"),
+        ({"files": {"/etc/passwd": {"bytes": 1, "sha256": ""}}}, "expected PART/shard-"),
+        ({"files": []}, "files is a list of 0, expected an object"),
+        ({"files": {"model/x": 3}}, r'files\["model/x"\] is 3, expected an object'),
+        ({"step": "1"}, 'step is "1", expected a whole number'),
+        ({"step": 2**70}, "expected a whole number"),
+        ({"format": "3"}, 'format is "3", expected 2 or 3'),
+        ({"format": True}, "format is true, expected 2 or 3"),
+    ],
+)
+def test_a_state_with_other_types_is_refused(tmp_path, changes, words):
+    folder = save(tmp_path, 1)
+    tell(folder, **changes)
+    with pytest.raises(InputError, match=words) as caught:
+        checkpoint.find(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", "[" * 100_000, '{"a":' * 100_000, "\0" * 50])
+def test_a_state_that_is_no_object_is_refused(tmp_path, text):
+    folder = save(tmp_path, 1)
+    (folder / "state.json").write_text(text)
+    with pytest.raises(InputError, match="state.json") as caught:
+        checkpoint.find(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_tensors_that_torch_cannot_make_are_refused(tmp_path):
+    """A file that is not what torch writes, under a state that has its checksum."""
+    folder = save(tmp_path, 1)
+    file = folder / "model" / SHARD
+    header = b'{"__metadata__":{"DCP_SHARDING_INFO":"{}"},"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    file.write_bytes(len(header).to_bytes(8, "little") + header + b"1234")
+    size, sha256 = file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()
+    tell(folder, files={f"model/{SHARD}": {"bytes": size, "sha256": sha256}})
+    with pytest.raises(InputError, match="model cannot be read as tensors: KeyError"):
+        checkpoint.read_tensors(folder, "model", checkpoint.read_state(folder))
+    header = b"[" * 100_000
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(InputError, match="not a safetensors file"):
+        checkpoint.find(folder)
+
+
+def test_old_checkpoints_with_a_stranger_in_them_are_kept_and_named(tmp_path, caplog):
+    first = save(tmp_path, 1)
+    (first / "notes.txt").write_text("the good one")
+    for step in (2, 3):
+        save(tmp_path, step, keep_last=1)
+    assert [folder.name[-1] for folder in checkpoint.step_folders(tmp_path)] == ["1", "3"]
+    assert f"{first / 'notes.txt'} was not written by mimo" in caplog.text
+    assert checkpoint.read_state(first)["step"] == 1
+
+
+def test_leftovers_with_a_stranger_in_them_are_kept_and_do_not_stop_a_save(tmp_path, caplog):
+    leftover = tmp_path / "checkpoints" / ".unfinished-step_00000001"
+    leftover.mkdir(parents=True)
+    (leftover / "thesis.txt").write_text("mine")
+    linked = tmp_path / "checkpoints" / ".unfinished-step_00000002"
+    linked.symlink_to(tmp_path / "elsewhere")
+    assert checkpoint.delete_unfinished(tmp_path) == []
+    assert "thesis.txt was not written by mimo" in caplog.text and "is a link" in caplog.text
+    for step in (1, 2):
+        assert checkpoint.find(save(tmp_path, step))
+    assert (leftover / "thesis.txt").read_text() == "mine" and linked.is_symlink()
+
+
+def test_a_damaged_checkpoint_with_a_stranger_in_it_makes_way(tmp_path):
+    folder = save(tmp_path, 1)
+    (folder / "state.json").unlink()
+    (folder / "thesis.txt").write_text("mine")
+    assert checkpoint.find(save(tmp_path, 1)) == (folder, [])
+    aside = folder.with_name(".unfinished-before-step_00000001")
+    assert (aside / "thesis.txt").read_text() == "mine" and checkpoint.delete_unfinished(tmp_path) == []
 
 
 def test_paths_that_are_no_checkpoint(tmp_path):
