@@ -1,6 +1,7 @@
 """What a training run tells the world: a progress bar, status lines, TensorBoard, and log.jsonl to plot from."""
 
 import fcntl
+import itertools
 import json
 import logging
 import os
@@ -9,6 +10,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mimo import records
 from mimo.data.video import atomic_path
 from mimo.errors import InputError
 from mimo.training.distributed import World
@@ -27,7 +30,8 @@ class RunLog:
     """Progress of steps start..steps; `write` one record per interval. With out=None nothing is written to disk, and unless
     `shown` nothing to the terminal.
 
-    RUN/log.jsonl holds one JSON object per line; rows of steps that a resumed run will repeat are removed first.
+    RUN/log.jsonl holds one JSON object per line; rows of steps that a resumed run will repeat are removed first. A damaged
+    one is kept beside it, and what can be read of it is in the new one.
     """
 
     def __init__(self, out: Path | None, steps: int, *, start: int, device: torch.device, shown: bool = True):
@@ -36,15 +40,14 @@ class RunLog:
         if out is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            rows = [row for row in read_log(out) if row["step"] <= start]
-            with atomic_path(out / "log.jsonl") as temporary:
-                temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            self.file = (out / "log.jsonl").open("a")
+            self.file, damaged = _continue_log(out / "log.jsonl", start)
             self.board = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
         # tqdm's disable=None: a bar on a terminal, only the status lines in a file.
         hidden = None if shown else True
         self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, leave=False, disable=hidden)
         self.step, self.clock = start, time.monotonic()
+        if out is not None and damaged:
+            self.say(damaged)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -83,6 +86,7 @@ class RunLog:
         )
         if self.file is not None:
             print(json.dumps(record), file=self.file, flush=True)
+            os.fsync(self.file.fileno())  # as checkpoints are: a power failure takes neither
             for name, value in record.items():
                 if name != "step":
                     self.board.add_scalar(name, value, step)
@@ -190,11 +194,57 @@ def only_process_in(run: Path) -> TextIO:
 
 
 def read_log(run: Path) -> list[dict[str, float]]:
-    """The records of RUN/log.jsonl, oldest first; a last line cut short by a kill is left out."""
-    file = run / "log.jsonl"
-    if not file.exists():
-        return []
-    return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+    """The records of RUN/log.jsonl, oldest first; a last line cut short by a kill is left out.
+
+    Raises: InputError naming the first line that is no record.
+    """
+    rows, faults = _read_rows(run / "log.jsonl")
+    if faults:
+        raise InputError(faults[0])
+    return rows
+
+
+def _read_rows(file: Path) -> tuple[list[dict[str, float]], list[str]]:
+    """The records in a log, and what is wrong with its other lines."""
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        return [], []
+    except OSError as error:
+        raise InputError(f"{file}: {error.strerror}") from None
+    rows, faults, lines = [], [], data.split(b"\n")
+    for number, line in enumerate(lines, 1):
+        source = f"{file}: line {number}"
+        try:
+            row = records.convert(records.parse(line, source), dict[str, float], source)
+            records.convert({"step": row.get("step")}, _HasStep, source)
+        except InputError as error:
+            if number < len(lines):  # what follows the last line end is nothing, or a line cut short
+                faults.append(str(error))
+        else:
+            rows.append(row)
+    return rows, faults
+
+
+@dataclass
+class _HasStep:
+    step: int
+
+
+def _continue_log(file: Path, start: int) -> tuple[TextIO, str]:
+    """The log, open behind its rows up to step `start`, and what has to be said if it was damaged."""
+    rows, faults = _read_rows(file)
+    said = ""
+    if faults:
+        names = (file.with_name(f"log.damaged-{number}.jsonl") for number in itertools.count(1))
+        aside = next(name for name in names if not os.path.lexists(name))
+        file.rename(aside)
+        said = f"{faults[0]}; the damaged log stays as {aside.name}, {len(rows)} rows go on in {file.name}"
+    with atomic_path(file) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= start))
+        records.flush(temporary)
+    records.flush(file.parent)
+    return file.open("a"), said
 
 
 def duration(seconds: float) -> str:
