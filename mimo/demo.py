@@ -12,7 +12,10 @@ from torch import Tensor
 from mimo.config import MiMoConfig, SampleConfig, TrainConfig
 from mimo.data import ShapesDataset, UnreadableVideo, contact_sheet, write_gif, write_video
 from mimo.data.datasets import find_files
-from mimo.data.video import VIDEO_SUFFIXES, NpzReader, atomic_path, open_clip, upscale
+from mimo.data.errors import DamagedVideo
+from mimo.data.npz import NpzReader
+from mimo.data.video import VIDEO_SUFFIXES, VideoReader, open_clip
+from mimo.data.writing import atomic_path, upscale
 from mimo.errors import InputError, user_input
 from mimo.sampling.sampler import Sampler
 from mimo.sampling.videos import generate
@@ -150,14 +153,16 @@ def read_windows(data: Path, num_frames: int, height: int, width: int, interval:
     for file in files:
         try:
             with open_clip(file) as reader:
-                count = min(MAX_FRAMES, 1 + (reader.num_frames - 1) // interval)
-                if count < 2 * num_frames:
-                    print(f"skipped {file}: {count} frames, expected at least {2 * num_frames}")
-                    continue
-                video = reader.read(count, interval=interval, size=(height, width))
-                actions = reader.actions[: count * interval : interval] if isinstance(reader, NpzReader) else None
+                video = _read_from_start(reader, height, width, interval)
+                actions = None if reader.actions is None else reader.actions[: len(video) * interval : interval]
+                damage = reader.damage
         except UnreadableVideo as error:
             print(f"skipped {error}")
+            continue
+        if damage:
+            print(f"{file}: {damage}")
+        if len(video) < 2 * num_frames:
+            print(f"skipped {file}: {len(video)} frames, expected at least {2 * num_frames}")
             continue
         clips.append((file.name, video, actions))
     if not clips:
@@ -167,6 +172,20 @@ def read_windows(data: Path, num_frames: int, height: int, width: int, interval:
             else f"{data}: holds no video and no npz file"
         )
     return Windows(clips, num_frames)
+
+
+def _read_from_start(reader: VideoReader | NpzReader, height: int, width: int, interval: int) -> np.ndarray:
+    """Every interval-th frame, at most MAX_FRAMES, of a damaged video those before the damage: uint8 [F, H, W, 3]."""
+
+    def read() -> np.ndarray:
+        count = min(MAX_FRAMES, 1 + (reader.num_frames - 1) // interval)
+        return reader.read(count, interval=interval, size=(height, width))
+
+    try:
+        return read()
+    except DamagedVideo:
+        reader.shorten()
+        return read()
 
 
 def psnr(video: Tensor, truth: Tensor) -> Tensor:

@@ -19,7 +19,9 @@ class DataCheck:
         annotation: JSON list of {"video_path": ..., "label": ..., "action_path": ...}; paths are relative to PATH.
         split: a subfolder to look at alone.
         num_frames: count the clips with fewer frames.
-        decode_all: decode every frame, not only the first and the last; of latent shards, compare the checksums.
+        decode_all: decode every frame, not only the first and the last; of latent shards, look for values that are not
+            finite.
+        strict: exit with status 2 when a clip is unreadable, damaged or too short.
         workers: processes that read; 0 reads in this one. Without it one per core, or fewer for few clips.
     """
 
@@ -31,6 +33,7 @@ class DataCheck:
     split: str | None = None
     num_frames: int = 0
     decode_all: bool = False
+    strict: bool = False
     workers: int | None = None
 
     def run(self) -> None:
@@ -39,5 +42,5 @@ class DataCheck:
         for name in ("num_frames", "workers"):
             if (value := getattr(self, name)) is not None and value < 0:
                 raise InputError(f"--{name.replace('_', '-')} {value}: expected 0 or more")
-        names = ("layout", "annotation", "split", "num_frames", "decode_all", "workers")
+        names = ("layout", "annotation", "split", "num_frames", "decode_all", "strict", "workers")
         run(self.path, **{name: getattr(self, name) for name in names})

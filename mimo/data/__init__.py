@@ -8,14 +8,11 @@ from mimo.data.protocols import ClipDataset, Clips, VideoDataset
 from mimo.data.shapes import moving_shapes
 from mimo.data.video import (
     VideoReader,
-    atomic_path,
-    contact_sheet,
     read_clip,
     to_float,
     to_uint8,
-    write_gif,
-    write_video,
 )
+from mimo.data.writing import atomic_path, contact_sheet, write_gif, write_video
 
 __all__ = [
     "LAYOUTS",

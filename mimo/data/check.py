@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from mimo.data.datasets import ClipFile, find_kinds, layout_options
-from mimo.data.errors import DataError, UnreadableVideo
-from mimo.data.latents import LatentShards, is_latents, sha256
+from mimo.data.errors import DamagedVideo, DataError, UnreadableVideo
+from mimo.data.latents import LatentShards, is_latents
 from mimo.data.video import open_clip
 
 
@@ -27,7 +27,8 @@ class Report:
         kind: what it holds.
         files: number of clips.
         unreadable: (file, why) of every clip that cannot be used.
-        frames: frames of each readable clip.
+        damaged: (file, what of it is used) of every clip that is not whole.
+        frames: usable frames of each readable clip.
         sizes, rates, actions, labels: how many readable clips have each height x width, frame rate, action and class.
             Actions are counted per frame.
         short: readable clips with fewer frames than asked for.
@@ -38,6 +39,7 @@ class Report:
     kind: str
     files: int = 0
     unreadable: list[tuple[str, str]] = field(default_factory=list)
+    damaged: list[tuple[str, str]] = field(default_factory=list)
     frames: list[int] = field(default_factory=list)
     sizes: Counter = field(default_factory=Counter)
     rates: Counter = field(default_factory=Counter)
@@ -62,8 +64,9 @@ class Report:
             lines.append(
                 f"  classes     {len(self.labels)} (labels 0 to {max(self.labels)}), {fewest} to {most} clips each"
             )
-        for (path, why), count in Counter(self.unreadable).items():
-            lines.append(f"  unreadable  {path}: {why}" + (f" ({count} clips)" if count > 1 else ""))
+        for name, found in (("damaged", self.damaged), ("unreadable", self.unreadable)):
+            for (path, why), count in Counter(found).items():
+                lines.append(f"  {name:11} {path}: {why}" + (f" ({count} clips)" if count > 1 else ""))
         return "\n".join(lines)
 
 
@@ -82,8 +85,8 @@ def check(
     decode_all: bool = False,
     workers: int | None = None,
 ) -> list[Report]:
-    """Opens every clip and decodes its first and last frame, or with `decode_all` every frame. Of latent shards it looks at
-    the sizes, or with `decode_all` at the checksums.
+    """Opens every clip and decodes its first and last frame, or with `decode_all` every frame. Of latent shards it compares
+    sizes and checksums, and with `decode_all` looks for clips that are not finite.
 
     Args:
         path, layout, annotation, split: as for `open_dataset`; a folder may hold several kinds here.
@@ -119,7 +122,8 @@ def _check_clips(dataset, kind: str, num_frames: int, decode_all: bool, workers:
             if isinstance(found, UnreadableVideo):
                 report.unreadable.append((found.path, found.why))
                 continue
-            frames, size, rate, actions = found
+            frames, damage, size, rate, actions = found
+            report.damaged += [(str(clip.path), damage)] if damage else []
             report.frames.append(frames)
             report.short += frames < num_frames
             report.sizes[size] += 1
@@ -131,7 +135,7 @@ def _check_clips(dataset, kind: str, num_frames: int, decode_all: bool, workers:
 
 
 class _Looks(Dataset):
-    """Map from a clip's number to (frames, size, rate, actions counted), or the UnreadableVideo that it raised."""
+    """Map from a clip's number to (frames, damage, size, rate, actions counted), or the UnreadableVideo that it raised."""
 
     def __init__(self, dataset, decode_all: bool):
         self.dataset, self.decode_all = dataset, decode_all
@@ -145,17 +149,20 @@ class _Looks(Dataset):
         except UnreadableVideo as error:
             return error
 
-    def _look(self, clip: ClipFile) -> tuple[int, str, str | None, Counter]:
+    def _look(self, clip: ClipFile) -> tuple[int, str | None, str, str | None, Counter]:
         with open_clip(clip.path) as reader:
-            total = reader.num_frames
-            if self.decode_all:
-                reader.read(total, size=(8, 8))  # at once, so that each frame is decoded once
-            else:
-                reader.read(1, size=(8, 8))
-                reader.read(1, start=total - 1, size=(8, 8))
+            try:
+                if self.decode_all:
+                    reader.shorten()
+                else:
+                    reader.read(1, size=(8, 8))
+                    reader.read(1, start=reader.num_frames - 1, size=(8, 8))
+            except DamagedVideo:
+                reader.shorten()
             actions = self.dataset.actions_of(clip, reader)
             size, rate = f"{reader.height}x{reader.width}", reader.fps and f"{reader.fps:.4g}"
-        return total, size, rate, Counter([] if actions is None else actions.tolist())
+        counted = Counter([] if actions is None else actions.tolist())
+        return reader.num_frames, reader.damage, size, rate, counted
 
 
 def _check_latents(dataset: LatentShards, decode_all: bool) -> Report:
@@ -163,24 +170,37 @@ def _check_latents(dataset: LatentShards, decode_all: bool) -> Report:
     report = Report(str(dataset.path), f"clips of latents {shape} ({dataset.index['tokenizer']})", files=len(dataset))
     report.frames = [dataset.num_frames] * len(dataset)
     report.sizes[f"{dataset.height}x{dataset.width}"] = len(dataset)
+    last = 0
     for number, entry in enumerate(dataset.index["shards"]):
+        first, last = last, last + entry["clips"]
         try:
+            dataset.require_checksum(number)
             shard = dataset.open_shard(number)
-            if decode_all and sha256(dataset.path / entry["name"]) != entry["sha256"]:
-                raise UnreadableVideo(dataset.path / entry["name"], "its checksum is not the one that was recorded")
         except UnreadableVideo as error:
             report.unreadable += [(error.path, error.why)] * entry["clips"]
             continue
         for key, counts in (("label", report.labels), ("actions", report.actions)):
             if key in shard.keys():  # noqa: SIM118 (an open shard is not a mapping)
                 counts.update(shard.get_tensor(key).flatten().tolist())
+        for clip in range(first, last) if decode_all else ():
+            try:
+                dataset.sample(clip, 0)
+            except UnreadableVideo as error:
+                report.unreadable.append((error.path, error.why))
     return report
 
 
-def run(path: str | Path, **options) -> None:
-    """Prints the reports of `check`; raises DataError when nothing at all can be read."""
+def run(path: str | Path, *, strict: bool = False, **options) -> None:
+    """Prints the reports of `check`; raises DataError when nothing at all can be read, or, if `strict`, when anything is
+    unreadable, damaged or too short."""
     reports = check(path, **options)
     for report in reports:
-        print(report)
-    if all(len(report.unreadable) == report.files for report in reports):
-        raise DataError(f"{path}: none of its {sum(report.files for report in reports)} clips can be read")
+        print(report, flush=True)
+    clips, unreadable = (sum(numbers) for numbers in zip(*((r.files, len(r.unreadable)) for r in reports), strict=True))
+    if unreadable == clips:
+        raise DataError(f"{path}: none of its {clips} clips can be read")
+    damaged, short = sum(len(report.damaged) for report in reports), sum(report.short for report in reports)
+    if strict and unreadable + damaged + short:
+        raise DataError(
+            f"{path}: of its {clips} clips {unreadable} are unreadable, {damaged} damaged and {short} too short"
+        )

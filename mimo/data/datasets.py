@@ -24,19 +24,15 @@ from pathlib import Path
 
 import numpy as np
 
-from mimo.data.errors import DataError, OutOfRange
+from mimo.data.errors import DamagedVideo, DataError, OutOfRange, UnreadableVideo
+from mimo.data.fitting import clip_span
+from mimo.data.kept import KeptFrames
 from mimo.data.latents import LatentShards, is_latents
+from mimo.data.npz import NpzReader, load_actions, npz_names
 from mimo.data.shapes import SIDES, TEXTURES, moving_shapes
-from mimo.data.video import (
-    VIDEO_SUFFIXES,
-    NpzReader,
-    UnreadableVideo,
-    VideoReader,
-    clip_span,
-    load_actions,
-    npz_names,
-    open_clip,
-)
+from mimo.data.video import VIDEO_SUFFIXES, VideoReader, open_clip
+
+FRAME_MEMORY = 512  # MiB
 
 
 @dataclass(frozen=True)
@@ -67,6 +63,10 @@ class _ClipFiles:
         num_classes, num_actions: labels and actions must be below; None takes what the annotation holds.
         use_actions, use_labels: False leaves them out, for files whose actions are not classes and for networks that
             have no place for them.
+        frame_memory: MiB of decoded frames that are kept to be read again, by all workers of a loader together.
+
+    Attributes:
+        shortened: what is used of each damaged video that was met so far; see mimo.data.video.
     """
 
     kind: str
@@ -90,6 +90,7 @@ class _ClipFiles:
         num_actions: int | None = None,
         use_actions: bool = True,
         use_labels: bool = True,
+        frame_memory: int = FRAME_MEMORY,
     ):
         low, high = (interval, interval) if isinstance(interval, int) else interval
         if min(num_frames, height, width) < 1 or not 1 <= low <= high:
@@ -98,6 +99,7 @@ class _ClipFiles:
         self.interval, self.dynamic = (low, high), not isinstance(interval, int)
         self.random_start, self.random_crop, self.flip = random_start, random_crop, flip
         self.num_actions, self.use_actions, self.use_labels = num_actions, use_actions, use_labels
+        self.kept, self.shortened = KeptFrames(frame_memory << 20), {}
         self.path = _split_folder(Path(path), split)
         if annotation is not None:
             self.clips = _read_annotation(Path(annotation), self.path)
@@ -139,13 +141,28 @@ class _ClipFiles:
         rng = np.random.default_rng((seed, index))
         # All numbers are drawn in one order, whatever the switches, so that a switch changes nothing else.
         at_interval, at_start, at_y, at_x, at_flip = rng.random(5)
-        with open_clip(clip.path) as reader:
-            interval = self._draw_interval(reader.num_frames, at_interval)
-            slack = max(0, reader.num_frames - clip_span(self.num_frames, interval))
-            start = int(at_start * (slack + 1)) if self.random_start else 0
-            crop = (at_y, at_x) if self.random_crop else (0.5, 0.5)
-            size = (self.height, self.width)
-            video = reader.read(self.num_frames, start=start, interval=interval, size=size, crop=crop)
+        with open_clip(clip.path, self.kept) as reader:
+
+            def read() -> tuple[int, int, np.ndarray]:
+                interval = self._draw_interval(reader.num_frames, at_interval)
+                slack = max(0, reader.num_frames - clip_span(self.num_frames, interval))
+                start = int(at_start * (slack + 1)) if self.random_start else 0
+                crop = (at_y, at_x) if self.random_crop else (0.5, 0.5)
+                size = (self.height, self.width)
+                return (
+                    start,
+                    interval,
+                    reader.read(self.num_frames, start=start, interval=interval, size=size, crop=crop),
+                )
+
+            try:
+                start, interval, video = read()
+            except DamagedVideo:
+                reader.shorten()
+                start, interval, video = read()
+            finally:
+                if reader.damage:
+                    self.shortened[reader.path] = reader.damage
             actions = self.actions_of(clip, reader)
         if self.flip and at_flip < 0.5:
             video = np.ascontiguousarray(video[:, :, ::-1])
@@ -168,7 +185,7 @@ class _ClipFiles:
         """int64 [F of the file, or more]; UnreadableVideo when they do not fit the video, OutOfRange when not num_actions."""
         if not self.use_actions:
             return None
-        actions = reader.actions if clip.actions is None else load_actions(clip.actions)
+        actions = reader.actions if clip.actions is None else load_actions(clip.actions, self.kept)
         if actions is None:
             return None
         where, total = clip.actions or clip.path, reader.num_frames

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import logging
 import os
 import shutil
 import time
@@ -28,19 +27,20 @@ from tqdm import tqdm
 from mimo.config import Encoding
 from mimo.data.errors import DataError, OutOfRange, UnreadableVideo
 from mimo.data.latents import FORMAT, LatentShards, read_index, sha256
+from mimo.data.loader import report
 from mimo.data.protocols import VideoDataset
-from mimo.data.video import atomic_path, to_float
+from mimo.data.video import to_float
+from mimo.data.writing import atomic_path
 from mimo.tokenizers.protocols import Tokenizer
 from mimo.tokenizers.weights import checksum
-
-log = logging.getLogger("mimo.data")
 
 _END = 1 << 16  # bytes of a source file that are looked at, at its start and at its end
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class _Walk(Dataset):
-    """Position -> (index, pass, sample or None, what is wrong or None). Positions run through the clips, pass after pass."""
+    """Position -> (index, pass, sample or None, what is wrong or None, {file: what of it is used}). Positions run through
+    the clips, pass after pass."""
 
     def __init__(self, dataset, seed: int):
         self.dataset, self.seed = dataset, seed
@@ -48,10 +48,12 @@ class _Walk(Dataset):
     def __getitem__(self, position: int):
         turn, index = divmod(position, len(self.dataset))
         seed = int(np.random.SeedSequence((self.seed, turn)).generate_state(1, np.uint64)[0])
+        sample = failure = None
         try:
-            return index, turn, self.dataset.sample(index, seed), None
+            sample = self.dataset.sample(index, seed)
         except UnreadableVideo as error:  # handed over: what is raised in a worker reaches the user as a traceback
-            return index, turn, None, error
+            failure = error
+        return index, turn, sample, failure, dict(getattr(self.dataset, "shortened", {}))
 
 
 def write_shards(
@@ -134,18 +136,16 @@ def _encoded_shards(dataset, tokenizer, config: Encoding, ranges: list[range], d
     ]
     walk, generator = _Walk(dataset, config.seed), torch.Generator()
     loader = DataLoader(walk, batch_sampler=batches, collate_fn=list, num_workers=config.workers, generator=generator)
-    decoded, unreadable = iter(loader), set()
+    decoded, reported = iter(loader), set()
     for covered in ranges:
         rows, done = [], 0
         while done < len(covered):
             batch = next(decoded)
             done += len(batch)
-            for *_, failure in batch:
+            for *_, failure, shortened in batch:
                 if isinstance(failure, OutOfRange):
                     raise DataError(str(failure))
-                if failure is not None and failure.path not in unreadable:
-                    unreadable.add(failure.path)
-                    log.warning("skipped %s", failure)
+                report(reported, [] if failure is None else [(failure.path, failure.why)], shortened)
             rows += _encode_batch([entry for entry in batch if entry[2] is not None], tokenizer, device, config.dtype)
             bar.update(len(batch))
         yield rows
@@ -253,10 +253,10 @@ def _encode_batch(entries: list, tokenizer, device, dtype: str) -> list[dict[str
     """Entries of _Walk -> rows of a shard."""
     if not entries:
         return []
-    video = torch.stack([torch.from_numpy(sample["video"]) for _, _, sample, _ in entries])
+    video = torch.stack([torch.from_numpy(sample["video"]) for _, _, sample, *_ in entries])
     latents = tokenizer.encode(to_float(video.to(device))).to(_DTYPES[dtype]).cpu()
     rows = []
-    for z, (index, turn, sample, _) in zip(latents, entries, strict=True):
+    for z, (index, turn, sample, *_) in zip(latents, entries, strict=True):
         if not torch.isfinite(z).all():
             raise DataError(f"clip {index}, pass {turn}: its latents are not finite in {dtype}")
         row = {"latents": z, "index": torch.tensor(index), "pass": torch.tensor(turn)}
@@ -329,10 +329,10 @@ def _finish(out: Path, plan: dict, shards: int) -> None:
 def _compare_clip(file: Path, row: int, walk: _Walk, tokenizer, device, dtype: str) -> None:
     stored = {key: value[row] for key, value in load_file(file).items()}
     index, turn = int(stored["index"]), int(stored["pass"])
-    *_, sample, failure = walk[turn * len(walk.dataset) + index]
+    *_, sample, failure, _ = walk[turn * len(walk.dataset) + index]
     if failure is not None:
         raise DataError(f"{file}: clip {row} came from {failure.path}, which cannot be read any more: {failure.why}")
-    (fresh,) = _encode_batch([(index, turn, sample, None)], tokenizer, device, dtype)
+    (fresh,) = _encode_batch([(index, turn, sample, None, {})], tokenizer, device, dtype)
     z, again = stored["latents"].float(), fresh["latents"].float()
     error = ((z - again).square().mean() / again.square().mean().clamp_min(1e-12)).sqrt().item()
     if error > 0.02:  # batch size and device change the last bits, another tokenizer or clip changes everything

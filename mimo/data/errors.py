@@ -21,5 +21,14 @@ class UnreadableVideo(InputError):
         return f"{self.path}: {self.why}"
 
 
+class DamagedVideo(UnreadableVideo):
+    """A clip with frames that do not decode: those before them may be used; see VideoReader.shorten."""
+
+
 class OutOfRange(UnreadableVideo):
     """A clip with actions that the network has no place for: more likely a wrong setting than a damaged file."""
+
+
+def reason(error: Exception) -> str:
+    """What an exception says, in one line."""
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
@@ -143,6 +144,18 @@ class LatentShards:
                 raise UnreadableVideo(file, str(error).splitlines()[0]) from None
         return self._open[number]
 
+    def require_checksum(self, number: int) -> None:
+        """Raises UnreadableVideo unless a shard is, byte for byte, what was written."""
+        entry = self.index["shards"][number]
+        file = self.path / entry["name"]
+        try:
+            if file.stat().st_size != entry["bytes"]:
+                raise UnreadableVideo(file, f"has {file.stat().st_size} bytes, {entry['bytes']} were written")
+            if sha256(file) != entry["sha256"]:
+                raise UnreadableVideo(file, "its checksum is not the one that was recorded")
+        except OSError as error:
+            raise UnreadableVideo(file, error.strerror or str(error)) from None
+
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_open": {}}  # open files stay in their process
 
@@ -168,7 +181,12 @@ class LatentShards:
             raise DataError(f"{self.path}: was encoded with {'; '.join(differing)}")
 
     def check_readable(self) -> None:
-        """Raises DataError naming the first shard that is missing or cut short, or clip whose label or action is too high."""
+        """Raises DataError naming the first shard that is missing, cut short or changed, or clip whose label or action is
+        too high. All of it is read, once."""
+        with ThreadPoolExecutor(8) as readers:
+            faults = readers.map(self._fault, range(len(self._ends)))
+            if (fault := next(filter(None, faults), None)) is not None:
+                raise DataError(f"{fault}: run mimo encode again, which makes only this shard anew")
         for number in range(len(self._ends)):
             try:
                 shard = self.open_shard(number)
@@ -182,6 +200,13 @@ class LatentShards:
                 if len(outside):
                     name, first = self.path / self.index["shards"][number]["name"], tuple(outside[0])
                     raise DataError(f"{name}: clip {first[0]} has {key} {values[first]}, expected 0..{count - 1}")
+
+    def _fault(self, number: int) -> UnreadableVideo | None:
+        try:
+            self.require_checksum(number)
+        except UnreadableVideo as error:
+            return error
+        return None
 
     def evaluation_order(self) -> list[int]:
         return list(range(len(self)))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 
 import numpy as np
@@ -22,6 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mimo.data.errors import DataError, OutOfRange, UnreadableVideo
+from mimo.data.protocols import Clips
 
 log = logging.getLogger("mimo.data")
 
@@ -32,18 +33,17 @@ def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class _Batches(Dataset):
-    """Map from the step to (batch or None, [(file, why it is unusable)], error or None)."""
+    """Map from the step to (batch or None, [(file, why it is unusable)], {file: what of it is used}, error or None)."""
 
-    def __init__(self, dataset, batch_size: int, seed: int, rank: int, world_size: int):
-        self.dataset, self.batch_size, self.seed, self.rank, self.world_size = (
-            dataset,
-            batch_size,
-            seed,
-            rank,
-            world_size,
-        )
+    def __init__(self, dataset: Clips, batch_size: int, seed: int, rank: int, world_size: int):
+        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
+        self.rank, self.world_size = rank, world_size
 
     def __getitem__(self, step: int):
+        batch, unreadable, error = self._batch(step)
+        return batch, unreadable, dict(getattr(self.dataset, "shortened", {})), error
+
+    def _batch(self, step: int):
         unreadable: list[tuple[str, str]] = []
         first = (step * self.world_size + self.rank) * self.batch_size  # see the top of this file
         samples = []
@@ -96,7 +96,7 @@ class _From:
 
 
 def batches(
-    dataset,
+    dataset: Clips,
     batch_size: int,
     *,
     seed: int,
@@ -117,7 +117,7 @@ def batches(
         rank, world_size: this process among those that share the dataset.
 
     A clip that cannot be read is replaced by the next readable one of the epoch, and logged once under "mimo.data" with
-    its file and reason. Raises DataError when no clip can be read, and at one whose actions are out of range.
+    its file and reason, as is a damaged one of which a part is used. Raises DataError when no clip can be read, and at one whose actions are out of range.
     """
     if batch_size < 1 or start_step < 0 or seed < 0 or not 0 <= rank < world_size:
         raise ValueError(
@@ -136,13 +136,19 @@ def batches(
     return _checked(loader)
 
 
+def report(reported: set[str], unreadable: Iterable[tuple[str, str]], shortened: Mapping[str, str]) -> None:
+    """Logs each file once: why it is passed over, or what of a damaged one is used. reported: the files that were."""
+    passed_over = [(path, f"skipped {path}: {why}") for path, why in unreadable]
+    for path, words in [*passed_over, *((path, f"{path}: {used}") for path, used in shortened.items())]:
+        if path not in reported:
+            reported.add(path)
+            log.warning("%s", words)
+
+
 def _checked(loader: DataLoader) -> Iterator[dict[str, torch.Tensor]]:
     reported: set[str] = set()
-    for batch, unreadable, error in loader:
-        for path, why in unreadable:
-            if path not in reported:
-                reported.add(path)
-                log.warning("skipped %s: %s", path, why)
+    for batch, unreadable, shortened, error in loader:
+        report(reported, unreadable, shortened)
         if error is not None:
             reason = f"; the first is {unreadable[0][0]}: {unreadable[0][1]}" if unreadable else ""
             raise DataError(f"{loader.dataset.dataset!r}: {error}{reason}")

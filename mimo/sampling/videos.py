@@ -13,7 +13,10 @@ from tqdm import tqdm
 from mimo import checkpoint
 from mimo.config import MiMoConfig, SampleConfig, TrainConfig
 from mimo.data import contact_sheet, to_float, to_uint8, write_gif, write_video
-from mimo.data.video import check_fps, clip_span, load_actions, open_clip
+from mimo.data.fitting import clip_span
+from mimo.data.npz import load_actions
+from mimo.data.video import open_clip
+from mimo.data.writing import check_fps
 from mimo.errors import InputError, user_input
 from mimo.network.network import MiMo
 from mimo.runtime import autocast, best_device, config_tokenizer, recorded_tokenizer

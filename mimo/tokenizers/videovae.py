@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from mimo.data.video import atomic_path
+from mimo.data.writing import atomic_path
 from mimo.errors import InputError
 from mimo.tokenizers.weights import load_safetensors, load_state, load_torch, read_json
 

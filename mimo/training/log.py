@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mimo import records
-from mimo.data.video import atomic_path
+from mimo.data.writing import atomic_path
 from mimo.errors import InputError
 from mimo.training.distributed import World
 

@@ -83,7 +83,20 @@ def test_damage_inside_is_found_by_decoding_everything(tmp_path):
     data[len(data) // 2 : len(data) // 2 + 3000] = b"\x55" * 3000
     (tmp_path / "a.avi").write_bytes(data)
     (report,) = check(tmp_path, decode_all=True)
-    assert len(report.unreadable) == 1
+    (frames,) = report.frames
+    assert 10 < frames < 40 and not report.unreadable
+    assert report.damaged == [(str(tmp_path / "a.avi"), f"{frames} of 60 frames used, the next is damaged")]
+    assert f"  damaged     {tmp_path / 'a.avi'}: {frames} of 60 frames used" in str(report)
+
+
+def test_strict_refuses_what_is_not_whole(folder, tmp_path_factory):
+    with pytest.raises(DataError, match=r"of its 5 clips 2 are unreadable, 0 damaged and 0 too short"):
+        run(folder, strict=True)
+    good = tmp_path_factory.mktemp("good")
+    write_video(good / "a.mp4", np.full((20, 16, 16, 3), 80, np.uint8))
+    run(good, strict=True)
+    with pytest.raises(DataError, match="0 are unreadable, 0 damaged and 1 too short"):
+        run(good, strict=True, num_frames=21)
 
 
 def test_run_prints_and_refuses(folder, tmp_path_factory, capsys):

@@ -2,12 +2,22 @@
 
 import itertools
 import logging
+import os
 
 import numpy as np
 import pytest
 import torch
 
-from mimo.data import DataError, ShapesDataset, UnreadableVideo, VideoFolder, batches, open_dataset, write_video
+from mimo.data import (
+    DataError,
+    ShapesDataset,
+    UnreadableVideo,
+    VideoFolder,
+    batches,
+    moving_shapes,
+    open_dataset,
+    write_video,
+)
 
 SMALL = {"num_frames": 3, "height": 16, "width": 16}
 
@@ -182,3 +192,42 @@ def test_clips_that_differ_in_kind():
 def test_arguments(bad):
     with pytest.raises(ValueError, match="must be >= 1"):
         batches(**({"dataset": Recorder(), "batch_size": 1, "seed": 0} | bad))
+
+
+class Counting(VideoFolder):
+    """Tells in every sample how many frames were decoded so far, in the process that made it."""
+
+    def sample(self, index, seed):
+        sample = super().sample(index, seed)
+        return sample | {"decoded": np.int64(self.kept.decoded), "process": np.int64(os.getpid())}
+
+
+def small_videos(folder, count=3):
+    for number in range(count):
+        frames = moving_shapes(20, 24, 32, np.random.default_rng(number))
+        write_video(folder / f"{number}.mp4", frames)
+    return folder
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_frame_is_decoded_once_per_process_and_no_batch_depends_on_it(tmp_path, workers):
+    dataset = Counting(small_videos(tmp_path), **SMALL, random_crop=True, flip=True, interval=(1, 3))
+    got = take(40, dataset, 3, seed=4, num_workers=workers)
+    for process in set(torch.cat([batch["process"] for batch in got]).tolist()):
+        counts = [batch["decoded"][batch["process"] == process] for batch in got]
+        assert torch.cat(counts).max() <= 3 * 20, "of three videos of 20 frames"
+    forgetful = Counting(tmp_path, **SMALL, random_crop=True, flip=True, interval=(1, 3), frame_memory=0)
+    plain = take(40, forgetful, 3, seed=4)
+    assert plain[-1]["decoded"].max() > 5 * 3 * 20
+    for key in ("video", "interval", "index"):
+        assert all(torch.equal(a[key], b[key]) for a, b in zip(got, plain, strict=True))
+
+
+def test_the_memory_for_frames_is_shared_by_the_workers(tmp_path):
+    class Telling(VideoFolder):
+        def sample(self, index, seed):
+            return super().sample(index, seed) | {"used": np.int64(self.kept.used)}
+
+    dataset = Telling(small_videos(tmp_path, 12), num_frames=3, height=96, width=128, frame_memory=4)
+    used = torch.cat([batch["used"] for batch in take(40, dataset, 2, seed=0, num_workers=2)])
+    assert 2**20 < used.max() <= 2 * 2**20

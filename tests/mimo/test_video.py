@@ -1,8 +1,13 @@
 """mimo.data.video: exact frames in, whole files out, and a named reason for everything that cannot be read."""
 
+import io
 import os
+import pickle
+import socket
+import struct
 import subprocess
 import sys
+import zipfile
 
 import av
 import numpy as np
@@ -10,19 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
+from mimo.data.errors import DamagedVideo, UnreadableVideo
+from mimo.data.kept import KeptFrames
+from mimo.data.npz import load_actions
 from mimo.data.shapes import moving_shapes
-from mimo.data.video import (
-    UnreadableVideo,
-    VideoReader,
-    atomic_path,
-    contact_sheet,
-    read_clip,
-    to_float,
-    to_uint8,
-    upscale,
-    write_gif,
-    write_video,
-)
+from mimo.data.video import VideoReader, read_clip, to_float, to_uint8
+from mimo.data.writing import atomic_path, contact_sheet, upscale, write_gif, write_video
 from mimo.errors import InputError
 
 
@@ -104,7 +102,10 @@ def test_frames_that_nobody_needs_are_not_decoded(tmp_path, name, codec):
                 wanted = range(start, min(50, start + 6 * interval), interval)
                 clip = reader.read(len(wanted), start=start, interval=interval)
                 assert all(np.array_equal(clip[i], everything[n]) for i, n in enumerate(wanted)), (start, interval)
-        decoded = len(list(reader._frames(range(18, 49, 6))))
+    kept = KeptFrames(0)
+    with VideoReader(tmp_path / name, kept) as reader:
+        reader.read(6, start=18, interval=6)
+        decoded = kept.decoded
     assert decoded <= 40 or codec == "libvpx-vp9"
 
 
@@ -220,7 +221,7 @@ def test_npz(tmp_path):
         "b": "no array 'video'",
         "c": "float32",
         "d": "'actions' is float64",
-        "pickled": "allow_pickle",
+        "pickled": "pickled objects, which are never loaded",
     }
     for name, why in (reasons | {"cut": "not a readable npz", "zero": "it is empty", "none": "No such"}).items():
         with pytest.raises(UnreadableVideo, match=why):
@@ -324,3 +325,193 @@ def test_real_clips_seek_exactly(shared_data):
             for start in (0, 17, reader.num_frames - 4):
                 assert np.array_equal(reader.read(4, start=start, size=(24, 24)), everything[start : start + 4])
             assert np.array_equal(reader.read(5, start=2, interval=7, size=(24, 24)), everything[2:31:7])
+
+
+# ---- local files only
+
+
+def test_no_path_is_a_url(tmp_path, monkeypatch):
+    """A file's name is never parsed: not a protocol, not a list of files, not options."""
+    asked = []
+    server = socket.create_server(("127.0.0.1", 0))
+    server.settimeout(0.2)
+    port = server.getsockname()[1]
+    monkeypatch.chdir(tmp_path)
+    frames = numbered(6)
+    names = [
+        f"http:/127.0.0.1:{port}/x.mp4",
+        "concat:a.mp4|a.mp4",
+        "file:a.mp4",
+        "a%03d.mp4",
+        "subfile,,start,0,end,9,,:a.mp4",
+    ]
+    write_video("a.mp4", frames)
+    for name in names:
+        os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
+        write_video(name if name.endswith(".mp4") else f"{name}.mp4", frames[:4])
+        assert os.path.isfile(name)
+        assert numbers(read_clip(name)) == [0, 1, 2, 3]
+        os.remove(name)
+        with pytest.raises(UnreadableVideo, match="No such file"):
+            read_clip(name)
+    with pytest.raises(TimeoutError):
+        asked.append(server.accept())
+    assert not asked
+    server.close()
+
+
+@pytest.mark.parametrize("name", ["list.mp4", "list.mkv", "list.avi"])
+def test_a_list_of_files_is_no_video_whatever_its_name(tmp_path, name):
+    write_video(tmp_path / "a.mp4", numbered(6))
+    playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:{tmp_path}/a.mp4\n#EXT-X-ENDLIST\n"
+    for text in ("ffconcat version 1.0\nfile a.mp4\n", playlist):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UnreadableVideo, match="not a readable video"):
+            read_clip(tmp_path / name)
+
+
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    os.mkfifo(tmp_path / "pipe.npz")
+    (tmp_path / "folder.npz").mkdir()
+    reasons = {"pipe.mp4": "is no regular file", "pipe.npz": "is no regular file", "folder.npz": "is a folder"}
+    for name, why in reasons.items():
+        with pytest.raises(UnreadableVideo, match=why):
+            read_clip(tmp_path / name)
+    with pytest.raises(UnreadableVideo, match="is no regular file"):
+        read_clip("/dev/null")
+
+
+# ---- damaged files
+
+
+def cut_video(path, count=50, share=0.7, **options):
+    """A video with its tables in front whose end is missing, as a broken download leaves it."""
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=10, options={"g": "12"} | options)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for frame in moving_shapes(count, 64, 64, np.random.default_rng(0)):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+        container.mux(stream.encode(None))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi", "a.mov"])
+def test_a_damaged_video_is_as_long_as_its_frames_before_the_damage(tmp_path, name):
+    with VideoReader(cut_video(tmp_path / name)) as reader:
+        used = reader.num_frames
+        assert 15 < used < 40 and reader.damage == f"{used} of 50 frames used, the next is damaged"
+        everything = reader.read(used)
+        for start in range(0, used - 4, 7):
+            assert np.array_equal(reader.read(4, start=start), everything[start : start + 4])
+        with pytest.raises(UnreadableVideo, match=f"has {used} frames, but"):
+            reader.read(used + 1)
+    assert np.array_equal(read_clip(tmp_path / name), everything)
+
+
+def test_damage_that_only_decoding_meets_shortens_when_it_is_met(tmp_path):
+    write_video(tmp_path / "a.mp4", smooth(60))
+    data = bytearray((tmp_path / "a.mp4").read_bytes())
+    middle = data.index(b"mdat") + 4 + (data.index(b"moov") - data.index(b"mdat")) // 2
+    data[middle : middle + 400] = bytes(400)
+    (tmp_path / "a.mp4").write_bytes(data)
+    with VideoReader(tmp_path / "a.mp4") as reader:
+        assert reader.num_frames == 60 and reader.damage is None
+        with pytest.raises(DamagedVideo):
+            reader.read(60)
+        used = reader.shorten()
+        assert 0 < used < 60 and reader.damage == f"{used} of 60 frames used, the next is damaged"
+        assert len(reader.read(used)) == used
+
+
+def test_a_video_of_which_nothing_decodes(tmp_path):
+    path = cut_video(tmp_path / "a.mp4", share=1)
+    data = bytearray(path.read_bytes())
+    begin = data.index(b"mdat") + 4
+    data[begin:] = bytes(len(data) - begin)
+    path.write_bytes(data)
+    with pytest.raises(UnreadableVideo, match="none of its 50 frames decodes"), VideoReader(path) as reader:
+        reader.shorten()
+
+
+# ---- frames that are read again
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi"])
+def test_frames_read_again_are_not_decoded_again(tmp_path, name):
+    write_video(tmp_path / name, smooth(40))
+    kept, none = KeptFrames(1 << 24), KeptFrames(0)
+
+    def look(store):
+        clips = []
+        for start, interval in ((20, 1), (0, 3), (35, 1), (7, 2)):
+            for crop in ((0.5, 0.5), (0.0, 1.0)):
+                with VideoReader(tmp_path / name, store) as reader:
+                    clips.append(reader.read(5, start=start, interval=interval, size=(16, 24), crop=crop))
+        return np.stack(clips)
+
+    first, plain = look(kept), look(none)
+    assert np.array_equal(first, plain) and none.used == 0
+    assert kept.decoded <= 40 < none.decoded, "each frame is decoded once"
+    decoded = kept.decoded
+    assert np.array_equal(look(kept), first) and kept.decoded == decoded
+    with VideoReader(tmp_path / name, kept) as reader:
+        reader.read(2, size=(8, 8))
+    assert kept.decoded > decoded, "another size is another frame"
+
+
+def test_kept_frames_stay_below_their_limit(tmp_path):
+    write_video(tmp_path / "a.mp4", smooth(40))
+    limit = 10 * 40 * 56 * 3
+    kept = KeptFrames(limit)
+    with VideoReader(tmp_path / "a.mp4", kept) as reader:
+        for start in range(0, 40, 2):
+            assert np.array_equal(reader.read(1, start=start), read_clip(tmp_path / "a.mp4", 1, start=start))
+    assert kept.used <= limit
+    small = pickle.loads(pickle.dumps(kept))
+    assert (small.limit, small.used, small.decoded) == (limit, 0, 0), "what was kept stays in its process"
+
+
+def test_a_file_that_was_replaced_is_read_anew(tmp_path):
+    kept = KeptFrames(1 << 24)
+    for value in (30, 200):
+        write_video(tmp_path / "a.mp4", np.full((4, 16, 16, 3), value, np.uint8))
+        os.utime(tmp_path / "a.mp4", (value, value))
+        with VideoReader(tmp_path / "a.mp4", kept) as reader:
+            assert abs(reader.read(1).mean() - value) < 5
+
+
+# ---- npz files that lie
+
+
+def lying_npz(path, shape, *, name="video.npy", data=b"\0" * 64, file_size=None):
+    """An npz file whose array claims a shape that its data do not have."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(name, header.getvalue() + data)
+    if file_size is not None:  # as the zip archive's own directory has it
+        raw = path.read_bytes()
+        size = struct.pack("<I", len(header.getvalue()) + len(data))
+        path.write_bytes(raw.replace(size + size, size + struct.pack("<I", file_size)))
+    return path
+
+
+def test_npz_files_that_claim_more_than_they_hold_take_no_memory(tmp_path):
+    for shape in ((10**15, 64, 64, 3), (2**62, 2, 2, 2), (5, 64, 64, 3), (-1, 64, 64, 3)):
+        with pytest.raises(UnreadableVideo, match=r"'video\.npy' claims to be uint8 .* and holds 64"):
+            read_clip(lying_npz(tmp_path / "a.npz", shape), 1)
+    with pytest.raises(UnreadableVideo, match=r"claims 4294967294 bytes, \d+ packed ones hold at most"):
+        read_clip(lying_npz(tmp_path / "a.npz", (4, 4, 4, 1), file_size=2**32 - 2), 1)
+    with pytest.raises(UnreadableVideo, match="not a readable npz file"):
+        lying_npz(tmp_path / "b.npz", (10**15,), name="actions.npy")
+        np.savez(tmp_path / "v.npz", video=np.zeros((2, 4, 4, 3), np.uint8))
+        load_actions(tmp_path / "b.npz")
+
+
+def test_npz_actions_beyond_int64(tmp_path):
+    np.savez(tmp_path / "a.npz", actions=np.array([0, 2**64 - 1], np.uint64))
+    with pytest.raises(UnreadableVideo, match=r"'actions' holds 18446744073709551615, expected less than 2\*\*63"):
+        load_actions(tmp_path / "a.npz")

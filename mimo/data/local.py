@@ -1,0 +1,34 @@
+"""Only local files are opened: no path is taken for a URL, and no list of clips leads out of its folder unasked."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+from mimo.data.errors import DataError, UnreadableVideo
+
+
+def local_file(path: str | Path) -> tuple[Path, os.stat_result]:
+    """The absolute path of a regular file, and its status; UnreadableVideo for anything else: a folder, a pipe, a device."""
+    file = Path(os.path.abspath(path))
+    try:
+        status = file.stat()
+    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
+        raise UnreadableVideo(path, getattr(error, "strerror", None) or str(error)) from None
+    if not stat.S_ISREG(status.st_mode):
+        raise UnreadableVideo(path, "is a folder" if stat.S_ISDIR(status.st_mode) else "is no regular file")
+    return file, status
+
+
+def require_inside(files: Iterable[Path], folders: Iterable[Path], source: Path) -> None:
+    """Raises DataError, naming `source`, at the first file that lies, links followed, in none of the folders."""
+    roots = [os.path.realpath(folder) for folder in folders]
+    for file in files:
+        real = os.path.realpath(file)
+        if not any(os.path.commonpath([root, real]) == root for root in roots):
+            raise DataError(
+                f"{source}: {file} lies outside of {' and '.join(dict.fromkeys(roots))}: expected files inside"
+                " (--allow-outside takes any)"
+            )

@@ -1,0 +1,206 @@
+"""Video files, GIFs and contact sheets out: H.264 with PyAV, the pictures with Pillow.
+
+Frames are uint8 RGB arrays [F, H, W, 3]. Every file is written to a temporary name first and renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+from PIL import Image, ImageDraw, ImageFont
+
+from mimo.data.errors import reason
+from mimo.data.fitting import ONE_THREAD
+from mimo.data.video import VIDEO_SUFFIXES
+from mimo.errors import InputError
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends well, and is removed when it does not.
+
+    Raises InputError naming `path` when it cannot be written: a disk that is full, a folder that may not be changed.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {reason(error)}") from error
+    finally:
+        with suppress(OSError):  # it was never made, or cannot be removed either
+            temporary.unlink()
+
+
+def _check_frames(frames: np.ndarray) -> np.ndarray:
+    frames = np.asarray(frames)
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
+        raise ValueError(
+            f"frames are {frames.dtype} {list(frames.shape)}, expected uint8 [F, H, W, 3] with F, H, W >= 1"
+        )
+    return frames
+
+
+def check_fps(fps: float) -> None:
+    """Raises ValueError for a rate that videos and GIFs cannot both have."""
+    if not 0.01 <= fps <= 1000:
+        raise ValueError(f"fps {fps:g}: expected 0.01 to 1000 frames per second")
+
+
+def upscale(frames: np.ndarray, min_side: int) -> np.ndarray:
+    """Repeats pixels by the smallest whole factor that brings the shorter side to `min_side` or more."""
+    factor = max(1, -(-min_side // min(frames.shape[1:3])))
+    return frames if factor == 1 else frames.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+def write_video(
+    path: str | Path,
+    frames: np.ndarray,
+    fps: float = 10,
+    *,
+    min_side: int = 0,
+    quality: int = 14,
+    codec: str | None = None,
+) -> Path:
+    """Writes frames uint8 [F, H, W, 3] as yuv420p video; an odd side repeats its last row or column.
+
+    Args:
+        min_side: tiny clips are magnified by whole factors until their shorter side has so many pixels.
+        quality: constant rate factor of H.264 (0 lossless, 51 worst).
+        codec: encoder name; None takes H.264 (VP9 for .webm), or MPEG-4 part 2 where PyAV came without H.264.
+    """
+    path = Path(path)
+    check_fps(fps)
+    frames = upscale(_check_frames(frames), min_side)
+    frames = np.pad(
+        frames,
+        ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)),
+        mode="edge",
+    )
+    if path.suffix.lower() not in VIDEO_SUFFIXES:
+        raise ValueError(f"cannot write {path}: expected one of {', '.join(VIDEO_SUFFIXES)}")
+    if codec is None:
+        preferred = ("libvpx-vp9",) if path.suffix.lower() == ".webm" else ("libx264", "mpeg4")
+        codec = next((name for name in preferred if name in av.codecs_available), None)
+        if codec is None:
+            raise ValueError(f"cannot write {path}: this PyAV has none of the encoders {', '.join(preferred)}")
+    rate = Fraction(fps).limit_denominator(1001)
+    with atomic_path(path) as temporary, av.open(f"file:{temporary.absolute()}", "w") as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        if codec == "mpeg4":
+            stream.bit_rate = int(frames.shape[1] * frames.shape[2] * rate * 4)
+        else:
+            stream.options = {"crf": str(quality)}
+        # swscale converts RGB with BT.601 coefficients in the limited range: say so, or players guess.
+        stream.codec_context.colorspace, stream.codec_context.color_range = 6, 1
+        reformatter = VideoReformatter()
+        for i, frame in enumerate(frames):
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24")
+            picture = reformatter.reformat(picture, format="yuv420p", dst_colorspace="ITU601", **ONE_THREAD)
+            picture.pts = i
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+    return path
+
+
+def write_gif(path: str | Path, frames: np.ndarray, fps: float = 10, *, min_side: int = 0) -> Path:
+    """Writes frames uint8 [F, H, W, 3] as a GIF that repeats forever; the format counts time in 1/100 s."""
+    check_fps(fps)
+    frames = upscale(_check_frames(frames), min_side)
+    pictures = [Image.fromarray(np.ascontiguousarray(frame)) for frame in frames]
+    duration = max(20, round(100 / fps) * 10)
+    with atomic_path(path) as temporary:
+        pictures[0].save(
+            temporary,
+            format="GIF",
+            save_all=True,
+            append_images=pictures[1:],
+            duration=duration,
+            loop=0,
+            disposal=1,
+        )
+    return Path(path)
+
+
+_PAPER, _INK, _CONTEXT, _PLAIN = (
+    (255, 255, 255),
+    (40, 40, 40),
+    (235, 120, 20),
+    (200, 200, 200),
+)
+
+
+def contact_sheet(
+    path: str | Path,
+    rows: Mapping[str, np.ndarray],
+    marks: int = 0,
+    *,
+    min_side: int = 96,
+    max_columns: int = 20,
+) -> Path:
+    """Writes a PNG with one labelled row of frames per entry of `rows` (label -> uint8 [F, H, W, 3]).
+
+    The first `marks` frames of every row are context: they get an orange border, and their numbers are orange too. Rows
+    longer than `max_columns` are thinned evenly, the last frame kept; the numbers above the columns are frame numbers.
+    """
+    if not rows:
+        raise ValueError("contact_sheet: rows is empty, expected at least one label with frames")
+    clips = {label: upscale(_check_frames(frames), min_side) for label, frames in rows.items()}
+    longest = max(len(clip) for clip in clips.values())
+    shown = np.unique(np.linspace(0, longest - 1, min(longest, max_columns)).round().astype(int))
+    height = max(clip.shape[1] for clip in clips.values())
+    width = max(clip.shape[2] for clip in clips.values())
+    border, gap = 3, 4
+    font = ImageFont.load_default(max(12, height // 9))
+    line = sum(font.getmetrics()) + 4
+    cell_h, cell_w = height + 2 * border + gap, width + 2 * border + gap
+    legend = f"orange: context ({marks} frame{'s' if marks != 1 else ''})" if marks else ""
+    text_w = max(int(font.getlength(text)) for text in [*clips, legend]) + 4 * gap
+    sheet = Image.new(
+        "RGB",
+        (
+            max(cell_w * len(shown) + gap, text_w),
+            line * 2 + (cell_h + line) * len(clips) + gap,
+        ),
+        _PAPER,
+    )
+    draw = ImageDraw.Draw(sheet)
+    draw.text((gap, 2), legend, _CONTEXT, font)
+    for column, index in enumerate(shown):
+        draw.text(
+            (gap + column * cell_w + border, line + 2),
+            str(index),
+            _CONTEXT if index < marks else _INK,
+            font,
+        )
+    for row, (label, clip) in enumerate(clips.items()):
+        top = line * 2 + row * (cell_h + line)
+        draw.text((gap, top + 2), label, _INK, font)
+        for column, index in enumerate(shown):
+            if index >= len(clip):
+                continue
+            x, y = gap + column * cell_w, top + line
+            box = (
+                x,
+                y,
+                x + clip.shape[2] + 2 * border - 1,
+                y + clip.shape[1] + 2 * border - 1,
+            )
+            draw.rectangle(box, outline=_CONTEXT if index < marks else _PLAIN, width=border)
+            sheet.paste(
+                Image.fromarray(np.ascontiguousarray(clip[index])),
+                (x + border, y + border),
+            )
+    with atomic_path(path) as temporary:
+        sheet.save(temporary, format="PNG")
+    return Path(path)
