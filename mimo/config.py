@@ -230,7 +230,7 @@ class TrainConfig(_Record):
         betas: AdamW's.
         weight_decay: AdamW's.
         grad_clip: largest global gradient norm.
-        ema_decay: decay of the weight average that samples are drawn from.
+        ema_decay: decay of the weight average that samples are drawn from, once it is warm (mimo.training.average).
         unmasked_steps: the last steps of training drop no history tokens (the paper's fine-tuning for high ratios).
         precision: "bf16" (autocast, fp32 weights), "fp32", or "fp8": bf16 with the blocks' projections in float8
             (mimo.network.fp8; ask benchmarks/fp8_check.py before).

@@ -1,6 +1,7 @@
 """Training: exact resume, whatever interrupts it; the schedule; accumulation; the guard against divergence."""
 
 import errno
+import math
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ from mimo.config import MiMoConfig, SampleConfig, TrainConfig
 from mimo.data import ShapesDataset
 from mimo.errors import InputError
 from mimo.recipes import LossParts
+from mimo.training.average import EMA
 from mimo.training.log import read_log
 from mimo.training.trainer import Trainer, learning_rate, train
 
@@ -182,6 +184,28 @@ def test_learning_rate_warms_up_then_follows_a_cosine():
     assert rates[9] == pytest.approx(0.55)  # half way from step 4 to step 14
     assert rates[14] == pytest.approx(0.1)
     assert learning_rate(20, config) == pytest.approx(0.1)
+
+
+def test_the_average_by_hand_and_of_a_short_run():
+    """Update n keeps min(decay, (1 + n) / (10 + n)) of what was there; a skipped step leaves all as it is."""
+    model, skips = torch.nn.Linear(1, 1, bias=False), {4, 7}
+    average, expected, updates = EMA(model, decay=0.6), None, 0
+    for step in range(40):
+        value = math.sin(step)
+        torch.nn.init.constant_(model.weight, value)
+        average.update(model, torch.tensor(1.0 if step in skips else 0.0))
+        if step not in skips:
+            decay = min(0.6, (1 + updates) / (10 + updates)) if updates else 0
+            expected = value if expected is None else decay * expected + (1 - decay) * value
+            updates += 1
+        assert average.tensors["weight"].item() == pytest.approx(expected, abs=1e-6)
+    assert average.updates == updates == 38
+
+    average = EMA(model, decay=0.99)
+    for step in range(150):  # the weights move once, after the first step
+        torch.nn.init.constant_(model.weight, float(step == 0))
+        average.update(model, torch.zeros(()))
+    assert 0 <= average.tensors["weight"].item() < 1e-6
 
 
 class MeanOfLatents:
