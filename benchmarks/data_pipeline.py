@@ -3,7 +3,7 @@
     videos decoded      video files through the training loader: seek, decode, resize, crop, collate
     videos encoded      `mimo encode` from start to end, its own verification included
     shards read         latent shards through the training loader
-    training            `mimo.training.trainer.train`, from shards and from videos: its demand, and the share of its time spent in `next(batches)`
+    training            `mimo.training.loop.train`, from shards and from videos: its demand, and the share of its time spent in `next(batches)`
 
 Waiting is measured in the process that trains, from asking for a batch to having it. The GPU may still be busy with the step before then, so the
 share is an upper bound of what a faster pipeline could save. Videos are H.264, made here with `write_video` from moving shapes, unless there is a
@@ -31,7 +31,8 @@ from mimo.config import Encoding, SampleConfig, TrainConfig
 from mimo.data import LatentShards, batches, moving_shapes, open_dataset, write_video
 from mimo.data.encode import write_shards
 from mimo.tokenizers import build_tokenizer
-from mimo.training.trainer import Trainer, train
+from mimo.training.loop import train
+from mimo.training.trainer import Trainer
 
 WAIT_GOAL = 2.0  # percent of the step, from shards
 

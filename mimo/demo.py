@@ -20,7 +20,8 @@ from mimo.errors import InputError, user_input
 from mimo.sampling.sampler import Sampler
 from mimo.sampling.videos import generate
 from mimo.training.log import duration
-from mimo.training.trainer import Trainer, train
+from mimo.training.loop import train
+from mimo.training.trainer import Trainer
 
 TEST_CLIPS = 8  # predicted and scored
 SHOWN_CLIPS = 4  # of these, in the pictures

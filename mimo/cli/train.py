@@ -1,12 +1,13 @@
 """`mimo train`: the options; mimo.training does the work."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import tyro
 
 from mimo.cli.options import Clips, Device, Preset, changed, clip_options, find_device
-from mimo.cli.parser import find_preset, given
+from mimo.cli.parser import HELP, find_preset, given
 from mimo.config import MiMoConfig, SampleConfig, TrainConfig
 from mimo.errors import InputError, user_input
 
@@ -18,18 +19,21 @@ class Train(Clips):
     On several GPUs or machines: torchrun --nproc-per-node 8 -m mimo train ... (see --train.strategy). The batch is that of
     all of them, and how many there are changes neither the data nor the noise: a run may be resumed on another number.
 
-    SIGTERM and Ctrl-C end it with a checkpoint, and exit status 0 and 130: --resume continues from there.
+    SIGTERM and Ctrl-C end it with a checkpoint, and exit status 0 and 130: `mimo train --out RUN --resume` continues from
+    there. The run remembers what it was told; what is told anew is changed, and what follows from it is said.
 
     Every field of the preset can be overridden: --model.* is the network and its objective, --train.* the optimisation,
     --sample.* how previews (and later samples) are drawn.
 
     Args:
-        preset: which values to start from; without it --help shows those of mimo-tiny.
+        preset: which values to start from; without it --help shows those of mimo-tiny. Not needed with --resume.
         out: the run folder.
         steps: the same as --train.steps.
-        resume: continue from the newest checkpoint in the run folder.
+        resume: continue from the newest checkpoint in the run folder, or begin where there is none.
         tokenizer_weights: what the tokenizer reads: a folder or file, for dcae also a hub id; "dct" has none.
-        trust_pickle: read tokenizer weights that hold pickled objects, which can run any code.
+        trust_pickle: read tokenizer weights that hold pickled objects, which can run any code. It is not remembered.
+        ignore_labels: train a network without classes on clips that have them.
+        ignore_actions: train a network without actions on clips that have them.
         keep_every: checkpoints whose step is a multiple of this are never deleted.
         compile: run the network through torch.compile.
         device: where to train; "auto" takes a GPU if there is one.
@@ -47,12 +51,24 @@ class Train(Clips):
     resume: bool = False
     tokenizer_weights: Path | None = None
     trust_pickle: bool = False
+    ignore_labels: bool = False
+    ignore_actions: bool = False
     keep_every: int | None = None
     compile: bool = False
     device: Device = "auto"
 
     @classmethod
     def defaults(cls, arguments: list[str]) -> "Train":
+        """Those of the run that is resumed, or of the preset."""
+        out = given("out", arguments)
+        if "--resume" in arguments and out and not set(HELP) & set(arguments):
+            configs = remembered(Path(out))
+            if configs is not None:
+                return cls._of_run(configs, Path(out), given("preset", arguments))
+            if given("preset", arguments) is None:
+                raise InputError(
+                    f"--resume: {out} holds no checkpoint to continue: expected --preset and --data to begin"
+                )
         preset = find_preset("train", arguments)
         return cls(
             preset=preset if given("preset", arguments) else tyro.MISSING,
@@ -63,6 +79,33 @@ class Train(Clips):
             sample=SampleConfig.from_preset(preset),
         )
 
+    @classmethod
+    def _of_run(cls, configs: dict[str, Any], out: Path, preset: str | None) -> "Train":
+        """What the run in `out` was told, and `preset` again if at all."""
+        told = dict(configs.get("told") or {})  # without, it is of before it was remembered
+        if preset is not None and preset != told.setdefault("preset", preset):
+            raise InputError(f"--preset {preset}: {out} was begun with {told['preset']}, and a run keeps its network")
+        told.setdefault("preset", "")
+        told.setdefault("data", tyro.MISSING)
+        known = {field.name: field for field in fields(cls)}
+        paths = {name for name, field in known.items() if field.type in (Path, Path | None)}
+        options = {
+            name: Path(value) if name in paths and value is not None else value
+            for name, value in told.items()
+            if name in known
+        }
+        recorded = configs.get("tokenizer") or {}
+        if recorded.get("weights") is not None:
+            options["tokenizer_weights"] = Path(recorded["weights"])
+        kinds = {"model": MiMoConfig, "train": TrainConfig, "sample": SampleConfig}
+        return cls(out=out, **options, **{part: kind.from_dict(configs[part]) for part, kind in kinds.items()})
+
+    def told(self) -> dict[str, Any]:
+        """What checkpoints remember besides the configurations. Not --trust-pickle: a checkpoint is no permission."""
+        names = [field.name for field in fields(Clips)]
+        names += ["preset", "ignore_labels", "ignore_actions", "keep_every", "compile", "device"]
+        return {name: str(value) if isinstance(value := getattr(self, name), Path) else value for name in names}
+
     def run(self) -> None:
         import torch
 
@@ -70,19 +113,25 @@ class Train(Clips):
 
         if self.keep_every is not None and self.keep_every < 1:
             raise InputError(f"--keep-every {self.keep_every}: expected at least 1")
+        if self.data != "shapes" and Path(self.data).exists():
+            self.data = str(Path(self.data).resolve())  # as it is remembered: it holds in every folder
+        if self.annotation is not None:
+            self.annotation = self.annotation.resolve()
         with process_group(gpu=self.device != "cpu" and torch.cuda.is_available()) as world:
             self.run_in(world)
 
     def run_in(self, world) -> None:
         """`run`, as one of the processes of a mimo.training.distributed.World."""
+        from mimo.training.loop import train
         from mimo.training.preview import Preview
-        from mimo.training.trainer import Trainer, train
+        from mimo.training.trainer import Trainer
 
         config = self.model
         train_config = self.train if self.steps is None else changed(self.train, steps=self.steps)
         options = clip_options(config) | {"interval": train_config.interval, "flip": train_config.flip}
         with world.together():
             device, dataset = find_device(self.device), self.open(encoded=True, **options)
+        ignore = [name for name in ("labels", "actions") if getattr(self, f"ignore_{name}")]
         trainer = user_input(
             Trainer,
             config,
@@ -93,6 +142,8 @@ class Train(Clips):
             trust_pickle=self.trust_pickle,
             device=device,
             compile=self.compile,
+            ignore=ignore,
+            told=self.told(),
         )
         with world.together():
             preview = user_input(Preview, trainer, self.out / "previews") if train_config.preview_every else None
@@ -103,5 +154,13 @@ class Train(Clips):
             resume=self.resume,
             keep_every=self.keep_every,
             preview=preview,
-            heading=f"{self.preset} on {where}, parameters:\n{trainer.model.parameter_report()}",
+            heading=f"{f'{self.preset} ' if self.preset else ''}on {where}, parameters:\n{trainer.model.parameter_report()}",
         )
+
+
+def remembered(out: Path) -> dict[str, Any] | None:
+    """The configurations in the newest checkpoint of a run whose state can be read; None where there is none."""
+    from mimo import checkpoint
+
+    newest, _ = checkpoint.latest(out, parts=())
+    return None if newest is None else checkpoint.read_state(newest)["configs"]

@@ -207,6 +207,24 @@ def test_missing_data_of_the_demo(refused, tmp_path):
     assert str(tmp_path / "none") in refused("demo", "--data", tmp_path / "none", "--out", tmp_path / "demo")
 
 
+@pytest.mark.parametrize(("kind", "words"), [("actions", []), ("labels", ["--folder-labels"])])
+def test_what_clips_have_and_the_network_has_no_place_for(refused, tmp_path, kind, words):
+    rng = np.random.default_rng(0)
+    videos = rng.integers(0, 255, (2, 8, 8, 8, 3), dtype=np.uint8)
+    for number, video in enumerate(videos):
+        if kind == "actions":
+            (tmp_path / "clips").mkdir(exist_ok=True)
+            np.savez(tmp_path / "clips" / f"{number}.npz", video=video, actions=rng.integers(0, 4, 8))
+        else:
+            write_video(tmp_path / "clips" / f"class{number}" / "clip.mp4", video)
+    run, clips = tmp_path / "run", tmp_path / "clips"
+    message = refused(*train_arguments(run, clips), *words)
+    field = {"actions": "num_actions", "labels": "num_classes"}[kind]
+    assert f"{field}=0, but the clips have {kind}: expected --model.{field.replace('_', '-')}" in message
+    assert f"--ignore-{kind}" in message and not run.exists()
+    assert train(run, *words, f"--ignore-{kind}", data=clips) == 0
+
+
 def test_classes_without_labels(tmp_path, capsys):
     assert train(tmp_path / "run", "--model.num-classes", "5") == 2
     output, errors = capsys.readouterr()
@@ -384,6 +402,63 @@ def test_overrides_and_presets_reach_the_run(tmp_path, capsys):
     assert str(preview) in output
     with VideoReader(preview) as reader:
         assert reader.num_frames == 3
+
+
+def resume(run, *more):
+    return main(["train", "--out", str(run), "--resume", *map(str, more)])
+
+
+def test_a_run_remembers_what_it_was_told(tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        write_video(tmp_path / "videos" / f"{number}.mp4", rng.integers(0, 255, (8, 16, 16, 3), dtype=np.uint8))
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    assert train(run, "--train.lr", "0.25", "--random-crop", "--keep-every", "1", data="videos") == 0
+    first = json.loads((step(run) / "state.json").read_text())["configs"]
+    monkeypatch.chdir("/")
+    capsys.readouterr()
+    assert resume(run) == 0
+    assert "nothing to do: step 2 of 2" in capsys.readouterr().out
+    # Neither are the preset's own values, given again with it, taken for an order to change something.
+    assert resume(run, "--preset", "mimo-tiny", "--data", tmp_path / "videos") == 0
+    assert "nothing to do: step 2 of 2" in capsys.readouterr().out
+    assert resume(run, "--steps", 4, "--train.keep", 5, "--sample.steps", 3, "--no-random-crop") == 0
+    output, errors = capsys.readouterr()
+    assert "steps 2 -> 4: the learning rate at step 2 goes from 1e-05 to 0.0" in output and not errors
+    assert "keep 2 -> 5: older checkpoints are deleted" in output
+    assert "sample.steps 2 -> 3: previews and later samples are drawn so" in output
+    assert "random_crop True -> False: with other clips it is another run from here" in output
+    assert output.count(" -> ") == 4 and "the data was" not in output
+    later = run / "checkpoints" / "step_00000004" / "state.json"
+    second = json.loads(later.read_text())["configs"]
+    first["train"] |= {"steps": 4, "keep": 5}
+    first["sample"]["steps"], first["told"]["random_crop"] = 3, False
+    assert second == first and second["train"]["lr"] == 0.25 and second["told"]["keep_every"] == 1
+
+
+def test_what_a_resumed_run_cannot_change_or_does_not_know(refused, own_run, tmp_path):
+    again = ["train", "--out", own_run, "--resume"]
+    assert f"--preset mimo-b-k600: {own_run} was begun with mimo-tiny" in refused(*again, "--preset", "mimo-b-k600")
+    assert "model.depth is 1 there and 2 here" in refused(*again, "--model.depth", 2)
+    nothing = ["train", "--out", tmp_path / "none", "--resume"]
+    assert f"--resume: {tmp_path / 'none'} holds no checkpoint to continue" in refused(*nothing)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_run_of_before_it_was_remembered_goes_on(refused, own_run, monkeypatch, capsys):
+    from mimo import checkpoint
+
+    read = checkpoint.read_state
+
+    def without(folder):
+        state = read(folder)
+        return state | {"configs": {name: part for name, part in state["configs"].items() if name != "told"}}
+
+    monkeypatch.setattr("mimo.checkpoint.read_state", without)
+    assert "--data" in refused("train", "--out", own_run, "--resume", "--steps", 3)
+    assert resume(own_run, "--data", "shapes", "--steps", 3) == 0
+    assert " -> " in capsys.readouterr().out and (own_run / "checkpoints" / "step_00000003").exists()
 
 
 def test_a_fault_of_ours_keeps_its_traceback(tmp_path, monkeypatch):

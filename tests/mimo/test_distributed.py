@@ -23,7 +23,8 @@ from mimo.recipes import LossParts
 from mimo.sampling.videos import load as load_for_sampling
 from mimo.training.distributed import process_group, whole
 from mimo.training.log import read_log
-from mimo.training.trainer import Trainer, train
+from mimo.training.loop import train
+from mimo.training.trainer import Trainer
 
 NETWORK = {
     **{"depth": 2, "dim": 16, "heads": 2, "decoder_depth": 1, "decoder_layer": 1},

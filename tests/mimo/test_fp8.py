@@ -19,7 +19,8 @@ from mimo.config import SampleConfig, TrainConfig
 from mimo.data import ShapesDataset
 from mimo.network.fp8 import GRADIENTS, VALUES, Projection, to_float8, use_float8
 from mimo.recipes import Recipe, step_generator
-from mimo.training.trainer import Trainer, train
+from mimo.training.loop import train
+from mimo.training.trainer import Trainer
 
 CONFIG = MiMoConfig(
     **{"depth": 2, "dim": 32, "heads": 2, "decoder_depth": 1, "decoder_layer": 1, "frames": 3, "height": 3, "width": 3},

@@ -16,7 +16,9 @@ from mimo.runtime import to_latents
 from mimo.sampling.history import CachePolicy
 from mimo.sampling.sampler import Sampler
 from mimo.sampling.videos import load, read_actions, read_context
-from mimo.training.trainer import Trainer, check_conditions, train
+from mimo.training.conditions import check_conditions
+from mimo.training.loop import train
+from mimo.training.trainer import Trainer
 
 HIGHEST = 5
 NETWORK = {

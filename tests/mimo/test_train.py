@@ -20,7 +20,9 @@ from mimo.errors import InputError
 from mimo.recipes import LossParts
 from mimo.training.average import EMA
 from mimo.training.log import read_log
-from mimo.training.trainer import Trainer, learning_rate, train
+from mimo.training.loop import train
+from mimo.training.schedule import learning_rate
+from mimo.training.trainer import Trainer
 
 NETWORK = {
     **{"depth": 2, "dim": 16, "heads": 2, "decoder_depth": 1, "decoder_layer": 1},
