@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from mimo.cli import main
 from mimo.data import VideoReader, write_video
+from mimo.records import sealed
 
 TINY = (
     "--model.depth 1 --model.dim 16 --model.heads 2 --model.decoder-depth 1 --model.decoder-layer 1 --model.frames 3 "
@@ -320,10 +321,10 @@ def test_tensors_that_do_not_fit_the_recorded_config(refused, own_run):
     file, state_file = shard(own_run, "ema"), step(own_run) / "state.json"
     state = json.loads(state_file.read_text())
     state["configs"]["model"]["depth"] = 2
-    state_file.write_text(json.dumps(state))
+    state_file.write_text(sealed(state))
     assert "blocks.1" in refused("sample", "--checkpoint", own_run, "--out", own_run / "samples")
     state["configs"]["model"]["colour"] = "red"
-    state_file.write_text(json.dumps(state))
+    state_file.write_text(sealed(state))
     assert "colour" in refused("sample", "--checkpoint", own_run, "--out", own_run / "samples")
     save_file(load_file(file), file, metadata={"more": "bytes"})
     assert "bytes" in refused("sample", "--checkpoint", own_run, "--out", own_run / "samples")
