@@ -22,7 +22,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,11 +216,13 @@ def read_tensors(
     part: str,
     state: dict[str, Any],
     *,
+    skip: Collection[str] = (),
     like: dict[str, Tensor] | None = None,
     world: World | None = None,
 ) -> dict[str, Tensor]:
     """The named tensors of one part, after comparing the checksums of its files with those in `state`.
 
+    skip: names that stay on disk.
     like: what a name, or what precedes its last colon, is found under here and is sharded comes back sharded alike; all
         else comes back whole.
     world: ranks that all make this call and share the checking.
@@ -233,6 +235,8 @@ def read_tensors(
     tensors = {}
     with _alone_is_intended(), _understanding(folder, part):  # nobody needs the others in order to read
         for name, saved in reader.read_metadata().state_dict_metadata.items():
+            if name in skip:
+                continue
             if sum(math.prod(chunk.sizes) for chunk in saved.chunks) != math.prod(saved.size):
                 raise ValueError(f"the shards do not hold all of {name}")
             model = (like or {}).get(name, (like or {}).get(name.rpartition(":")[0]))

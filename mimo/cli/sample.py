@@ -76,7 +76,8 @@ class Sample:
     device: Device = "auto"
 
     def run(self) -> None:
-        from mimo.sampling.videos import load, sample
+        from mimo.sampling.loading import load
+        from mimo.sampling.request import sample
 
         require_folder(self.out)
         loaded = load(

@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mimo import checkpoint
 from mimo.cli import main
 from mimo.data import VideoReader, write_video
 from mimo.records import sealed
+from mimo.sampling.loading import load
 
 TINY = (
     "--model.depth 1 --model.dim 16 --model.heads 2 --model.decoder-depth 1 --model.decoder-layer 1 --model.frames 3 "
@@ -250,7 +252,7 @@ def test_a_full_disk(refused, run, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "sheet.png")
 
-    monkeypatch.setattr("mimo.sampling.videos.generate", full)
+    monkeypatch.setattr("mimo.sampling.request.generate", full)
     assert "No space left on device: 'sheet.png'" in refused("sample", "--checkpoint", run, "--out", tmp_path)
 
 
@@ -260,7 +262,7 @@ def test_an_interruption_is_said_once(run, tmp_path, monkeypatch, capsys):
 
     (tmp_path / "unfinished").mkdir()  # of an earlier run
     command = ["sample", "--checkpoint", str(run), "--out", str(tmp_path)]
-    monkeypatch.setattr("mimo.sampling.videos.sample", stopped)
+    monkeypatch.setattr("mimo.sampling.request.sample", stopped)
     assert main(command) == 130 and capsys.readouterr().err == "interrupted\n"
     assert main([*command, "--save-every", "2"]) == 130
     assert capsys.readouterr().err == f"interrupted: --resume continues the run in {tmp_path / 'unfinished'}\n"
@@ -532,3 +534,18 @@ def test_classes_and_actions(tmp_path):
     one = sample(run, tmp_path / "c0", "--class", 0, "--class-guidance", 2)
     assert one != sample(run, tmp_path / "c1", "--class", 1, "--class-guidance", 2)
     assert main(["sample", "--checkpoint", str(run), "--out", str(tmp_path / "c2"), "--class", "2"]) == 2
+
+
+def test_what_only_training_needs_stays_on_disk(run, monkeypatch):
+    read, original = {}, checkpoint.read_tensors
+
+    def record(*args, **options):
+        read.update(original(*args, **options))
+        return read
+
+    monkeypatch.setattr(checkpoint, "read_tensors", record)
+    model = load(run).model
+    assert model.decoder is None and set(read) == set(model.state_dict())
+    saved = load_file(shard(run, "ema"))
+    assert {name.partition(".")[0] for name in saved.keys() - read.keys()} == {"decoder"}
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())

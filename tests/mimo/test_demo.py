@@ -12,7 +12,7 @@ from mimo.config import MiMoConfig, SampleConfig, TrainConfig
 from mimo.data import VideoReader, write_video
 from mimo.demo import Windows, demo, psnr, read_windows
 from mimo.errors import InputError
-from mimo.sampling.videos import load
+from mimo.sampling.loading import load
 
 FRAMES, CONTEXT = 5, 2
 

@@ -20,7 +20,7 @@ from mimo.config import MiMoConfig, SampleConfig, TrainConfig
 from mimo.data import ShapesDataset
 from mimo.errors import InputError
 from mimo.recipes import LossParts
-from mimo.sampling.videos import load as load_for_sampling
+from mimo.sampling.loading import load as load_for_sampling
 from mimo.training.distributed import process_group, whole
 from mimo.training.log import read_log
 from mimo.training.loop import train

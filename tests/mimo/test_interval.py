@@ -14,8 +14,9 @@ from mimo.errors import InputError
 from mimo.recipes import Recipe, step_generator
 from mimo.runtime import to_latents
 from mimo.sampling.history import CachePolicy
+from mimo.sampling.loading import load
+from mimo.sampling.request import read_actions, read_context
 from mimo.sampling.sampler import Sampler
-from mimo.sampling.videos import load, read_actions, read_context
 from mimo.training.conditions import check_conditions
 from mimo.training.loop import train
 from mimo.training.trainer import Trainer

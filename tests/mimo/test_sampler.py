@@ -18,8 +18,8 @@ from mimo.config import SampleConfig
 from mimo.diffusion import FlowSchedule, VPredictionSchedule
 from mimo.sampling.guidance import guidance_branches
 from mimo.sampling.history import CachePolicy
+from mimo.sampling.loading import round_weights
 from mimo.sampling.sampler import Sampler
-from mimo.sampling.videos import round_weights
 from mimo_kernels import FrameCache, paged_frame_attention
 
 TOKENS, CHANNELS, CLASSES, ACTIONS = 8, 5, 3, 4

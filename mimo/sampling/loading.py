@@ -1,0 +1,97 @@
+"""A network for sampling, out of a checkpoint: what only training needs stays on disk."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from mimo import checkpoint
+from mimo.config import MiMoConfig, SampleConfig, TrainConfig
+from mimo.errors import InputError
+from mimo.network.network import MiMo
+from mimo.runtime import best_device, config_tokenizer, recorded_tokenizer
+from mimo.tokenizers.weights import checksum
+
+
+@dataclass
+class Loaded:
+    """A network for sampling, as a checkpoint describes it."""
+
+    model: MiMo
+    tokenizer: nn.Module
+    train_config: TrainConfig
+    sample_config: SampleConfig
+    folder: Path
+
+
+def load(
+    path: Path,
+    *,
+    weights: Literal["ema", "model"] = "ema",
+    tokenizer_weights: str | Path | None = None,
+    trust_pickle: bool = False,
+    device: torch.device | None = None,
+) -> Loaded:
+    """The network in a run folder (its newest whole checkpoint) or in one step folder, and its tokenizer.
+
+    Args:
+        weights: the averaged ones, or those of the last step.
+        tokenizer_weights: where the tokenizer's weights lie now; None takes the path that the checkpoint remembers. Weights
+            with another checksum than those of training are refused.
+        trust_pickle: see `build_tokenizer`.
+    """
+    folder, passed_over = checkpoint.find(path, parts=[weights])
+    for reason in passed_over:
+        print(f"passed over: {reason}")
+    state = checkpoint.read_state(folder)
+    try:
+        configs = state["configs"]
+        model_config = MiMoConfig.from_dict(configs["model"])
+        train_config, sample_config = TrainConfig.from_dict(configs["train"]), SampleConfig.from_dict(configs["sample"])
+        with torch.device("meta"):  # drawing weights and throwing them away takes longer than reading them
+            model = MiMo(model_config)
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"checkpoint {folder}: its configuration does not fit this version: {error}") from None
+    training_only = _strip(model)
+    tensors = checkpoint.read_tensors(folder, weights, state, skip=training_only)
+    checkpoint.load_module(model, tensors, folder)  # on the meta device: names and shapes fit, nothing is copied
+    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    device = device or best_device()
+    recorded = recorded_tokenizer(configs)
+    tokenizer = _load_tokenizer(folder, model_config, recorded, tokenizer_weights, trust_pickle)
+    return Loaded(
+        model.to(device).requires_grad_(False).eval(), tokenizer.to(device), train_config, sample_config, folder
+    )
+
+
+def round_weights(model: MiMo) -> None:
+    """Keep in bf16 what autocast rounds to it before every product: a captured graph would do so in every step."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data = module.weight.data.bfloat16()
+
+
+def _strip(model: MiMo) -> set[str]:
+    """Take from the network what only training needs; the names of those tensors."""
+    names = set(model.state_dict())
+    model.decoder = None
+    return names - set(model.state_dict())
+
+
+def _load_tokenizer(
+    folder: Path, config: MiMoConfig, recorded: dict, given: str | Path | None, trust_pickle: bool
+) -> nn.Module:
+    try:
+        tokenizer = config_tokenizer(config, given or recorded["weights"], trust_pickle=trust_pickle)
+    except InputError as error:
+        where = "--tokenizer-weights" if given else "its tokenizer, which --tokenizer-weights can name anew"
+        raise InputError(f"checkpoint {folder}: {where}: {error}") from None
+    if (found := checksum(tokenizer)) != recorded["sha256"]:
+        what = given or recorded["weights"] or f"this version's {config.tokenizer!r}"
+        raise InputError(
+            f"checkpoint {folder}: {what} is not the tokenizer it was trained with: its checksum is {found}, expected "
+            f"{recorded['sha256']}"
+        )
+    return tokenizer
