@@ -11,8 +11,9 @@ import torch
 from mimo import checkpoint
 from mimo.cli import main
 from mimo.data import ShapesDataset
+from mimo.sampling.loading import load
 from mimo.sampling.sampler import Sampler
-from mimo.sampling.videos import generate, load
+from mimo.sampling.videos import generate
 from mimo.training.log import read_log
 
 OLD = Path(__file__).parent / "format_2"
