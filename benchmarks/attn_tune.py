@@ -86,7 +86,7 @@ class Case:
 
     def plan(self, name: str, choices: tuple[Config, ...]) -> Plan:
         mask = self.shape.mask
-        return triton_plan.make_plan({}, name, mask.pattern, mask.repeats, self.device, choices)
+        return triton_plan.make_plan({}, name, mask.pattern, mask.repeats, self.device, choices)[0]
 
     def prepared(self, name: str, plan: Plan) -> tuple[Noted, float]:
         """The kernel of the pass, launched once, and the worst error of its results."""

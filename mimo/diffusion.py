@@ -19,18 +19,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mimo_kernels.core.device_copies import DeviceCopies
 
-class _Table:
+
+def _table(values: Tensor) -> DeviceCopies:
     """A small constant table, in float32 on every device that asks for it."""
-
-    def __init__(self, values: Tensor) -> None:
-        self._values = values.float()
-        self._copies: dict[torch.device, Tensor] = {}
-
-    def on(self, device: torch.device) -> Tensor:
-        if device not in self._copies:
-            self._copies[device] = self._values.to(device)
-        return self._copies[device]
+    return DeviceCopies("the tables of the noise schedule", values.float())
 
 
 def _match(coefficient: Tensor, x: Tensor) -> Tensor:
@@ -69,13 +63,13 @@ class VPredictionSchedule(_Schedule):
         alpha = torch.cumprod(1 - beta, dim=0).sqrt()
         alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
         self._alpha_sigma = torch.stack([alpha, (1 - alpha.square()).sqrt()])
-        self._table = _Table(self._alpha_sigma)
+        self._table = _table(self._alpha_sigma)
 
     def alpha(self, t: Tensor) -> Tensor:
-        return self._table.on(t.device)[0, t]
+        return self._table.on(t.device)[0][0, t]
 
     def sigma(self, t: Tensor) -> Tensor:
-        return self._table.on(t.device)[1, t]
+        return self._table.on(t.device)[0][1, t]
 
     def embedding(self, t: Tensor) -> Tensor:
         return t.float()
@@ -99,12 +93,12 @@ class VPredictionSchedule(_Schedule):
         # x0 = a x - s v and eps = s x + a v; so a' x0 + s' eps is this linear map of x and v.
         of_x = there[0] * here[0] + there[1] * here[1]
         of_v = there[1] * here[0] - there[0] * here[1]
-        self._steps = _Table(torch.stack([of_x, of_v]))
+        self._steps = _table(torch.stack([of_x, of_v]))
         return visited.to(device)
 
     def step(self, v: Tensor, x: Tensor, i: int | Tensor) -> Tensor:
         """x' = alpha' x0 + sigma' eps with x0 = alpha x - sigma v and eps = sigma x + alpha v, at visited timestep i."""
-        of_x, of_v = self._steps.on(x.device)[:, i].to(x.dtype)
+        of_x, of_v = self._steps.on(x.device)[0][:, i].to(x.dtype)
         return of_x * x + of_v * v
 
 
@@ -140,12 +134,12 @@ class FlowSchedule(_Schedule):
         if steps < 1:
             raise ValueError(f"steps={steps}: expected 1 or more")
         visited = torch.linspace(1, 0.001, steps, dtype=torch.float64)
-        self._steps = _Table(torch.cat([visited.diff(), -visited[-1:]]))
+        self._steps = _table(torch.cat([visited.diff(), -visited[-1:]]))
         return visited.float().to(device)
 
     def step(self, v: Tensor, x: Tensor, i: int | Tensor) -> Tensor:
         """x' = x + (tau_{i+1} - tau_i) v."""
-        return x + self._steps.on(x.device)[i].to(x.dtype) * v
+        return x + self._steps.on(x.device)[0][i].to(x.dtype) * v
 
 
 def build_schedule(parameterization: str) -> VPredictionSchedule | FlowSchedule:

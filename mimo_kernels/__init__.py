@@ -12,7 +12,7 @@ _EXPORTS = {
     "AxialRoPE": "ops.rope",
     "FrameCache": "cache.pages",
     "FrameMask": "attention",
-    "FrameRows": "ops.adaln",
+    "FrameRows": "ops.frame_rows",
     "bias_gelu": "ops.gelu",
     "frame_attention": "attention",
     "gated_residual_modulate": "ops.adaln",

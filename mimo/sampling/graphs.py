@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+from mimo_kernels.core import device_copies
+
 
 class Replayed:
     """A function of static buffers. If `captures`, its second call is captured as a CUDA graph and replayed from then on.
@@ -17,6 +19,7 @@ class Replayed:
         self.function, self.captures = function, captures
         self.warm = False
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.kept: dict | None = None  # the tables that the graph reads
 
     def __call__(self) -> None:
         if not self.captures or not self.warm:
@@ -30,7 +33,11 @@ class Replayed:
                 "cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), cache_enabled=False
             )
             # Threads that load data or watch collectives go on with their own calls meanwhile.
-            with autocast, torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with (
+                autocast,
+                device_copies.kept() as self.kept,
+                torch.cuda.graph(graph, capture_error_mode="thread_local"),
+            ):
                 self.function()
             self.graph = graph
         self.graph.replay()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mimo_kernels.core import backends
+from mimo_kernels.core import backends, torch_private
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the numbers of csrc/common.cuh
 DTYPE_NAMES = "float32, float16 or bfloat16"
@@ -50,7 +50,7 @@ def kernels():
 def place(tensor: Tensor) -> tuple[int, int]:
     """Device index and raw stream for a launch that works on this tensor."""
     index = tensor.get_device()
-    return (index, torch._C._cuda_getCurrentRawStream(index)) if index >= 0 else (0, 0)
+    return (index, torch_private.raw_stream(index)) if index >= 0 else (0, 0)
 
 
 def aligned(tensor: Tensor) -> Tensor:

@@ -2,7 +2,10 @@
 a torch that has moved or changed one is named by the test that fails."""
 
 import torch
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 
 below_autograd = torch._C._AutoDispatchBelowAutograd  # context: what is called inside skips the autograd kernels
 AFTER_AUTOGRAD = torch._C._after_autograd_keyset  # the dispatch keys that follow autograd's, for OpOverload.redispatch
@@ -13,3 +16,22 @@ functorch_active = torch._C._are_functorch_transforms_active  # whether a torch.
 def forward_level() -> int:
     """The level of forward-mode differentiation that is under way, -1 for none. unpack_dual asks it too, per tensor."""
     return forward_ad._current_level
+
+
+dispatch_modes = torch._C._len_torch_dispatch_stack  # how many are active: FakeTensorMode, functional tensors, tracing
+without_dispatch_modes = _disable_current_modes  # context: what is called inside works on real tensors
+
+
+def fake_mode() -> FakeTensorMode | None:
+    """The FakeTensorMode that is active, if one is."""
+    return detect_fake_mode()
+
+
+def is_fake(x: torch.Tensor) -> bool:
+    """Whether the tensor has a shape but no values."""
+    return isinstance(x, FakeTensor) or x.device.type == "meta"
+
+
+def raw_stream(device_index: int) -> int:
+    """The current stream of a CUDA device as the number that CUDA knows it by. A CPU build of torch has none."""
+    return torch._C._cuda_getCurrentRawStream(device_index)

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mimo_kernels.core import backends
+from mimo_kernels.core import backends, torch_private
+from mimo_kernels.core.device_copies import DeviceCopies
 from mimo_kernels.core.launch import (
     DTYPE_NAMES,
     DTYPES,
@@ -63,7 +64,8 @@ class AxialRoPE:
         if not 0 < theta < math.inf:
             raise ValueError(f"AxialRoPE: theta is {theta}, expected a positive number")
         self.head_dim, self.theta, self.split = head_dim, theta, split
-        self._tables: dict[str, list[_Table]] = {}
+        self._positions, self._copies = 0, None
+        self._table("cpu")
 
     def frequencies(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64) -> Tensor:
         """Radians per position of every channel pair: [head_dim / 2]"""
@@ -78,28 +80,27 @@ class AxialRoPE:
     def tables_on(self, device: torch.device | str, max_position: int = 1023) -> tuple[Tensor, Tensor]:
         """(cos, sin) of every position and channel pair: float32 [positions, head_dim / 2], at least up to `max_position`.
 
-        Kept per device; a larger position makes a table of twice the size, once. Call it where positions from 1024 on
+        Made on the host, kept per device; a larger position makes a table of twice the size, once. Call it where positions from 1024 on
         are about to come in on a GPU: the kernel cannot make its table longer, and stops with a message.
         """
         table = self._table(torch.device(device), max_position).whole
         return table[..., 0], table[..., 1]
 
     def _table(self, device: torch.device | str, max_position: int = 1023) -> _Table:
-        device, key = torch.device(device), str(device)
-        kept = self._tables.setdefault(key, [])  # replaced tables stay: a captured CUDA graph may point to them
-        if not kept or kept[-1].whole.shape[0] <= max_position:
-            if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
-                raise ValueError(
-                    f"AxialRoPE: there is no table up to position {max_position} on {device} yet, and none can be made inside a"
-                    f" CUDA graph capture; call tables_on({str(device)!r}, {max_position}) before capturing"
-                )
-            positions = 1 << max(10, max_position.bit_length())
-            with torch.inference_mode(False):  # a table made in it could not serve training later
-                angle = torch.arange(positions, dtype=torch.float64, device=device)[:, None] * self.frequencies(device)
-                whole = torch.stack([angle.cos(), angle.sin()], dim=-1).float()
-                parts = whole.split([channels // 2 for channels in self.split], dim=1)
-                kept.append(_Table(whole, [part.flatten(1).contiguous() for part in parts]))
-        return kept[-1]
+        if self._copies is None or max_position >= self._positions:
+            self._positions = 1 << max(10, max_position.bit_length())
+            self._copies = self._make_tables(self._positions)
+        whole, *axes = self._copies.on(device)
+        return _Table(whole, axes)
+
+    def _make_tables(self, positions: int) -> DeviceCopies:
+        # Outside of inference mode: a table made in it could not serve training later.
+        with torch.inference_mode(False), torch_private.without_dispatch_modes():
+            angle = torch.arange(positions, dtype=torch.float64, device="cpu")[:, None] * self.frequencies()
+            whole = torch.stack([angle.cos(), angle.sin()], dim=-1).float()
+            parts = whole.split([channels // 2 for channels in self.split], dim=1)
+            axes = (part.flatten(1).contiguous() for part in parts)
+            return DeviceCopies(f"AxialRoPE: the tables up to position {positions - 1} (see tables_on)", whole, *axes)
 
 
 def _forward(qkv, q_weight, k_weight, coords, table, split, eps, k_cache, v_cache, cache_rows, with_v):

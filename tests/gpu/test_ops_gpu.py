@@ -13,6 +13,7 @@ from mimo_kernels import (
     sample_tube_mask,
     scatter_tokens,
 )
+from mimo_kernels.core.device_copies import kept
 from mimo_kernels.ops.gelu import bias_gelu
 from mimo_kernels.ops.losses import weighted_squared_error
 from mimo_kernels.ops.rope import qk_norm_rope_cache
@@ -178,6 +179,34 @@ def test_in_a_cuda_graph_and_on_another_stream():
     graph.replay()
     for results in (streamed, captured):
         assert all(torch.equal(a, b) for a, b in zip(results, expected))
+
+
+def test_a_graph_outlives_the_rows_that_it_reads():
+    x, scale = random(640, 64), random(4, 64)
+    rows = FrameRows([160] * 4, [0, 1, 2, 3])
+    expected = modulate(x, scale, scale, rows)
+    graph = torch.cuda.CUDAGraph()
+    with kept() as copies, torch.cuda.graph(graph):
+        y = modulate(x, scale, scale, rows)
+    assert copies
+    del rows
+    for _ in range(50):  # who asks for memory of that size gets other memory
+        torch.full((640,), 1 << 30, dtype=torch.int32, device="cuda")
+    graph.replay()
+    assert torch.equal(y, expected)
+
+
+def test_a_second_stream_waits_for_the_upload():
+    x, scale = random(1 << 16, 64), random(4, 64)
+    stream = torch.cuda.Stream()
+    for _ in range(10):
+        rows = FrameRows([1 << 14] * 4, [0, 1, 2, 3])
+        torch.cuda._sleep(50_000_000)  # the upload stands behind it
+        expected = modulate(x, scale, scale, rows)
+        with torch.cuda.stream(stream):
+            y = modulate(x, scale, scale, rows)
+        torch.cuda.synchronize()
+        assert torch.equal(y, expected)
 
 
 def test_rows_are_not_uploaded_inside_a_capture():

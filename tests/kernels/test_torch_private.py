@@ -1,6 +1,8 @@
 """Each private name of torch that the package uses, alone: which torch has moved or changed it is what a failure here tells."""
 
+import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
 from mimo_kernels.core import torch_private
@@ -33,3 +35,19 @@ def test_after_autograd():
     assert keys.has(torch._C.DispatchKey.AutogradCPU)
     after = keys & torch_private.AFTER_AUTOGRAD
     assert after.has(torch._C.DispatchKey.CPU) and not after.has(torch._C.DispatchKey.AutogradCPU)
+
+
+def test_modes():
+    assert torch_private.dispatch_modes() == 0 and torch_private.fake_mode() is None
+    with FakeTensorMode() as mode:
+        assert torch_private.dispatch_modes() == 1 and torch_private.fake_mode() is mode
+        assert torch_private.is_fake(torch.ones(1))
+        with torch_private.without_dispatch_modes():
+            assert torch_private.dispatch_modes() == 0 and torch.ones(2).sum() == 2
+        assert torch_private.dispatch_modes() == 1
+    assert not torch_private.is_fake(torch.ones(1)) and torch_private.is_fake(torch.ones(1, device="meta"))
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="a CPU build of torch has no streams")
+def test_raw_stream():
+    assert callable(torch._C._cuda_getCurrentRawStream)

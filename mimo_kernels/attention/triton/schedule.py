@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mimo_kernels.attention.triton.tiles import split_head_dim
 from mimo_kernels.core.backends import extension
+from mimo_kernels.core.device_copies import DeviceCopies, OfTables
 
 # Clips that run side by side hold about so many rows: their keys and values stay in the cache. Clips that differ share one schedule, which is ordered
 # in bands of so many rows; of clips that are alike so many repeat it side by side.
@@ -137,47 +138,40 @@ class Plan(NamedTuple):
     executed_pairs: int
 
 
-def plan_for(name: str, frames: Tensor, repeats: int, device: torch.device, dtype: torch.dtype, head_dim: int) -> Plan:
-    """The plan of a pass for `repeats` clips with this table of groups (FrameMask.pattern). Made and uploaded once per table, device and tile size:
-    it is kept on the table itself, so that all layers and the backward share it, and goes away with it.
+_plans = OfTables()
 
-    The upload is a copy from pinned memory in the current stream. torch gives that memory to nobody else before the copy is done, the host does not
-    wait for it, and other streams have to be ordered behind this one as for any tensor."""
-    plans = frames.__dict__.setdefault("attention_plans", {})
+
+def plan_for(name: str, frames: Tensor, repeats: int, device: torch.device, dtype: torch.dtype, head_dim: int) -> Plan:
+    """The plan of a pass for `repeats` clips with this table of groups (FrameMask.pattern). Made and uploaded once per
+    table, device and tile size: it is kept with the table, so that all layers and the backward share it, and goes away
+    with it. How it gets to the device, see core/device_copies.py."""
+    plans = _plans[frames]
     key = (name, repeats, device, dtype, head_dim)
-    plan = plans.get(key)
-    if plan is None:
+    made = plans.get(key)
+    if made is None:
         choices = configs(name, architecture(device), dtype, head_dim)
-        plan = plans[key] = make_plan(plans, name, frames, repeats, device, choices)
+        made = plans[key] = make_plan(plans, name, frames, repeats, device, choices)
+    plan, cells = made
+    cells.on(device)  # orders this stream behind the upload
     return plan
 
 
 def make_plan(
     plans: dict, name: str, frames: Tensor, repeats: int, device: torch.device, choices: tuple[Config, ...]
-) -> Plan:
+) -> tuple[Plan, DeviceCopies]:
     """The choice that computes the fewest pairs, weighed by their cost. Schedules are kept in `plans` too: passes with the same tiles share them."""
     kind = "plan_keys" if name == "dkv" else "plan_rows"
     scheduled = []
     for config in choices:
         key = (kind, config.tile, config.block)
         if key not in plans:
-            plans[key] = getattr(extension(), kind)(
+            cells, *facts = getattr(extension(), kind)(
                 frames.data_ptr(), frames.shape[0], config.tile, config.block, BAND_ROWS
             )
+            with torch.inference_mode(False):
+                cells = DeviceCopies("the schedules of this mask", torch.frombuffer(cells, dtype=torch.int32))
+            plans[key] = cells, *facts
         scheduled.append((config, plans[key]))
     config, (cells, num_tiles, executed, rows) = min(scheduled, key=lambda choice: choice[0].cost * choice[1][2])
-    key = (kind, config.tile, config.block, device)
-    if key not in plans:
-        plans[key] = _upload(torch.frombuffer(cells, dtype=torch.int32), device)
     band = max(1, min(repeats, BAND_ROWS // rows))
-    return Plan(config, plans[key], num_tiles, repeats, band, executed * repeats)
-
-
-def _upload(cells: Tensor, device: torch.device) -> Tensor:
-    if device.type == "cpu":
-        return cells
-    if torch.cuda.is_current_stream_capturing():
-        raise ValueError(
-            "this mask has not been used before and cannot be planned inside a CUDA graph capture; run the attention once before capturing"
-        )
-    return cells.pin_memory().to(device, non_blocking=True)
+    return Plan(config, *cells.on(device), num_tiles, repeats, band, executed * repeats), cells
