@@ -1,6 +1,5 @@
 """The request of `mimo sample`: what is asked, checked against the network, its context, its actions and this machine."""
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +14,10 @@ from mimo.data.npz import load_actions
 from mimo.data.video import open_clip
 from mimo.data.writing import check_fps
 from mimo.errors import InputError, user_input
+from mimo.folders import NotOurs
 from mimo.sampling.loading import Loaded, round_weights
 from mimo.sampling.sampler import Sampler
-from mimo.sampling.saving import Saving
+from mimo.sampling.saving import Saving, delete_folder
 from mimo.sampling.videos import MIN_SIDE, generate
 
 
@@ -120,7 +120,10 @@ def sample(
     rows = {f"sample {number}, seed {seed}": video for number, video in enumerate(videos)}
     paths.append(contact_sheet(out / "contact_sheet.png", rows, shown))
     if saving is not None:
-        shutil.rmtree(saving.folder)
+        try:
+            delete_folder(saving.folder)
+        except NotOurs as stranger:  # the videos are there all the same
+            print(stranger)
     for path in paths:
         print(path)
     return paths

@@ -34,7 +34,7 @@ from mimo.network.network import MiMo
 from mimo.sampling.graphs import Replayed
 from mimo.sampling.guidance import Conditions, RunKey, guidance_branches
 from mimo.sampling.history import CachedHistory, CachePolicy, History, RecomputedHistory
-from mimo.sampling.saving import Progress, Saver, Saving, load_frames, load_run, require_unused
+from mimo.sampling.saving import Progress, Saver, Saving, begin_folder, load_frames, load_run
 from mimo.tokenizers.weights import checksum
 from mimo_kernels import guided_step
 
@@ -336,7 +336,7 @@ class Sampler:
         }
         if saving is not None:
             self._check_saves()
-            require_unused(saving.folder)
+            begin_folder(saving.folder)
         run = self._run(count, trajectories, longest, num_frames, labels is not None, actions is not None)
         now = Progress(num_frames - longest, seed, ids, positions)
         return self._start(run, now, lambda: run.begin(clips, conditions, positions), saving, progress)

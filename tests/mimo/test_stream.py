@@ -11,13 +11,13 @@ import pytest
 import torch
 
 import mimo.checkpoint
-from mimo import MiMo, MiMoConfig
+from mimo import MiMo, MiMoConfig, records
 from mimo.cli import main
 from mimo.config import SampleConfig
 from mimo.errors import InputError
 from mimo.sampling.history import CachePolicy
 from mimo.sampling.sampler import Sampler
-from mimo.sampling.saving import Saving
+from mimo.sampling.saving import Saving, delete_folder
 
 TOKENS, CHANNELS, FRAMES = 8, 5, 9
 
@@ -197,8 +197,70 @@ def test_damaged_and_missing_states_are_named(model, tmp_path):
     file.write_bytes(whole)
     (file,) = (tmp_path / "run" / "frames").rglob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(InputError, match=rf"{file.name}.*(truncated|bytes)"):
-        list(sampler.resume(saving).saved())
+    with pytest.raises(InputError, match=rf"{file.name}.*(truncated|bytes).*delete it to begin anew"):
+        sampler.resume(saving)
+
+
+@pytest.mark.parametrize("where", ["state", "tensors", "frames", "frames of another run"])
+def test_damage_falls_back_to_the_state_before_and_says_so(model, tmp_path, caplog, where):
+    expected = list(start(Sampler(model, config())))
+    runs = [tmp_path / "one", tmp_path / "other"]
+    for seed, run in enumerate(runs, 1):
+        stream = start(Sampler(model, config()), Saving(run, every=2), seed)
+        for _ in range(4):
+            next(stream)
+        stream.close()
+    newest = runs[0] / "checkpoints" / "step_00000004"
+    if where == "frames of another run":
+        step = "frames/checkpoints/step_00000004"
+        (runs[0] / step).rename(tmp_path / "aside")
+        (runs[1] / step).rename(runs[0] / step)
+    else:
+        damaged = {"state": newest / "state.json", "tensors": next(newest.rglob("*.safetensors"))}
+        damaged["frames"] = next((runs[0] / "frames/checkpoints/step_00000004").rglob("*.safetensors"))
+        data = bytearray(damaged[where].read_bytes())
+        data[len(data) // 2] ^= 1
+        damaged[where].write_bytes(data)
+    continued = Sampler(model, config()).resume(Saving(runs[0], every=2))
+    assert continued.progress.done == 2
+    (said,) = [record.message for record in caplog.records if record.name == "mimo.sample"]
+    assert said.startswith("passed over: ") and "step_00000004" in said
+    assert all(map(torch.equal, continued, expected[2:]))
+    assert all(torch.equal(a, b) for a, b in zip(continued.saved(), expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"progress": []}, "progress is a list of 0, expected an object"),
+        ({"progress": {"total": 6}}, "progress.seed is missing"),
+        ({"run": [1, 1]}, "run is a list of 2, expected a list of 6 values"),
+        ({"run": [1, "1", 1, 1, True, True]}, r'run\[1\] is "1", expected a whole number'),
+        ({"configs": None}, "configs is null, expected an object"),
+    ],
+)
+def test_a_state_with_other_types_is_refused(model, tmp_path, changes, words):
+    saving = saved_run(model, tmp_path)
+    file = tmp_path / "checkpoints" / "step_00000002" / "state.json"
+    file.write_text(records.sealed(json.loads(file.read_text()) | changes))
+    with pytest.raises(InputError, match=words):
+        Sampler(model, config()).resume(saving)
+
+
+def test_only_what_a_run_saved_is_deleted(model, tmp_path):
+    folder = tmp_path / "unfinished"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"thesis\.txt was not written by mimo"):
+        start(Sampler(model, config()), Saving(folder))
+    (folder / "thesis.txt").unlink()
+    saved_run(model, folder)
+    (folder / "checkpoints" / "link").symlink_to(tmp_path)
+    with pytest.raises(InputError, match="link is a link"):
+        delete_folder(folder)
+    (folder / "checkpoints" / "link").unlink()
+    delete_folder(folder)
+    assert not folder.exists() and tmp_path.exists()
 
 
 def test_long_run_is_saved_and_continued_in_constant_space(tmp_path):
@@ -211,7 +273,7 @@ def test_long_run_is_saved_and_continued_in_constant_space(tmp_path):
         made.append(frame)
         assert len(stream.saver.unsaved) < 25
         if len(made) % 50 == 0:
-            (state,) = (tmp_path / "checkpoints").iterdir()
+            before, state = sorted((tmp_path / "checkpoints").iterdir())
             sizes.append(sum(file.stat().st_size for file in state.rglob("*.safetensors")))
         if len(made) == 260:
             break
@@ -222,7 +284,8 @@ def test_long_run_is_saved_and_continued_in_constant_space(tmp_path):
     rest = list(continued)
     assert len(rest) == 50 and all(map(torch.equal, rest[:10], made[250:]))
     assert len(list(continued.saved())) == 300
-    assert json.loads(next((tmp_path / "checkpoints").glob("*/state.json")).read_text())["progress"]["done"] == 300
+    newest = mimo.checkpoint.step_folders(tmp_path)[-1]
+    assert json.loads((newest / "state.json").read_text())["progress"]["done"] == 300
 
 
 KILLED = """
@@ -287,6 +350,10 @@ def test_command_line_continues_an_interrupted_video(tmp_path, monkeypatch, caps
     files = {path.name: path.read_bytes() for path in out.iterdir()}  # nothing unfinished is left
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "expected").iterdir()}
     assert sample("--resume") == 2 and "out holds no run to continue" in capsys.readouterr().err
+    (out / "unfinished").mkdir()
+    (out / "unfinished" / "thesis.txt").write_text("mine")
+    assert sample("--save-every", "2") == 2 and "thesis.txt was not written by mimo" in capsys.readouterr().err
+    assert (out / "unfinished" / "thesis.txt").read_text() == "mine"
     assert sample("--save-every", "0") == 2 and "--save-every 0: expected at least 1" in capsys.readouterr().err
     assert sample("--save-every", "3", to=tmp_path / "again") == 0
     assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == files
