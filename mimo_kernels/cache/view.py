@@ -90,8 +90,10 @@ class CacheView:
         if self._rows is None:
             size = self.cache.page_size
             pages, used = torch.cat([self.cache._table(seq) for seq in self.seqs], 1)
-            offsets = torch.arange(size)
-            rows = (pages.long()[:, None] * size + offsets)[offsets < used[:, None]]
+            used, count = used.long(), sum(self.lengths)
+            before = used.cumsum(0) - used
+            # A mask would select a number of rows that torch.compile of 2.9 cannot know.
+            rows = (pages * size - before).repeat_interleave(used, output_size=count) + torch.arange(count)
             self._rows = upload(rows, self.cache.device)
         return self._rows
 
