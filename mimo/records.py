@@ -32,7 +32,8 @@ import math
 import os
 import types
 from collections.abc import Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -185,9 +186,14 @@ def _one_of(value: Any, kinds: tuple[Any, ...], place: str) -> Any:
     _require(False, value, Union[kinds], place)  # noqa: UP007 (made from what it holds)
 
 
+@cache  # a list may hold a million records
+def _fields(kind: type) -> tuple[dict[str, Any], dict[str, Field]]:
+    return get_type_hints(kind), {field.name: field for field in fields(kind) if field.init}
+
+
 def _record(value: Any, kind: type, place: str) -> Any:
     _require(isinstance(value, dict), value, kind, place)
-    hints, known = get_type_hints(kind), {field.name: field for field in fields(kind) if field.init}
+    hints, known = _fields(kind)
     unknown = [] if getattr(kind, "OTHER_KEYS", False) else sorted(value.keys() - known.keys())
     for name, field in known.items():
         if name not in value and field.default is MISSING and field.default_factory is MISSING:

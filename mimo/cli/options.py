@@ -28,23 +28,29 @@ class Clips:
         layout: read the folder as a paper did: kinetics600, ucf101, minecraft, dmlab or bair; what is given besides holds
             against the layout.
         annotation: JSON list of {"video_path": ..., "label": ..., "action_path": ...}; paths are relative to --data.
+        allow_outside: take files that an annotation or an index names in other folders than its own and --data.
         split: a subfolder of --data to use alone.
         folder_labels: classes are the names of the folders the videos lie in.
         random_crop: draw the place of the crop; otherwise it is the centre, if the layout does not say more.
+        frame_memory: MiB of decoded frames that each process of a run keeps to read again, its workers included.
     """
 
     data: str
     layout: str | None = None
     annotation: Path | None = None
+    allow_outside: bool = False
     split: str | None = None
     folder_labels: bool = False
     random_crop: bool = False
+    frame_memory: int = 512
 
     def open(self, *, encoded: bool = False, **options):
         """The dataset. `encoded`: latents may take the place of videos. `options`: of `open_dataset`; None says nothing."""
         from mimo.data import open_dataset
         from mimo.data.latents import is_latents
 
+        if self.frame_memory < 0:
+            raise InputError(f"--frame-memory {self.frame_memory}: expected MiB, 0 or more")
         names = ("layout", "annotation", "split", "folder_labels", "random_crop")
         chosen = {name: getattr(self, name) for name in names if getattr(self, name)}
         latents = is_latents(Path(self.data))
@@ -57,6 +63,9 @@ class Clips:
                 raise InputError(f"--data {self.data}: --{option} {why}")
             names = ("num_frames", "height", "width", *(("num_classes", "num_actions") if latents else ()))
             options = {name: options[name] for name in names}
+            chosen = {"allow_outside": self.allow_outside} if latents else {}
+        else:
+            chosen |= {"allow_outside": self.allow_outside, "frame_memory": self.frame_memory}
         options = {name: value for name, value in options.items() if value is not None}
         return user_input(open_dataset, self.data, **options, **chosen)
 

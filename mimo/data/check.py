@@ -12,7 +12,8 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from mimo.data.datasets import ClipFile, find_kinds, layout_options
+from mimo.data.annotation import ClipFile
+from mimo.data.datasets import find_kinds, layout_options
 from mimo.data.errors import DamagedVideo, DataError, UnreadableVideo
 from mimo.data.latents import LatentShards, is_latents
 from mimo.data.video import open_clip
@@ -80,6 +81,7 @@ def check(
     *,
     layout: str | None = None,
     annotation: str | Path | None = None,
+    allow_outside: bool = False,
     split: str | None = None,
     num_frames: int = 0,
     decode_all: bool = False,
@@ -89,18 +91,19 @@ def check(
     sizes and checksums, and with `decode_all` looks for clips that are not finite.
 
     Args:
-        path, layout, annotation, split: as for `open_dataset`; a folder may hold several kinds here.
+        path, layout, annotation, allow_outside, split: as for `open_dataset`; a folder may hold several kinds here.
         num_frames: clips with fewer are counted as too short; 0 takes those of the layout.
         workers: processes that read; 0 reads in this one, None takes one per core, or fewer for few clips.
 
     Returns: a report for each kind. Raises DataError for what `open_dataset` refuses before it opens a clip.
     """
     if is_latents(Path(path)):
-        return [_check_latents(LatentShards(path), decode_all)]
+        return [_check_latents(LatentShards(path, allow_outside=allow_outside), decode_all)]
     asked = layout_options(layout)
     num_frames, split = num_frames or asked.get("num_frames", 0), split or asked.get("split")
     options = {name: asked[name] for name in ("num_classes", "num_actions", "use_actions") if name in asked}
-    kinds, folder, options = find_kinds(Path(path), {"annotation": annotation, "split": split} | options)
+    options |= {"annotation": annotation, "allow_outside": allow_outside, "split": split}
+    kinds, folder, options = find_kinds(Path(path), options)
     if not kinds:
         raise DataError(f"{path}: holds no video and no npz file, expected videos or npz trajectories")
     return [
@@ -167,17 +170,17 @@ class _Looks(Dataset):
 
 def _check_latents(dataset: LatentShards, decode_all: bool) -> Report:
     shape = " x ".join(map(str, dataset.latent_shape))
-    report = Report(str(dataset.path), f"clips of latents {shape} ({dataset.index['tokenizer']})", files=len(dataset))
+    report = Report(str(dataset.path), f"clips of latents {shape} ({dataset.index.tokenizer})", files=len(dataset))
     report.frames = [dataset.num_frames] * len(dataset)
     report.sizes[f"{dataset.height}x{dataset.width}"] = len(dataset)
     last = 0
-    for number, entry in enumerate(dataset.index["shards"]):
-        first, last = last, last + entry["clips"]
+    for number, entry in enumerate(dataset.index.shards):
+        first, last = last, last + entry.clips
         try:
             dataset.require_checksum(number)
             shard = dataset.open_shard(number)
         except UnreadableVideo as error:
-            report.unreadable += [(error.path, error.why)] * entry["clips"]
+            report.unreadable += [(error.path, error.why)] * entry.clips
             continue
         for key, counts in (("label", report.labels), ("actions", report.actions)):
             if key in shard.keys():  # noqa: SIM118 (an open shard is not a mapping)

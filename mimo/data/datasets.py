@@ -18,13 +18,13 @@ from __future__ import annotations
 import json
 import os
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from mimo.data.errors import DamagedVideo, DataError, OutOfRange, UnreadableVideo
+from mimo.data.annotation import ClipFile, read_clips, read_entries
+from mimo.data.errors import DamagedVideo, DataError, OutOfRange, UnreadableVideo, reason
 from mimo.data.fitting import clip_span
 from mimo.data.kept import KeptFrames
 from mimo.data.latents import LatentShards, is_latents
@@ -33,15 +33,6 @@ from mimo.data.shapes import SIDES, TEXTURES, moving_shapes
 from mimo.data.video import VIDEO_SUFFIXES, VideoReader, open_clip
 
 FRAME_MEMORY = 512  # MiB
-
-
-@dataclass(frozen=True)
-class ClipFile:
-    """One clip on disk: its file, its class, and the npz that holds its actions."""
-
-    path: Path
-    label: int | None = None
-    actions: Path | None = None
 
 
 class _ClipFiles:
@@ -54,8 +45,9 @@ class _ClipFiles:
         interval: distance of the frames in the source; a clip too short for it falls back to 1. A pair (low, high) draws
             the interval of every sample uniformly, as far as the clip reaches (MAGI, dynamic interval training), and
             samples gain `interval`.
-        annotation: JSON list of {"video_path": ..., "label": ..., "action_path": ...}, the last two optional. Relative
-            paths are relative to `path`, to the annotation's folder or to the current one, whichever holds the first.
+        annotation: JSON list of {"video_path": ..., "label": ..., "action_path": ...}, the last two optional; see
+            mimo.data.annotation.
+        allow_outside: what the annotation names may lie elsewhere than in `path` and the annotation's folder.
         split: a subfolder of `path` to use alone, as in Kinetics-600 and TECO's datasets.
         folder_labels: classes are the names of the files' own folders, sorted.
         random_start: draw the first frame; False starts at frame 0.
@@ -81,6 +73,7 @@ class _ClipFiles:
         width: int,
         interval: int | tuple[int, int] = 1,
         annotation: str | Path | None = None,
+        allow_outside: bool = False,
         split: str | None = None,
         folder_labels: bool = False,
         random_start: bool = True,
@@ -102,7 +95,7 @@ class _ClipFiles:
         self.kept, self.shortened = KeptFrames(frame_memory << 20), {}
         self.path = _split_folder(Path(path), split)
         if annotation is not None:
-            self.clips = _read_annotation(Path(annotation), self.path)
+            self.clips = read_clips(Path(annotation), self.path, allow_outside=allow_outside)
         else:
             self.clips = [ClipFile(file) for file in find_files(self.path, self.suffixes)]
             if not self.clips:
@@ -350,7 +343,7 @@ def open_dataset(path: str | Path, *, layout: str | None = None, **options):
     if str(path) == "shapes":
         return ShapesDataset(**options)
     if is_latents(Path(path)):
-        names = ("num_classes", "num_actions", "use_labels", "use_actions")
+        names = ("num_classes", "num_actions", "use_labels", "use_actions", "allow_outside")
         shape = tuple(options[key] for key in ("num_frames", "height", "width"))
         dataset = LatentShards(path, clip_shape=shape, **{name: options[name] for name in names if name in options})
         dataset.check_readable()
@@ -374,12 +367,16 @@ def layout_options(layout: str | None) -> dict:
 
 def find_kinds(path: Path, options: dict) -> tuple[dict[type[_ClipFiles], int], Path, dict]:
     """Which dataset classes serve a path and for how many files; and path and options as they take them."""
-    if not path.exists():
-        raise DataError(f"{path}: no such file or folder")
+    try:
+        path.stat()
+    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
+        raise DataError(
+            f"{path}: {'no such file or folder' if isinstance(error, FileNotFoundError) else reason(error)}"
+        ) from None
     if path.suffix.lower() == ".json":
         path, options = path.parent, {**options, "annotation": path}
     if options.get("annotation") is not None:
-        files = [Path(entry["video_path"]) for entry in _annotation_entries(Path(options["annotation"]))]
+        files = [Path(entry.video_path) for entry in read_entries(Path(options["annotation"]))]
         odd = next((file for file in files if file.suffix.lower() not in (*VIDEO_SUFFIXES, ".npz")), None)
         if odd is not None:
             raise DataError(f"{options['annotation']}: {odd} is neither a video nor an npz file")
@@ -404,7 +401,7 @@ def find_files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
     if path.is_file():
         return [path] if path.suffix.lower() in suffixes else []
     if not path.is_dir():
-        raise DataError(f"{path}: no such file or folder")
+        raise DataError(f"{path}: {'is neither a file nor a folder' if path.exists() else 'no such file or folder'}")
     found, entered = [], set()
     for folder, inside, names in os.walk(path, followlinks=True):
         real = os.path.realpath(folder)
@@ -441,47 +438,3 @@ def _attach_actions(clips: list[ClipFile]) -> list[ClipFile]:
             f"{beside[there.index(False)]}: missing, though {sum(there)} of the {len(there)} videos have actions beside them"
         )
     return [ClipFile(clip.path, clip.label, actions) for clip, actions in zip(clips, beside, strict=True)]
-
-
-def _annotation_entries(path: Path) -> list[dict]:
-    """The entries of an annotation, each checked by itself."""
-    try:
-        entries = json.loads(path.read_text())
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON: {error}") from None
-    if not isinstance(entries, list) or not entries:
-        raise DataError(f'{path}: expected a list [{{"video_path": ..., "label": ...}}, ...] with at least one entry')
-    for number, entry in enumerate(entries):
-        paths = [entry.get("video_path"), entry.get("action_path", "")] if isinstance(entry, dict) else [None]
-        if not all(isinstance(value, str) for value in paths):
-            raise DataError(f"{path}: entry {number} is {json.dumps(entry)[:80]}, expected an object with 'video_path'")
-        label = entry.get("label", 0)
-        if type(label) is not int or label < 0:
-            raise DataError(f"{path}: entry {number} has label {label!r}, expected an integer >= 0")
-    for key in ("label", "action_path"):
-        having = [key in entry for entry in entries]
-        if any(having) and not all(having):
-            raise DataError(f"{path}: entry {having.index(False)} has no {key!r}, though others do")
-    return entries
-
-
-def _read_annotation(path: Path, folder: Path) -> list[ClipFile]:
-    entries = _annotation_entries(path)
-    first = entries[0]["video_path"]
-    base = next((base for base in (folder, path.parent, Path()) if (base / first).is_file()), folder)
-    named = [base / entry[key] for entry in entries for key in ("video_path", "action_path") if key in entry]
-    missing = [file for file in named if not file.is_file()]
-    if missing:
-        raise DataError(
-            f"{path}: {len(missing)} of the {len(named)} files it names are missing, the first is {missing[0]}"
-        )
-    return [
-        ClipFile(
-            base / entry["video_path"],
-            entry.get("label"),
-            base / entry["action_path"] if "action_path" in entry else None,
-        )
-        for entry in entries
-    ]

@@ -11,11 +11,13 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,17 +26,22 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from mimo import records
 from mimo.config import Encoding
 from mimo.data.errors import DataError, OutOfRange, UnreadableVideo
-from mimo.data.latents import FORMAT, LatentShards, read_index, sha256
+from mimo.data.latents import FORMAT, LatentShards, sha256
 from mimo.data.loader import report
 from mimo.data.protocols import VideoDataset
 from mimo.data.video import to_float
 from mimo.data.writing import atomic_path
+from mimo.errors import InputError
 from mimo.tokenizers.protocols import Tokenizer
 from mimo.tokenizers.weights import checksum
 
 _END = 1 << 16  # bytes of a source file that are looked at, at its start and at its end
+# What a process that was killed leaves: our temporary shard, and safetensors' own.
+_TEMPORARY = re.compile(r"\.shard-\d+\.\d+\.tmp\.safetensors|\.tmp[A-Za-z0-9]{6}")
+Likeness = tuple[int | None, str]  # of a source file: see `_likeness`
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -160,31 +167,25 @@ def verify(
     encoded; with `tokenizer` too, that `clips` clips encoded anew give what is stored. Raises DataError at the first fault.
     """
     path = Path(path)
-    index = read_index(path)
+    shards = LatentShards(path, allow_outside=True)
+    index = shards.index
     if dataset is not None:
         _compare_files(path, dataset)
     places = []
-    for entry in index["shards"]:
-        file = path / entry["name"]
-        if not file.is_file() or file.stat().st_size != entry["bytes"]:
-            size = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
-            raise DataError(f"{file}: is {size}, {entry['bytes']} bytes were written")
-        if sha256(file) != entry["sha256"]:
-            raise DataError(f"{file}: its checksum is not the one that was recorded")
-        latents = load_file(file)["latents"]
-        if list(latents.shape) != [entry["clips"], *index["latent_shape"]]:
-            raise DataError(
-                f"{file}: latents are {list(latents.shape)}, expected {[entry['clips'], *index['latent_shape']]}"
-            )
+    for number, shard in enumerate(shards.index.shards):
+        try:
+            shards.require_checksum(number)
+            latents = shards.open_shard(number).get_tensor("latents")
+        except UnreadableVideo as error:
+            raise DataError(str(error)) from None
         if not torch.isfinite(latents).all():
-            raise DataError(
-                f"{file}: clip {(~torch.isfinite(latents.flatten(1)).all(1)).nonzero()[0].item()} is not finite"
-            )
-        places += [(file, row) for row in range(entry["clips"])]
+            clip = (~torch.isfinite(latents.flatten(1)).all(1)).nonzero()[0].item()
+            raise DataError(f"{shards.files[number]}: clip {clip} is not finite")
+        places += [(shards.files[number], row) for row in range(shard.clips)]
     if dataset is not None and tokenizer is not None:
-        chosen = np.random.default_rng(index["seed"]).permutation(len(places))[:clips]
+        chosen = np.random.default_rng(index.seed).permutation(len(places))[:clips]
         for file, row in (places[i] for i in chosen):
-            _compare_clip(file, row, _Walk(dataset, index["seed"]), tokenizer, device, index["dtype"])
+            _compare_clip(file, row, _Walk(dataset, index.seed), tokenizer, device, index.dtype)
     return len(places)
 
 
@@ -196,7 +197,7 @@ def _begin(out: Path, plan: dict, dataset) -> None:
     """Writes plan.json and files.json, or compares with those of the run that is continued."""
     there = [path.name for path in out.iterdir()] if out.exists() else []
     if (out / "plan.json").exists():
-        begun = json.loads((out / "plan.json").read_text())
+        begun = records.read(out / "plan.json", dict[str, Any], error=DataError)
         for key, value in json.loads(json.dumps(plan)).items():
             if begun.get(key) != value:
                 raise DataError(f"{out}: was begun with {key} {begun.get(key)!r}, not {value!r}: take another --out")
@@ -205,18 +206,21 @@ def _begin(out: Path, plan: dict, dataset) -> None:
     # files.json and names with a dot are of another process that is just beginning too, or was killed doing so.
     if any(name != "files.json" and name[0] != "." for name in there):
         raise DataError(f"{out}: is not empty and was not begun by mimo encode")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {out}: {error.strerror}") from None
     for name, content in (("files.json", _source_files(dataset)), ("plan.json", plan)):
-        with atomic_path(out / name) as temporary:
-            temporary.write_text(json.dumps(content, indent=1))
+        records.write(out / name, content)
 
 
-def _source_files(dataset) -> dict[str, list]:
+def _source_files(dataset: VideoDataset) -> dict[str, Likeness]:
     files = dataset.sources()
     with ThreadPoolExecutor(8) as readers:  # datasets lie on file systems that take long to answer
         return dict(zip(map(str, files), readers.map(_likeness, files), strict=True))
 
 
-def _likeness(file: Path) -> list:
+def _likeness(file: Path) -> Likeness:
     """[size, SHA-256 of the first and the last 64 KiB]: a copy has the same. An encoded video has its tables in one of
     them, so that another one differs there, be it as long. A file that cannot be read, as a clip may be, has none."""
     try:
@@ -226,12 +230,13 @@ def _likeness(file: Path) -> list:
             stream.seek(max(0, size - _END))
             digest.update(stream.read())
     except OSError as error:
-        return [None, error.strerror]
-    return [size, digest.hexdigest()]
+        return None, error.strerror
+    return size, digest.hexdigest()
 
 
 def _compare_files(out: Path, dataset) -> None:
-    then, now = json.loads((out / "files.json").read_text()), _source_files(dataset)
+    then = records.read(out / "files.json", dict[str, Likeness], error=DataError)
+    now = _source_files(dataset)
     changed = [name for name in then | now if then.get(name) != now.get(name)]
     if changed:
         what = [_describe(some.get(changed[0])) for some in (then, now)]
@@ -241,7 +246,7 @@ def _compare_files(out: Path, dataset) -> None:
         )
 
 
-def _describe(likeness: list | None) -> str:
+def _describe(likeness: Likeness | None) -> str:
     if likeness is None:
         return "absent"
     size, digest = likeness
@@ -275,6 +280,7 @@ def _write_shard(file: Path, rows: list[dict[str, torch.Tensor]], plan: dict, co
             save_file(tensors, temporary, _stamp(plan, covered, tensors))
         except SafetensorError as error:  # a full disk, for one
             raise OSError(str(error)) from None
+        records.flush(temporary)
         shutil.copymode(file.with_name("plan.json"), temporary)  # safetensors lets nobody else read what it writes
 
 
@@ -319,11 +325,10 @@ def _finish(out: Path, plan: dict, shards: int) -> None:
         entries.append({"name": file.name, "clips": clips, "bytes": file.stat().st_size, "sha256": sha256(file)})
     if not sum(entry["clips"] for entry in entries):
         raise DataError(f"{plan['dataset']}: none of its {plan['clips']} clips could be encoded")
-    with atomic_path(out / "index.json") as temporary:
-        temporary.write_text(json.dumps(plan | {"shards": entries}, indent=1))
-    # What processes left that were killed while they wrote a shard: our temporary file, and safetensors' own.
-    for left in (*out.glob(".shard-*"), *out.glob(".tmp*")):
-        left.unlink(missing_ok=True)
+    records.write(out / "index.json", plan | {"shards": entries})
+    for left in out.iterdir():
+        if _TEMPORARY.fullmatch(left.name) and left.is_file() and not left.is_symlink():
+            left.unlink(missing_ok=True)
 
 
 def _compare_clip(file: Path, row: int, walk: _Walk, tokenizer, device, dtype: str) -> None:

@@ -13,17 +13,21 @@ index.json is written last: without it the folder is not finished.
 from __future__ import annotations
 
 import hashlib
-import json
+import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from mimo.data.errors import DataError, UnreadableVideo
+from mimo import records
+from mimo.data.errors import DataError, UnreadableVideo, reason
+from mimo.data.local import local_file, require_inside
 
-FORMAT = "mimo-latents-2"  # 1 knew neither which definition of the DCT it held nor what its source files held
+FORMAT = "mimo-latents-2"
 
 
 def is_latents(path: Path) -> bool:
@@ -31,18 +35,69 @@ def is_latents(path: Path) -> bool:
     return (path / "plan.json").is_file()
 
 
-def read_index(path: Path) -> dict:
+@dataclass
+class Shard:
+    """A shard file, as index.json has it."""
+
+    name: str
+    clips: int
+    bytes: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"shard-\d{5,}\.safetensors", self.name):
+            raise ValueError(f"name {self.name!r}, expected shard-00000.safetensors or the like")
+        if not 0 <= self.clips < 2**31 or self.bytes < 0:
+            raise ValueError(f"{self.clips} clips in {self.bytes} bytes, expected no less than zero")
+
+
+@dataclass
+class Index:
+    """index.json; without `shards` it is plan.json."""
+
+    format: Literal[
+        "mimo-latents-2"
+    ]  # 1 knew neither which definition of the DCT it held nor what its source files held
+    dataset: str
+    settings: dict[str, Any]
+    clips: int
+    tokenizer: str
+    tokenizer_sha256: str
+    compression: tuple[int, int, int]
+    clip_shape: tuple[int, int, int]
+    latent_shape: tuple[int, int, int, int]
+    num_classes: int | None
+    num_actions: int | None
+    passes: int
+    shard_clips: int
+    dtype: Literal["fp16", "bf16", "fp32"]
+    seed: int
+    shards: list[Shard]
+    posterior: Literal["mean", "sample"] = "mean"
+
+    def __post_init__(self) -> None:
+        for name in ("clip_shape", "latent_shape", "compression"):
+            if not all(0 < size < 2**31 for size in getattr(self, name)):
+                raise ValueError(f"{name} {list(getattr(self, name))}, expected sizes of at least 1")
+        for name in ("num_classes", "num_actions"):
+            if not 0 <= (getattr(self, name) or 0) < 2**31:
+                raise ValueError(f"{name} {getattr(self, name)}, expected a number of values, or null")
+        if self.seed < 0:
+            raise ValueError(f"seed {self.seed}, expected zero or more")
+
+
+def read_index(path: Path) -> Index:
     """OUT/index.json; DataError when the encoding was not finished or the file is damaged."""
     file = path / "index.json"
+    if not file.exists():
+        raise DataError(f"{path}: encoding is not finished (no index.json): run mimo encode again")
     try:
-        index = json.loads(file.read_text())
-        if index["format"] != FORMAT:
-            raise DataError(f"{file}: format {index['format']!r}, this version reads {FORMAT!r}: run mimo encode anew")
-    except FileNotFoundError:
-        raise DataError(f"{path}: encoding is not finished (no index.json): run mimo encode again") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise error if isinstance(error, DataError) else DataError(f"{file}: is damaged: {error!r}") from None
-    return index
+        value = records.parse(file.read_bytes(), file, error=DataError)
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}") from None
+    if isinstance(value, dict) and isinstance(found := value.get("format"), str) and found != FORMAT:
+        raise DataError(f"{file}: format {found[:60]!r}, this version reads {FORMAT!r}: run mimo encode anew")
+    return records.convert(value, Index, file, error=DataError)
 
 
 def sha256(path: Path) -> str:
@@ -65,6 +120,7 @@ class LatentShards:
         num_classes, num_actions: labels and actions must be below, which `check_readable` looks at; None takes what was
             encoded.
         use_labels, use_actions: False leaves them out.
+        allow_outside: shards may be links that lead out of the folder.
     """
 
     def __init__(
@@ -76,19 +132,23 @@ class LatentShards:
         num_actions: int | None = None,
         use_labels: bool = True,
         use_actions: bool = True,
+        allow_outside: bool = False,
     ):
         self.path = Path(path)
         self.index = read_index(self.path)
-        found = tuple(self.index["clip_shape"])
+        self.files = [self.path / shard.name for shard in self.index.shards]
+        if not allow_outside:
+            require_inside(self.files, [self.path], self.path / "index.json")
+        found = self.index.clip_shape
         if clip_shape is not None and clip_shape != found:
             shapes = [" x ".join(map(str, shape)) for shape in (found, clip_shape)]
             raise DataError(f"{self.path}: holds clips of {shapes[0]}, expected {shapes[1]}")
         self.num_frames, self.height, self.width = found
-        self.latent_shape = tuple(self.index["latent_shape"])
-        self.num_classes = num_classes or self.index["num_classes"]
-        self.num_actions = num_actions or self.index["num_actions"]
+        self.latent_shape = self.index.latent_shape
+        self.num_classes = num_classes or self.index.num_classes
+        self.num_actions = num_actions or self.index.num_actions
         self.keys = [key for key, used in (("label", use_labels), ("actions", use_actions), ("interval", True)) if used]
-        self._ends = np.cumsum([shard["clips"] for shard in self.index["shards"]])
+        self._ends = np.cumsum([shard.clips for shard in self.index.shards])
         self._open: dict[int, safe_open] = {}
         if not len(self):
             raise DataError(f"{self.path}: holds no clip")
@@ -104,7 +164,7 @@ class LatentShards:
     @cached_property
     def _held(self) -> set[str]:
         """Those of `keys` that the first shard with a clip has: all have the same."""
-        first = next(number for number, shard in enumerate(self.index["shards"]) if shard["clips"])
+        first = next(number for number, shard in enumerate(self.index.shards) if shard.clips)
         return set(self.keys) & set(self.open_shard(first).keys())
 
     def __len__(self) -> int:
@@ -112,7 +172,7 @@ class LatentShards:
 
     def name(self, index: int) -> str:
         number, row = self._place(index)
-        return f"{self.path / self.index['shards'][number]['name']} clip {row}"
+        return f"{self.files[number]} clip {row}"
 
     def _place(self, index: int) -> tuple[int, int]:
         number = int(np.searchsorted(self._ends, index, side="right"))
@@ -124,7 +184,7 @@ class LatentShards:
         sample = {"latents": shard.get_slice("latents")[row].float().numpy()}
         if not np.isfinite(sample["latents"]).all():
             why = f"clip {row} is not finite (mimo data check --decode-all looks at every shard)"
-            raise UnreadableVideo(self.path / self.index["shards"][number]["name"], why)
+            raise UnreadableVideo(self.files[number], why)
         for key in self.keys:
             if key in shard.keys():  # noqa: SIM118 (an open shard is not a mapping)
                 sample[key] = shard.get_slice(key)[row].numpy()
@@ -133,25 +193,36 @@ class LatentShards:
     def open_shard(self, number: int) -> safe_open:
         """The open file of a shard; UnreadableVideo when it is missing, cut short or not safetensors."""
         if number not in self._open:
-            entry = self.index["shards"][number]
-            file = self.path / entry["name"]
+            written, file = self.index.shards[number].bytes, self.files[number]
             try:
-                size = file.stat().st_size
-                if size != entry["bytes"]:
-                    raise UnreadableVideo(file, f"has {size} bytes, {entry['bytes']} were written")
-                self._open[number] = safe_open(file, framework="pt").__enter__()
+                size = local_file(file)[1].st_size
+                if size != written:
+                    raise UnreadableVideo(file, f"has {size} bytes, {written} were written")
+                shard = safe_open(file, framework="pt").__enter__()
+                self._require_tensors(number, {key: shard.get_slice(key).get_shape() for key in shard.keys()})
             except (OSError, SafetensorError) as error:
-                raise UnreadableVideo(file, str(error).splitlines()[0]) from None
+                raise UnreadableVideo(file, reason(error)) from None
+            self._open[number] = shard
         return self._open[number]
+
+    def _require_tensors(self, number: int, shapes: dict[str, list[int]]) -> None:
+        """Raises UnreadableVideo unless a shard's tensors have the shapes that the index says."""
+        clips = self.index.shards[number].clips
+        expected = {"latents": [clips, *self.latent_shape]}
+        expected |= {key: [clips] for key in ("label", "interval") if key in shapes}
+        expected |= {"actions": [clips, self.num_frames]} if "actions" in shapes else {}
+        for key, shape in expected.items():
+            if shapes.get(key) != shape:
+                raise UnreadableVideo(self.files[number], f"{key} are {shapes.get(key)}, expected {shape}")
 
     def require_checksum(self, number: int) -> None:
         """Raises UnreadableVideo unless a shard is, byte for byte, what was written."""
-        entry = self.index["shards"][number]
-        file = self.path / entry["name"]
+        shard, file = self.index.shards[number], self.files[number]
+        size = local_file(file)[1].st_size
         try:
-            if file.stat().st_size != entry["bytes"]:
-                raise UnreadableVideo(file, f"has {file.stat().st_size} bytes, {entry['bytes']} were written")
-            if sha256(file) != entry["sha256"]:
+            if size != shard.bytes:
+                raise UnreadableVideo(file, f"has {size} bytes, {shard.bytes} were written")
+            if sha256(file) != shard.sha256:
                 raise UnreadableVideo(file, "its checksum is not the one that was recorded")
         except OSError as error:
             raise UnreadableVideo(file, error.strerror or str(error)) from None
@@ -171,11 +242,11 @@ class LatentShards:
         here = {"tokenizer": name, "compression": list(tokenizer.compression)}
         here |= {"latent_shape": list(tokenizer.latent_shape(self.num_frames, self.height, self.width))}
         here |= {"tokenizer_sha256": checksum}
-        there = {key: self.index.get(key) for key in here}
+        there = {key: list(value) if isinstance(value := getattr(self.index, key), tuple) else value for key in here}
         drawn = not isinstance(interval, int)
         cut = {"interval": list(interval) if drawn else [interval, interval], "dynamic": drawn, "flip": flip}
-        for key in cut.keys() & self.index["settings"].keys():
-            here[key], there[key] = cut[key], self.index["settings"][key]
+        for key in cut.keys() & self.index.settings.keys():
+            here[key], there[key] = cut[key], self.index.settings[key]
         differing = [f"{key} {there[key]!r}, training has {here[key]!r}" for key in here if here[key] != there[key]]
         if differing:
             raise DataError(f"{self.path}: was encoded with {'; '.join(differing)}")
@@ -198,7 +269,7 @@ class LatentShards:
                 values = shard.get_tensor(key).flatten(1 if key == "actions" else 0).numpy()
                 outside = np.argwhere((values < 0) | (values >= count))
                 if len(outside):
-                    name, first = self.path / self.index["shards"][number]["name"], tuple(outside[0])
+                    name, first = self.files[number], tuple(outside[0])
                     raise DataError(f"{name}: clip {first[0]} has {key} {values[first]}, expected 0..{count - 1}")
 
     def _fault(self, number: int) -> UnreadableVideo | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 
 from mimo.data.errors import DataError, UnreadableVideo
@@ -24,11 +25,14 @@ def local_file(path: str | Path) -> tuple[Path, os.stat_result]:
 
 def require_inside(files: Iterable[Path], folders: Iterable[Path], source: Path) -> None:
     """Raises DataError, naming `source`, at the first file that lies, links followed, in none of the folders."""
-    roots = [os.path.realpath(folder) for folder in folders]
+    roots = list(dict.fromkeys(os.path.realpath(folder) for folder in folders))
+    inside = tuple(os.path.join(root, "") for root in roots)
+    real_folder = lru_cache(maxsize=None)(os.path.realpath)  # a million files lie in a few folders
     for file in files:
-        real = os.path.realpath(file)
-        if not any(os.path.commonpath([root, real]) == root for root in roots):
+        folder, name = os.path.split(file)
+        path = os.path.join(real_folder(folder), name)
+        if not (os.path.realpath(path) if name == ".." or os.path.islink(path) else path).startswith(inside):
             raise DataError(
-                f"{source}: {file} lies outside of {' and '.join(dict.fromkeys(roots))}: expected files inside"
+                f"{source}: {file} lies outside of {' and '.join(roots)}, expected files inside"
                 " (--allow-outside takes any)"
             )

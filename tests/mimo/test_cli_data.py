@@ -260,7 +260,7 @@ def test_training_from_shards_is_training_from_videos(tmp_path, weights, videos,
     done(*train(tmp_path / "shards", tmp_path / "a", *more, "--train.preview-every", 2))
     done(*train(short, tmp_path / "b", *more, "--train.preview-every", 2))
     a, b = trainers
-    assert type(a.dataset) is LatentShards and len(a.dataset.index["shards"]) == 2
+    assert type(a.dataset) is LatentShards and len(a.dataset.index.shards) == 2
     for one, other in zip(a.model.parameters(), b.model.parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-5)
     records = [json.loads((tmp_path / run / "log.jsonl").read_text().splitlines()[-1]) for run in "ab"]
@@ -355,8 +355,16 @@ def test_data_check(tmp_path, videos, refused, capsys):
     assert "has no split 'val'" in refused("data", "check", folder, "--split", "val")
     assert "--num-frames -1: expected 0 or more" in refused("data", "check", folder, "--num-frames", -1)
     assert "PATH" in refused("data", "check")
-    for words in (["data"], ["data", "count"]):
-        assert "unknown command" in refused(*words)
+    assert "unknown command" in refused("data", "count")
+    done("data", "check", videos, "--strict")
+    assert "of its 4 clips 1 are unreadable, 0 damaged and 0 too short" in refused("data", "check", folder, "--strict")
+    entries = [{"video_path": str(videos / "0.mp4")}]
+    (folder / "list.json").write_text(json.dumps(entries))
+    assert "--allow-outside" in refused("data", "check", folder / "list.json")
+    done("data", "check", folder / "list.json", "--allow-outside")
+    assert "--allow-outside" in refused(*train(folder / "list.json", tmp_path / "run"))
+    assert "--frame-memory -1" in refused(*train(videos, tmp_path / "run", "--frame-memory", -1))
+    done(*train(folder / "list.json", tmp_path / "run", "--allow-outside", "--frame-memory", 1))
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.mp4").write_bytes(b"this is no video")
     assert "none of its 1 clips can be read" in refused("data", "check", tmp_path / "bad")

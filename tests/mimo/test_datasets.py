@@ -16,6 +16,7 @@ from mimo.data import (
     open_dataset,
     write_video,
 )
+from mimo.data.check import check
 
 SMALL = {"num_frames": 4, "height": 16, "width": 16}
 
@@ -215,11 +216,16 @@ def test_annotation_of_npz(tmp_path):
     ("entries", "why"),
     [
         ([{"video_path": "b.mp4"}, {"video_path": "no.mp4"}], r"1 of the 2 files it names are missing.*no\.mp4"),
-        ([{"path": "b.mp4"}], "entry 0 is .*expected an object with 'video_path'"),
-        (["b.mp4"], "entry 0 is"),
-        ([{"video_path": "b.mp4", "label": "3"}], "entry 0 has label '3', expected an integer"),
-        ([{"video_path": "b.mp4", "label": -1}], "label -1"),
-        ([{"video_path": "b.mp4", "label": True}], "label True"),
+        ([{"path": "b.mp4"}], r"list\.json: \[0\]\.video_path is missing and \"path\" is unknown|is missing"),
+        (["b.mp4"], r'list\.json: \[0\] is "b\.mp4", expected an object'),
+        ([{"video_path": 3}], r"\[0\]\.video_path is 3, expected text"),
+        ([{"video_path": "b\0.mp4"}], r"\[0\]\.video_path is .*, expected text"),
+        ([{"video_path": "b.mp4", "label": "3"}], r'\[0\]\.label is "3", expected a whole number or null'),
+        ([{"video_path": "b.mp4", "label": -1}], r"\[0\] is refused: label -1, expected a class, 0 to 2147483647"),
+        ([{"video_path": "b.mp4", "label": 2**31}], r"\[0\] is refused: label 2147483648, expected a class"),
+        ([{"video_path": "b.mp4", "label": 2**70}], r"\[0\]\.label is 1180591620717411303424, expected a whole number"),
+        ([{"video_path": "b.mp4", "label": True}], r"\[0\]\.label is true"),
+        ([{"video_path": "b.mp4", "label": 1.5}], r"\[0\]\.label is 1\.5"),
         ([{"video_path": "b.mp4", "label": 1}, {"video_path": "a.avi"}], "entry 1 has no 'label'"),
         ([], "at least one entry"),
         ({"video_path": "b.mp4"}, "expected a list"),
@@ -234,10 +240,45 @@ def test_wrong_annotations(folder, entries, why):
 
 def test_annotation_that_is_none(folder):
     (folder / "list.json").write_text("{")
-    with pytest.raises(DataError, match=r"list\.json: not JSON"):
+    with pytest.raises(DataError, match=r"list\.json: is damaged, not JSON"):
         open_dataset(folder, **SMALL, annotation=folder / "list.json")
     with pytest.raises(DataError, match=r"none\.json: No such file"):
         open_dataset(folder, **SMALL, annotation=folder / "none.json")
+    for text in ("[" * 100_000, '[{"video_path":' * 100_000, '[{"label": ' + "9" * 5000 + "}]", "[\xff]"):
+        (folder / "list.json").write_bytes(text.encode("latin-1"))
+        with pytest.raises(DataError, match=r"list\.json: is damaged") as error:
+            open_dataset(folder / "list.json", **SMALL)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("how", ["absolute", "parents", "link", "linked folder", "actions"])
+def test_an_annotation_does_not_lead_out_of_its_folder_unasked(tmp_path, how):
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    for folder in (inside, outside):
+        folder.mkdir()
+        write_video(folder / "a.mp4", numbered(6))
+    np.savez(outside / "a.npz", actions=np.zeros(6, int))
+    (inside / "link.mp4").symlink_to(outside / "a.mp4")
+    (inside / "folder").symlink_to(outside)
+    entry = {
+        "absolute": {"video_path": str(outside / "a.mp4")},
+        "parents": {"video_path": "../out/a.mp4"},
+        "link": {"video_path": "link.mp4"},
+        "linked folder": {"video_path": "folder/a.mp4"},
+        "actions": {"video_path": "a.mp4", "action_path": "folder/a.npz"},
+    }[how]
+    path = annotate(inside / "list.json", [entry])
+    with pytest.raises(DataError, match=r"list\.json: .* lies outside of .*/in, expected .*--allow-outside") as error:
+        open_dataset(path, **SMALL)
+    assert "\n" not in str(error.value)
+    with pytest.raises(DataError, match="lies outside of"):
+        check(path)
+    assert len(open_dataset(path, **SMALL, allow_outside=True)) == 1
+    assert check(path, allow_outside=True)[0].files == 1
+    # A link within the folder is none that leads out, nor is a folder of linked videos that no list names.
+    (inside / "alias.mp4").symlink_to(inside / "a.mp4")
+    assert len(open_dataset(annotate(path, [{"video_path": "alias.mp4"}]), **SMALL)) == 1
+    assert len(open_dataset(inside / "folder", **SMALL, use_actions=False)) == 1
 
 
 def test_split_and_folder_labels(tmp_path):
@@ -337,6 +378,9 @@ def test_what_open_dataset_refuses(folder, tmp_path_factory):
         open_dataset(folder / "missing", **SMALL)
     with pytest.raises(DataError, match="holds no video and no npz file"):
         open_dataset(empty, **SMALL)
+    for path in ("/dev/null", "/dev/null/x"):
+        with pytest.raises(DataError, match="/dev/null: is neither a file nor a folder|/dev/null/x: Not a directory"):
+            open_dataset(path, **SMALL)
     with pytest.raises(DataError, match="holds no video"):
         open_dataset(folder / "notes.txt", **SMALL)
     write_npz(folder / "x.npz")

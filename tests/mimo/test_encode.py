@@ -5,6 +5,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -15,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from mimo.cli import main
 from mimo.config import Encoding
 from mimo.data import (
     ClipDataset,
@@ -32,6 +35,7 @@ from mimo.data import (
 from mimo.data.check import check
 from mimo.data.encode import verify, write_shards
 from mimo.errors import InputError
+from mimo.records import CHECKSUM
 from mimo.tokenizers import build_tokenizer
 from mimo.tokenizers.weights import checksum
 
@@ -170,7 +174,7 @@ def test_processes_killed_at_any_moment(tmp_path, tokenizer):
     found = contents(out)
     hidden = {name for name in found if name[0] == "."}  # at most some begun .json, never as much as a shard
     assert {name: found[name] for name in found.keys() - hidden} == whole
-    assert all(name.endswith(".json") for name in hidden)
+    assert all(".json." in name for name in hidden)
 
 
 def test_a_folder_that_is_being_begun_or_was_left_so_is_taken(tmp_path, tokenizer):
@@ -286,12 +290,12 @@ def test_a_shard_cut_short_is_named(encoded):
     assert str(report).count("shard-00001.safetensors") == 1 and "were written (4 clips)" in str(report)
     got = torch.cat([batch["index"] for batch in itertools.islice(batches(LatentShards(out), 2, seed=0), 10)])
     assert set(got.tolist()) == {0, 1, 2, 3, 8, 9}, "training goes on with the other shards"
-    with pytest.raises(DataError, match=r"shard-00001\.safetensors: is .* bytes"):
+    with pytest.raises(DataError, match=why):
         verify(out)
     file.unlink()
     with pytest.raises(DataError, match=r"shard-00001\.safetensors: .*No such file"):
         LatentShards(out).check_readable()
-    with pytest.raises(DataError, match=r"shard-00001\.safetensors: is missing"):
+    with pytest.raises(DataError, match=r"shard-00001\.safetensors: No such file"):
         verify(out)
 
 
@@ -425,14 +429,102 @@ def test_datasets_say_what_their_clips_carry(tmp_path, tokenizer):
     assert not plain.has_labels and not plain.has_actions
 
 
-def test_damaged_index(encoded):
+def damage(value):
+    """Texts that are no index: cut, of other types, with keys missing, renamed and added, nested deeply."""
+    text = json.dumps(value)
+    yield from ("", "{", "[]", "null", text[: len(text) // 2], "[" * 100_000, '{"shards":' * 100_000, text + "}")
+    for key in value:
+        if key != CHECKSUM:
+            yield json.dumps({name: item for name, item in value.items() if name != key})
+        for other in (None, "x", -1, 1.5, True, [], {}, [[]], 2**70, "../../etc/passwd"):
+            if other != value[key]:
+                yield json.dumps(value | {key: other})
+
+
+def without_checksum(path):
+    return {name: item for name, item in json.loads(path.read_text()).items() if name != CHECKSUM}
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_damaged_index(encoded, sealed):
+    """With its checksum every change is found; without one, as older versions wrote it, what does not fit its type."""
     _, out = encoded
-    (out / "index.json").write_text("{")
-    with pytest.raises(DataError, match=r"index\.json: is damaged"):
+    path = out / "index.json"
+    whole, value = path.read_text(), json.loads(path.read_text()) if sealed else without_checksum(path)
+    may_be_other = {"dataset", "settings", "clips", "tokenizer", "tokenizer_sha256", "num_classes", "num_actions"}
+    may_be_other |= {"passes", "shard_clips", "posterior"}
+    for text in damage(value):
+        path.write_text(text)
+        try:
+            LatentShards(out).check_readable()
+        except DataError as error:
+            assert str(error).startswith(str(out)) and "\n" not in str(error)
+        else:
+            there = json.loads(text)
+            assert not sealed or CHECKSUM not in there
+            changed = {name for name in value | there if value.get(name) != there.get(name)}
+            assert changed <= may_be_other | {CHECKSUM}
+    path.write_text(json.dumps(value | {"format": "other"}) if not sealed else whole)
+    if not sealed:
+        with pytest.raises(DataError, match="format 'other', this version reads"):
+            LatentShards(out)
+
+
+@pytest.mark.parametrize("name", ["plan.json", "files.json"])
+def test_damaged_plan_and_files(encoded, tokenizer, name):
+    dataset, out = encoded
+    path = out / name
+    for text in damage(json.loads(path.read_text())):
+        path.write_text(text)
+        with pytest.raises(DataError) as error:
+            run(dataset, tokenizer, out)
+        assert str(error.value).startswith(f"{out}") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["../in/a.safetensors", "/etc/passwd", "shard-00000.safetensors/../x", "a.mp4", ""])
+def test_an_index_names_shards_and_nothing_else(encoded, name):
+    _, out = encoded
+    index = without_checksum(out / "index.json")
+    index["shards"][1]["name"] = name
+    (out / "index.json").write_text(json.dumps(index))
+    with pytest.raises(DataError, match=r"index\.json: shards\[1\] is refused: name .*, expected shard-00000"):
         LatentShards(out)
-    (out / "index.json").write_text('{"format": "other"}')
-    with pytest.raises(DataError, match="format 'other', this version reads"):
-        LatentShards(out)
+
+
+def test_a_shard_that_is_a_link_out_of_its_folder_is_refused_unless_allowed(encoded, tmp_path):
+    _, out = encoded
+    (out / "shard-00001.safetensors").rename(tmp_path / "elsewhere")
+    (out / "shard-00001.safetensors").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"index\.json: .*shard-00001\.safetensors lies outside of .*--allow-outside"):
+        open_dataset(out, **SHAPE)
+    assert len(open_dataset(out, **SHAPE, allow_outside=True)) == 10
+
+
+def test_a_shard_of_other_shapes_than_its_index_says_is_refused(encoded):
+    _, out = encoded
+    index = without_checksum(out / "index.json")
+    index["shards"][0]["clips"] += 1
+    (out / "index.json").write_text(json.dumps(index))
+    with pytest.raises(DataError, match=r"latents are \[4, 3, 2, 2, 24\], expected \[5, 3, 2, 2, 24\]"):
+        open_dataset(out, **SHAPE)
+
+
+def test_a_full_disk_leaves_nothing_that_is_believed_later(tmp_path):
+    """Files above 20 KB cannot be written: shards cannot, in a process of its own."""
+    folder = videos(tmp_path / "in")
+    code = (
+        "import resource, signal, sys; from mimo.cli import main\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    out = tmp_path / "out"
+    command = ["encode", "--preset", "mimo-tiny", "--data", folder, "--out", out, "--workers", "0"]
+    told = subprocess.run([sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True)
+    assert told.returncode == 2 and told.stderr.count("\n") == 1, told.stderr
+    assert "cannot write" in told.stderr and "File too large" in told.stderr
+    assert sorted(path.name for path in out.iterdir()) == ["files.json", "plan.json"]
+    assert main([str(word) for word in command]) == 0
+    assert verify(out) == 5
 
 
 def test_latents_that_overflow_are_refused(tmp_path):
