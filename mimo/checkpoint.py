@@ -40,7 +40,7 @@ from mimo import folders, records
 from mimo.errors import InputError
 from mimo.folders import NotOurs
 from mimo.records import flush
-from mimo.training.distributed import World
+from mimo.training.distributed import World, local
 
 log = logging.getLogger("mimo.checkpoint")
 
@@ -85,21 +85,46 @@ def save(
 ) -> Path:
     """Write one checkpoint atomically, then delete old ones.
 
+    The run is at `step`: checkpoints of later steps, which it has passed over because they are damaged, or which another run
+    left in its folder, make way for it.
+
     tensors: part ("model", "ema", ...) -> named tensors.  state: JSON-serialisable; format, step and files are added here.
     keep_last: how many of the newest checkpoints stay; keep_every: those whose step is a multiple of it stay for good.
     world: ranks that all make this call. Each writes the shards it holds, and its share of what all hold.
 
-    Raises: InputError, on every rank, when the file system refuses, as a full one does.
+    Raises: InputError, on every rank, for a tensor that is not finite and when the file system refuses, as a full one does.
+        What was written by then is deleted.
     """
     world = world or World()
     final = step_folder(run, step)
     temporary = None
+    with world.together():
+        _require_finite(tensors, final)
     with world.together(), _writing(final):
         if world.leads:
             final.parent.mkdir(parents=True, exist_ok=True)
             temporary = _free(final, final.name)
             temporary.mkdir()
     temporary = world.gather(temporary)[0]
+    try:
+        _write(temporary, final, step, tensors, state, world)
+    except InputError:
+        if world.leads:
+            _delete(temporary)
+        raise
+    with world.together(), _writing(final):
+        if world.leads:
+            _replace(final, temporary)
+            for path in (final.parent, run):
+                flush(path)
+            _delete_old(run, step, keep_last, keep_every)
+    return final
+
+
+def _write(
+    temporary: Path, final: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], world: World
+) -> None:
+    """All of a checkpoint into its temporary folder, flushed to disk."""
     with world.together(), _writing(final), _alone_is_intended():  # when one rank fails in here, all do
         for part, named in tensors.items():
             writer = HuggingFaceStorageWriter(str(temporary / part), save_distributed=True)  # flushes what it writes
@@ -116,11 +141,6 @@ def save(
             (temporary / "state.json").write_text(records.sealed(record))
             for path in (temporary / "state.json", *(temporary / part for part in tensors), temporary):
                 flush(path)
-            _replace(final, temporary)
-            for path in (final.parent, run):
-                flush(path)
-            _delete_old(run, keep_last, keep_every)
-    return final
 
 
 def step_folders(run: Path) -> list[Path]:
@@ -368,6 +388,14 @@ def _compare_checksums(folder: Path, parts: Iterable[str] | None, state: dict[st
             raise InputError(f"checkpoint {folder} is damaged: the checksum of {name} is not the recorded one")
 
 
+def _require_finite(tensors: dict[str, dict[str, Tensor]], place: Path) -> None:
+    """Nothing good can follow from a checkpoint with NaN or infinity in it, and it would take the place of a good one."""
+    for part, named in tensors.items():
+        for name, tensor in zip(named, local(named.values()), strict=True):
+            if not tensor.isfinite().all():
+                raise InputError(f"checkpoint {place} is not written: {part} {name} is not finite")
+
+
 def _say_what_is_unchecked(folder: Path) -> None:
     if read_state(folder)["format"] == 2:
         log.warning("%s: state.json has no checksum, as an older version wrote it: it is believed as it is", folder)
@@ -391,16 +419,20 @@ def _replace(final: Path, temporary: Path) -> None:
         temporary.rename(final)
 
 
-def _delete_old(run: Path, keep_last: int, keep_every: int | None) -> None:
-    for folder in step_folders(run)[:-keep_last]:
-        if not (keep_every and _step_of(folder) % keep_every == 0):
-            try:
-                list(folders.ours(folder, STEP_FILES))
-            except NotOurs as stranger:
-                log.warning("%s", stranger)
-            else:
-                # Renamed first, so that a kill in the middle of the deletion does not leave a damaged checkpoint.
-                _delete(folder.rename(_free(folder, folder.name)))
+def _delete_old(run: Path, step: int, keep_last: int, keep_every: int | None) -> None:
+    """Of the checkpoints up to `step` the newest stay; none of a later step."""
+    found = step_folders(run)
+    later = [folder for folder in found if _step_of(folder) > step]
+    earlier = found[: len(found) - len(later)][:-keep_last]
+    doomed = later + [folder for folder in earlier if not (keep_every and _step_of(folder) % keep_every == 0)]
+    for folder in doomed:
+        try:
+            list(folders.ours(folder, STEP_FILES))
+        except NotOurs as stranger:
+            log.warning("%s", stranger)
+        else:
+            # Renamed first, so that a kill in the middle of the deletion does not leave a damaged checkpoint.
+            _delete(folder.rename(_free(folder, folder.name)))
 
 
 def _delete(folder: Path) -> bool:

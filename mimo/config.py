@@ -6,17 +6,27 @@ trained (`TrainConfig`) and how it is sampled (`SampleConfig`).
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from mimo import presets
-from mimo.errors import InputError
+from mimo.errors import InputError, user_input
 
 
 def _require(condition: bool, name: str, value: object, expected: str) -> None:
     if not condition:
         raise ValueError(f"{name}={value!r}: expected {expected}")
+
+
+def _require_finite(record) -> None:
+    """No number of a record is NaN or infinite, those in its tuples included."""
+    for field in fields(record):
+        value = getattr(record, field.name)
+        numbers = value if isinstance(value, (tuple, list)) else (value,)
+        finite = all(math.isfinite(number) for number in numbers if isinstance(number, float))
+        _require(finite, field.name, value, "finite numbers" if len(numbers) > 1 else "a finite number")
 
 
 class _Record:
@@ -26,6 +36,7 @@ class _Record:
     _MAY_BE_ZERO: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        _require_finite(self)
         hints = get_type_hints(type(self))
         for field in fields(self):
             name, hint, value = field.name, hints[field.name], getattr(self, field.name)
@@ -413,6 +424,7 @@ class TokenizerTraining:
     save_every: int = 5_000
 
     def __post_init__(self) -> None:
+        user_input(_require_finite, self)
         if (self.lpips_vgg is None) != (self.lpips_linear is None):
             raise InputError("lpips_vgg and lpips_linear belong together: give both or none")
         if min(self.frames, self.batch_size, self.steps, self.log_every, self.save_every, self.width) < 1:

@@ -128,8 +128,9 @@ def demo(
     copied = truth[:, context - 1 : context].expand(-1, frames - context, -1, -1, -1)
     psnr_model, psnr_copy = psnr(predicted[:, context:], truth[:, context:]), psnr(copied, truth[:, context:])
     better = int((psnr_model > psnr_copy).sum())
+    unseen = "unseen clips" if data is None else "windows of the training clips' ends, which training did not see"
     print(
-        f"PSNR of {frames - context} predicted frames, mean of {TEST_CLIPS} unseen clips: {psnr_model.mean():.2f} dB, "
+        f"PSNR of {frames - context} predicted frames, mean of {TEST_CLIPS} {unseen}: {psnr_model.mean():.2f} dB, "
         f"{psnr_copy.mean():.2f} dB for copying the last context frame (better on {better} clips)"
     )
     paths = write_results(out, records, truth[:SHOWN_CLIPS].numpy(), predicted[:SHOWN_CLIPS].numpy(), context)

@@ -109,7 +109,25 @@ def test_a_file_system_that_refuses_is_named_and_the_checkpoint_before_stays(tmp
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert checkpoint.latest(tmp_path) == (whole, [])
-    assert [path.name for path in checkpoint.delete_unfinished(tmp_path)] == [".unfinished-step_00000002"]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [whole.name], "nothing takes room"
+    assert checkpoint.delete_unfinished(tmp_path) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_no_checkpoint(tmp_path, value):
+    whole = save(tmp_path, 1)
+    tensors = {"model": {"weight": torch.ones(3)}, "ema": {"weight": torch.tensor([1.0, value, 1.0])}}
+    with pytest.raises(InputError, match="step_00000002 is not written: ema weight is not finite"):
+        checkpoint.save(tmp_path, 2, tensors, {})
+    assert checkpoint.latest(tmp_path) == (whole, []) and not (tmp_path / "checkpoints" / "step_00000002").exists()
+
+
+def test_checkpoints_of_later_steps_make_way(tmp_path):
+    """They are another run's, or damaged: the newest is that of the run that saves."""
+    for step in (3, 5, 7):
+        save(tmp_path, step)
+    assert save(tmp_path, 4, keep_last=1) == checkpoint.latest(tmp_path)[0]
+    assert [folder.name for folder in checkpoint.step_folders(tmp_path)] == ["step_00000004"]
 
 
 def tell(folder, **changes):

@@ -161,6 +161,8 @@ def test_version_and_empty_command_line(capsys):
         ),
         ("train --preset mimo-tiny --data shapes --out y --model.mask-ratio 0.5 1.5", "mask_ratio=(0.5, 1.5)"),
         ("train --preset mimo-tiny --data shapes --out y --steps -1", "error: --steps -1: expected more than zero"),
+        ("train --preset mimo-tiny --data shapes --out y --train.lr inf", "--train.lr=inf: expected a finite number"),
+        ("train-tokenizer --data x --out y --size 8 8 --lr nan", "lr=nan: expected a finite number"),
         ("train --preset mimo-tiny --data shapes --out y --train.accumulate 3 --train.batch-size 4", "accumulate=3"),
         ("train --preset mimo-tiny --data shapes --out y --model.tokenizer vq", "unknown tokenizer 'vq'"),
         (
@@ -405,6 +407,17 @@ def test_overrides_and_presets_reach_the_run(tmp_path, capsys):
     assert str(preview) in output
     with VideoReader(preview) as reader:
         assert reader.num_frames == 3
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, capsys):
+    """A rate that only the weights show to be too large: the first step's loss and gradient are finite."""
+    run = tmp_path / "run"
+    rate = ["--train.lr", "1e38", "--train.lr-end", "1e38", "--train.weight-decay", "1e3"]
+    assert train(run, *rate, "--steps", "1") == 2
+    output, errors = capsys.readouterr()
+    assert errors.startswith(f"error: checkpoint {step(run).with_name('step_00000001')} is not written: model ")
+    assert errors.endswith("is not finite\n") and errors.count("\n") == 1
+    assert "saved" not in output and not list((run / "checkpoints").glob("*"))
 
 
 def resume(run, *more):

@@ -3,13 +3,13 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from mimo import preset_table
-from mimo.config import PRESETS, MiMoConfig, SampleConfig, TrainConfig
+from mimo.config import PRESETS, MiMoConfig, SampleConfig, TokenizerTraining, TrainConfig
 
 B, XL = (12, 768, 12, 64), (28, 1152, 16, 72)
 K600, UCF, MINECRAFT = (5, 16, 16, 16), (16, 8, 8, 32), (300, 8, 8, 32)
@@ -189,3 +189,17 @@ def test_bad_values_are_one_line_with_the_value(kind, changes, message):
 def test_reading_a_config_needs_no_torch():
     code = "import sys, mimo; mimo.MiMoConfig.from_preset('mimo-tiny'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_a_number_that_is_not_finite_is_refused_by_name(value):
+    for kind in (MiMoConfig, TrainConfig, SampleConfig, TokenizerTraining):
+        for field in fields(kind):
+            default = getattr(kind(), field.name)
+            numbers = default if isinstance(default, tuple) else (default,)
+            if isinstance(numbers[0], float):
+                wrong = (*default[:-1], value) if isinstance(default, tuple) else value
+                with pytest.raises(ValueError, match=rf"{field.name}=.*(inf|nan).*: expected (a )?finite number"):
+                    kind(**{field.name: wrong})
+    with pytest.raises(ValueError, match="min_snr_gamma=.*finite"):
+        MiMoConfig(min_snr_gamma=value)

@@ -74,6 +74,12 @@ def test_demo_is_repeatable_and_can_be_repeated_in_place(tmp_path):
     assert one["psnr"] != other["psnr"] and one["psnr_copy"] == other["psnr_copy"]
 
 
+def test_the_newest_demo_is_the_one_that_is_sampled(tmp_path):
+    for steps in (4, 2, 3):
+        demo(None, tmp_path, steps=steps)
+        assert load(tmp_path / "run").folder.name == f"step_{steps:08d}"
+
+
 def clips(folder, lengths, *, actions):
     rng = np.random.default_rng(0)
     for number, length in enumerate(lengths):
@@ -86,7 +92,9 @@ def test_demo_on_trajectories_with_actions(tmp_path, capsys):
     (tmp_path / "clips").mkdir()
     clips(tmp_path / "clips", [20, 30], actions=True)
     assert main(["demo", "--data", str(tmp_path / "clips"), "--out", str(tmp_path / "demo"), "--steps", "2"]) == 0
-    assert "2 clips, 50 frames, 3 actions" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "2 clips, 50 frames, 3 actions" in output
+    assert "8 windows of the training clips' ends, which training did not see" in output and "unseen" not in output
     assert load(tmp_path / "demo" / "run").model.config.num_actions == 3
 
 
