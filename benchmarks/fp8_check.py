@@ -40,7 +40,8 @@ from torch import Tensor, nn
 from mimo import MiMo, MiMoConfig
 from mimo.data import ShapesDataset, to_float
 from mimo.network.fp8 import Projection, require_float8, use_float8
-from mimo.recipes import Recipe, step_generator
+from mimo.recipes import build_recipe
+from mimo.recipes.base import step_generator
 from mimo.runtime import autocast, config_tokenizer
 
 LOSS, COSINE, END, GAP = 0.01, 0.98, 0.01, 0.03
@@ -70,7 +71,7 @@ class Run:
     """One network in one precision."""
 
     def __init__(self, config: MiMoConfig, precision: str, device: torch.device, twin: int = 0):
-        self.recipe, self.precision, self.device = Recipe(config), precision, device
+        self.recipe, self.precision, self.device = build_recipe(config), precision, device
         torch.manual_seed(0)
         self.model = MiMo(config).to(device)
         if twin:

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mimo import MiMo, MiMoConfig
+from mimo.network.frames import clean_and_noisy
 from mimo_kernels import (
     AxialRoPE,
     FrameRows,
@@ -350,7 +351,7 @@ def block_traffic(device: torch.device, dtype: torch.dtype) -> list[dict]:
             model = MiMo(config, backend).to(device, dtype)
 
             def step(model=model) -> None:
-                model(x, noise, timestep, keep=keep).velocity.sum().backward()
+                model(clean_and_noisy(x, noise, timestep, keep=keep)).velocity.sum().backward()
                 model.zero_grad()
 
             step()  # tables are made, plans uploaded

@@ -29,7 +29,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mimo import MiMo, MiMoConfig
 from mimo.network.frames import Plan
-from mimo.recipes import Recipe, acdit, step_generator
+from mimo.recipes import build_recipe
+from mimo.recipes.acdit import acdit
+from mimo.recipes.base import step_generator
 from mimo_kernels.attention import FrameMask
 
 MIMO, ACDIT, BASELINE = "MiMo", "ACDiT", "torch.compile + FlexAttention"
@@ -54,7 +56,7 @@ class Step:
     def __init__(self, config: MiMoConfig, clips: int, device: torch.device, backend: str):
         self.device = device
         self.model = MiMo(config, backend=backend).to(device)
-        self.recipe = Recipe(config, backend=backend)
+        self.recipe = build_recipe(config, backend=backend)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=device.type == "cuda")
         self.latents = torch.randn(clips, *config.latent_shape, device=device)
         self.generator = step_generator(0, 0, device)
@@ -90,13 +92,13 @@ def masks_of(plan: Plan) -> list[FrameMask]:
 def compiled_baseline(step: Step) -> Callable[[], None]:
     """The step with the network compiled whole; on a GPU with FlexAttention in place of frame_attention."""
     if step.device.type != "cuda":
-        step.model.run = torch.compile(step.model.run, fullgraph=True)
+        step.model.compute = torch.compile(step.model.compute, fullgraph=True)
         return step
     for mask in masks_of(plan_of(step)):
         one = FrameMask.from_table(mask.pattern)  # all clips are alike
         rows = one.num_tokens
         mask.block_mask = create_block_mask(one.to_mask_mod(step.device), None, None, rows, rows, step.device)
-    step.model.run = torch.compile(step.model.run, fullgraph=True)
+    step.model.compute = torch.compile(step.model.compute, fullgraph=True)
 
     def run() -> None:
         with mock.patch("mimo.network.network.frame_attention", flex_frame_attention):

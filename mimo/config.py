@@ -13,6 +13,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from mimo import presets
 from mimo.errors import InputError, user_input
+from mimo.recipes import RECIPES
 
 
 def _require(condition: bool, name: str, value: object, expected: str) -> None:
@@ -88,6 +89,7 @@ class MiMoConfig(_Record):
     """The network and its objective.
 
     Args:
+        recipe: the system of the papers that is trained, one of mimo.recipes.RECIPES.
         depth: number of transformer blocks.
         dim: width D.
         heads: attention heads; D / heads is the head dimension, a multiple of 8.
@@ -118,6 +120,7 @@ class MiMoConfig(_Record):
         label_dropout: probability that a clip's class, or a frame's action, is replaced by the null one in
             training.
         history_dropout: probability that a future frame sees no history in training; history guidance needs it.
+        clean_context: probability that a training frame is clean and told so (FAR, 0.1 there).
         parameterization: "v" (v-prediction, linear betas, zero terminal SNR) or "flow" (rectified flow).
         min_snr_gamma: clip threshold of the min-SNR weight of L_diff; None weighs every frame 1.
         min_snr_decay: decay of fused min-SNR; None is plain min-SNR.
@@ -126,6 +129,7 @@ class MiMoConfig(_Record):
         video_frames: frames of a training clip before the tokenizer.
     """
 
+    recipe: str = "mimo"
     depth: int = 12
     dim: int = 768
     heads: int = 12
@@ -152,6 +156,7 @@ class MiMoConfig(_Record):
     max_interval: int = 0
     label_dropout: float = 0.1
     history_dropout: float = 0.0
+    clean_context: float = 0.0
     parameterization: Literal["v", "flow"] = "v"
     min_snr_gamma: float | None = None
     min_snr_decay: float | None = None
@@ -180,11 +185,12 @@ class MiMoConfig(_Record):
 
     _MAY_BE_ZERO = (
         *("decoder_depth", "mask_weight", "num_classes", "num_actions", "max_interval"),
-        *("label_dropout", "history_dropout"),
+        *("label_dropout", "history_dropout", "clean_context"),
     )
 
     def _check(self) -> None:
-        for name in ("label_dropout", "history_dropout"):
+        _require(self.recipe in RECIPES, "recipe", self.recipe, "one of " + ", ".join(map(repr, RECIPES)))
+        for name in ("label_dropout", "history_dropout", "clean_context"):
             _require(getattr(self, name) <= 1, name, getattr(self, name), "a probability")
         divides = self.dim % self.heads == 0 and self.head_dim % 8 == 0
         _require(divides, "heads", self.heads, f"a divisor of dim={self.dim} with a head dimension that 8 divides")

@@ -80,8 +80,11 @@ def run_worker(tree: Path, presets: list[str]) -> dict[str, dict[str, str]]:
 def worker(presets: list[str]) -> dict[str, dict[str, str]]:
     import torch
 
+    import mimo
     from mimo.config import PRESETS
 
+    if Path(mimo.__file__).parents[1] != Path.cwd():
+        raise RuntimeError(f"{mimo.__file__} was imported: expected the package in {Path.cwd()}")
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)
     found = {name: checksums(name, {}) for name in presets or PRESETS if name in PRESETS}
@@ -175,9 +178,8 @@ def conditions(config, clips: int, frames: int) -> dict:
 def objective(config):
     """The recipe of a config and the generator of a step, under the names that this commit has for them."""
     try:
-        from mimo.recipes.base import step_generator
-
         from mimo.recipes import build_recipe
+        from mimo.recipes.base import step_generator
     except ImportError:
         from mimo.recipes import Recipe as build_recipe
         from mimo.recipes import step_generator

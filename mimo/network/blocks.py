@@ -15,11 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 from mimo.config import MiMoConfig
 from mimo.network.fp8 import Projection
-from mimo.network.frames import Layout
+from mimo.network.frames import Part
 from mimo_kernels import AxialRoPE, FrameRows, bias_gelu, gated_residual_modulate, modulate, qk_norm_rope
 from mimo_kernels.ops.rope import apply_rope, qk_norm_rope_cache
 
-Place = tuple[Tensor, Tensor, Tensor]  # keys and values [slots, h, d] of a layer, and the slot of every row, int64 [R]
+Pages = tuple[Tensor, Tensor, Tensor]  # keys and values [slots, h, d] of a layer, and the slot of every row, int64 [R]
 
 
 def sinusoid(t: Tensor, width: int = 256) -> Tensor:
@@ -42,19 +42,19 @@ class Attention(nn.Module):
         self.proj = Projection(config.dim, config.dim)
 
     def forward(
-        self, y: Tensor, coords: Tensor, rope: AxialRoPE | None, attend: Callable, place: Place | None = None
+        self, y: Tensor, coords: Tensor, rope: AxialRoPE | None, attend: Callable, pages: Pages | None = None
     ) -> Tensor:
-        """y [R, D] -> what the rows collected, before the output projection, [R, D]. Keys and values also go to `place`."""
+        """y [R, D] -> what the rows collected, before the output projection, [R, D]. Keys and values also go to `pages`."""
         qkv = self.qkv(y).unflatten(-1, (3, self.heads, -1))  # [R, 3, h, d]
         given = qkv, self.q_norm, self.k_norm, None if rope is None else coords, rope
         v = qkv[:, 2]
         if self.q_norm is None:
             q, k = (qkv[:, :2] if rope is None else apply_rope(qkv[:, :2], coords, rope)).unbind(1)
-            if place is not None:
-                for pages, rows in zip(place[:2], (k, v), strict=True):
-                    pages.index_copy_(0, place[2], rows)
-        elif place is not None:
-            q, k = qk_norm_rope_cache(*given, *place, backend=self.backend)
+            if pages is not None:
+                for page, made in zip(pages[:2], (k, v), strict=True):
+                    page.index_copy_(0, pages[2], made)
+        elif pages is not None:
+            q, k = qk_norm_rope_cache(*given, *pages, backend=self.backend)
         elif qkv.requires_grad:  # a v of its own costs a copy, the backward of the view several
             q, k, v = qk_norm_rope(*given, return_v=True, backend=self.backend)
         else:
@@ -141,39 +141,47 @@ class Block(nn.Module):
         self.recompute = False  # activation checkpointing
 
     def forward(self, *given, **options) -> tuple[Tensor, Pending | None]:
-        """`run`, keeping for the backward what it needs or, with `recompute`, no more than what comes in."""
+        """`compute`, keeping for the backward what it needs or, with `recompute`, no more than what comes in."""
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.run, *given, **options, use_reentrant=False, preserve_rng_state=False)
-        return self.run(*given, **options)
+            return checkpoint(self.compute, *given, **options, use_reentrant=False, preserve_rng_state=False)
+        return self.compute(*given, **options)
 
-    def run(
+    def compute(
         self,
         x: Tensor,
         pending: Pending | None,
-        c: Tensor | tuple[Modulation, Modulation],
+        c: Tensor | None,
         rows: FrameRows,
         coords: Tensor,
         rope: AxialRoPE | None,
         attend: Callable,
         *,
-        ends: Layout | None = None,
-        place: Place | None = None,
+        modulations: tuple[Modulation, Modulation] | None = None,
+        out: Part | None = None,
+        keys_only: bool = False,
+        pages: Pages | None = None,
     ) -> tuple[Tensor, Pending | None]:
-        """x [R, D] -> x' [R, D] before the MLP is added, and what is pending.
+        """x [R, D] -> x' before the MLP is added, [R, D] or the rows of `out`, and what is pending.
 
         Args:
-            c: silu of the conditioning, [G, D]; or what norm1 and norm2 make of it.
-            ends: history ends at its keys and values: go on with the future rows of this layout, if it has any.
-            place: where keys and values are also written.
+            x, pending: rows in, and what the block before left for them.
+            c: silu of the conditioning, [G, D], from which norm1 and norm2 are modulated.
+            rows: the modulation row of every row.
+            coords: int32 [R, 3].
+            attend: q, k, v [R, h, d] -> [R, h, d].
+            modulations: of norm1 and norm2, instead of c.
+            out: rows out, behind attention; None is all of them.
+            keys_only: no rows out: their keys and values are all that is wanted.
+            pages: where keys and values are also written.
         """
-        m1, m2 = c if isinstance(c, tuple) else (self.norm1.condition(c), self.norm2.condition(c))
+        m1, m2 = modulations or (self.norm1.condition(c), self.norm2.condition(c))
         x, y = self.norm1(x, pending, m1, rows)
-        out = self.attention(y, coords, rope, attend, place)
-        if ends is not None:
-            if ends.future_rows is None:
-                return x, None
-            out, x, rows = ends.future(out), ends.future(x), ends.future_rows
-        x, y = self.norm2(x, Pending(self.attention.proj(out), m1.gate), m2, rows)
+        collected = self.attention(y, coords, rope, attend, pages)
+        if keys_only:
+            return x, None
+        if out is not None:
+            collected, x, rows = out.rows(collected), out.rows(x), out.frame_rows
+        x, y = self.norm2(x, Pending(self.attention.proj(collected), m1.gate), m2, rows)
         return x, Pending(self.mlp(y), m2.gate)
 
 

@@ -1,17 +1,31 @@
-"""How the tokens of a batch lie behind one another, and which of them see which.
+"""The frame list: what a training sequence is made of, and all that follows from it.
 
-Training feeds every clip twice: clean *history*, a part of its tokens dropped, and noisy *future*. The rows of all clips
-lie packed, without padding, in the order of FrameMask:
+Every scheme of training in this field is a list of frames per clip. A frame says where it stands in time, what kind it is
+and how many tokens of it there are:
 
-    clip 0: history frame 0, 1, ..., T-1, future frame 0, 1, ..., T-1;  clip 1: ...
+    clean     as in the data. Norms of its own, or with config.separate_ln off AdaLN at tau = 0, one row for all
+    noisy     at a timestep, modulated by AdaLN: what the network predicts
+    masked    of learned tokens at the masked places (no network here embeds them yet)
+    coarse    of `stride` x `stride` tokens in one, far back in time (no network here embeds them yet)
 
-Letters: B clips, T frames, N tokens per frame, k kept history tokens per frame, D width, R packed rows.
+and the list says which of them see which: `sees` is the name of the FrameMask. From that follow the packed rows, the
+modulation rows, the mask and the coordinates, once per list, on the host, in O(frames); lists of a shape that comes again
+are kept. What changes with every batch are tensors, in FrameBatch: latents, timesteps, kept tokens, conditions.
+
+    two copies, "teacher_forcing":  clip 0: clean 0, 1, ..., T-1, noisy 0, 1, ..., T-1;  clip 1: ...      MiMo, ACDiT
+    one copy, "block_causal":       clip 0: noisy 0, 1, ..., T-1;  clip 1: ...                            DFoT, FAR
+    one copy, "bidirectional":      the same                                                              video DiT
+
+Letters: B clips, T frames per clip, F frames in all clips, N tokens per frame, k kept tokens per clean frame, R packed
+rows, G rows of modulation, C latent channels, D width.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import NamedTuple
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,81 +33,404 @@ from torch import Tensor
 from mimo_kernels import FrameRows
 from mimo_kernels.attention import FrameMask
 
-
-class Layout(NamedTuple):
-    """The packed rows of B clips, each with T history frames and T future frames of equal length; either may be empty."""
-
-    clips: int
-    frames: int
-    history_len: int  # history rows per clip
-    rows: FrameRows
-    future_rows: FrameRows | None
-
-    def history(self, x: Tensor) -> Tensor:
-        """[R, D] -> a view of the history rows, [B, T * k, D]."""
-        return x.unflatten(0, (self.clips, -1))[:, : self.history_len]
-
-    def future(self, x: Tensor) -> Tensor:
-        """[R, D] -> the future rows, packed."""
-        return x.unflatten(0, (self.clips, -1))[:, self.history_len :].flatten(0, 1)
+Kind = Literal["clean", "noisy", "masked", "coarse"]
 
 
-class Plan(NamedTuple):
-    """All that the host decides about a batch; made by MiMo.plan, read by every layer.
+class Frame(NamedTuple):
+    """A frame of a clip: its time, its kind, how many of its tokens there are, and what a step in its grid is in y and x."""
 
-    mask: of all blocks that compute history. last_mask: of a last block whose history rows nobody reads; they see nothing.
-    decoder: per offset the mask and the rows of the decoder.
+    time: int
+    kind: Kind
+    tokens: int
+    stride: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class FrameList:
+    """The frames of a batch, and who sees whom. Lists compare by identity, and are kept by those who make them.
+
+    Args:
+        clips: the frames of every clip, in packed order. With "teacher_forcing" all clean ones come first, in the order of
+            time, then as many others of the same times, of which each sees the clean ones before it and itself.
+        sees: the constructor of FrameMask.
+        alone: bool on the host, [frames that are not clean]: it sees itself alone (history guidance); None: none does.
+        window, sink: as in FrameMask.
     """
 
-    layout: Layout
-    mask: FrameMask
-    last_mask: FrameMask
-    decoder: dict[int, tuple[FrameMask, FrameRows]]
+    clips: tuple[tuple[Frame, ...], ...]
+    sees: Literal["teacher_forcing", "block_causal", "bidirectional"]
+    alone: Tensor | None = None
+    window: int | None = None
+    sink: int = 0
+    _kept: dict = field(default_factory=dict, repr=False)  # what `alone` has no part in; shared with `isolating`
+
+    def isolating(self, alone: Tensor | None) -> FrameList:
+        """The same list, in which the frames of `alone` see themselves alone; bool, one per frame that is not clean."""
+        if alone is None or not alone.any():
+            return self
+        return replace(self, alone=alone.flatten())
+
+    @cached_property
+    def frames(self) -> list[Frame]:
+        return [frame for clip in self.clips for frame in clip]
+
+    @cached_property
+    def mask(self) -> FrameMask:
+        if self.sees == "bidirectional":
+            if self.alone is not None or self.window is not None:
+                raise ValueError("sees='bidirectional': expected no window and no frame alone, as all see all")
+            return FrameMask.bidirectional([[frame.tokens for frame in clip] for clip in self.clips])
+        bounds = {"window": self.window, "sink": self.sink}
+        if self.sees == "block_causal":
+            mask = FrameMask.block_causal([[frame.tokens for frame in clip] for clip in self.clips], **bounds)
+            return mask if self.alone is None else _seeing(mask, self._mentioned(self.alone), alone=True)
+        clean = [[frame for frame in clip if frame.kind == "clean"] for clip in self.clips]
+        others = [[frame for frame in clip if frame.kind != "clean"] for clip in self.clips]
+        for clip, first, then in zip(self.clips, clean, others, strict=True):
+            fits = [f.time for f in first] == [f.time for f in then] or not then
+            if list(clip) != first + then or not fits:
+                raise ValueError("sees='teacher_forcing': expected clean frames, then others of the same times")
+        lens = [[[frame.tokens for frame in clip] for clip in copy] for copy in (clean, others)]
+        lens[1] = [then or [0] * len(first) for first, then in zip(*lens, strict=True)]
+        drop = None if self.alone is None else self.alone.split([len(clip) for clip in others])
+        drop = None if drop is None else [clip.tolist() for clip in drop]
+        return FrameMask.teacher_forcing(*lens, drop_history=drop, **bounds)
+
+    @cached_property
+    def blind_mask(self) -> FrameMask:
+        """`mask`, but clean frames see nothing: of a last block, in which nobody reads what they collect."""
+        clean = torch.tensor([frame.kind == "clean" for frame in self.frames])
+        return self.mask if clean.all() or not clean.any() else _seeing(self.mask, self._with_rows(clean), alone=False)
+
+    def packed(self, *, separate_ln: bool, device: torch.device) -> Packed:
+        """What the network needs of the list, on a device. separate_ln: clean frames have norms of their own."""
+        key = "packed", separate_ln, str(device)
+        if key not in self._kept:
+            self._kept[key] = _pack(self, separate_ln, device)
+        return self._kept[key]._replace(mask=self.mask, blind_mask=self.blind_mask)
+
+    def decoding(self, offset: int, tokens: int, device: torch.device) -> Decoding | None:
+        """How clean frames are decoded into those `offset` later, of `tokens` tokens; None if no clip has any."""
+        key = "decoding", offset, tokens, str(device)
+        if key not in self._kept:
+            self._kept[key] = _decoding(self, offset, tokens, device)
+        return self._kept[key]
+
+    def _mentioned(self, alone: Tensor) -> Tensor:
+        """From frames that are not clean to frames that have rows."""
+        every = torch.zeros(len(self.frames), dtype=torch.bool)
+        every[[i for i, frame in enumerate(self.frames) if frame.kind != "clean"]] = alone
+        return self._with_rows(every)
+
+    def _with_rows(self, per_frame: Tensor) -> Tensor:
+        return per_frame[[i for i, frame in enumerate(self.frames) if frame.tokens]]
 
 
-@lru_cache(maxsize=256)
-def make_layout(clips: int, frames: int, kept: int, tokens: int, separate_ln: bool) -> Layout:
-    """`kept` tokens per history frame, `tokens` per future frame; 0 for none."""
-    future_frames = clips * frames if tokens else 0
-    history_group = -1 if separate_ln else future_frames  # AdaLN at tau = 0 is the row after those of the future frames
-    lens, groups = [], []
-    for clip in range(clips):
-        if kept:
-            lens += [kept] * frames
-            groups += [history_group] * frames
-        if tokens:
-            lens += [tokens] * frames
-            groups += range(clip * frames, (clip + 1) * frames)
-    future_rows = FrameRows([tokens] * future_frames, range(future_frames)) if tokens else None
-    return Layout(clips, frames, frames * kept, FrameRows(lens, groups), future_rows)
-
-
-def make_masks(
-    clips: int, frames: int, kept: int, tokens: int, drop: Tensor | None = None
-) -> tuple[FrameMask, FrameMask]:
-    """Plan.mask and Plan.last_mask."""
-    lens = [[kept] * frames] * clips, [[tokens] * frames] * clips
-    mask = FrameMask.teacher_forcing(*lens, drop_history=drop)
-    if not tokens:
-        return mask, mask
+def _seeing(mask: FrameMask, chosen: Tensor, *, alone: bool) -> FrameMask:
+    """The mask, but the chosen ones of its groups see themselves alone, or nothing."""
     table = mask.frames.clone()
-    table.view(clips, 2, frames, -1)[:, 0, :, 2:] = 0  # no key intervals for history rows
-    return mask, FrameMask.from_table(table, clip_lens=mask.clip_lens)
+    table[chosen, 2:] = 0
+    if alone:
+        table[chosen, 2:4] = table[chosen, :2]
+    return FrameMask.from_table(table, clip_lens=mask.clip_lens)
 
 
 @lru_cache(maxsize=256)
-def make_plan(clips: int, frames: int, kept: int, noised: int, tokens: int, separate_ln: bool, offsets: tuple) -> Plan:
-    """The plan of a batch in which no future frame is cut off from history. Few distinct ones occur, so they are kept."""
-    decoder = {}
-    for offset in offsets:
-        if offset < frames:  # the last frames have no frame `offset` later
-            mask = FrameMask.block_causal([[tokens] * (frames - offset)] * clips)
-            decoder[offset] = mask, make_layout(clips, frames - offset, tokens, 0, True).rows
-    return Plan(
-        make_layout(clips, frames, kept, noised, separate_ln), *make_masks(clips, frames, kept, noised), decoder
+def two_copies(clips: int, frames: int, kept: int, tokens: int) -> FrameList:
+    """Clean frames of `kept` tokens beside noisy ones of `tokens`; 0 for none of either."""
+    clean = [Frame(t, "clean", kept) for t in range(frames)] if kept else []
+    noisy = [Frame(t, "noisy", tokens) for t in range(frames)] if tokens else []
+    return FrameList(((*clean, *noisy),) * clips, "teacher_forcing")
+
+
+@lru_cache(maxsize=256)
+def one_copy(
+    clips: int, frames: int, tokens: int, sees: Literal["block_causal", "bidirectional"] = "block_causal"
+) -> FrameList:
+    """Noisy frames alone."""
+    return FrameList((tuple(Frame(t, "noisy", tokens) for t in range(frames)),) * clips, sees)
+
+
+class Part(NamedTuple):
+    """Rows that lie in a longer sequence, those of the frames of a kind.
+
+    alike: (B, T, rows per frame), when all clips are alike; the part then begins at row `start` of each clip. Else None,
+        and `index` has the rows and `frame` the number in the part of every row's frame, int64 [n].
+    frame_rows: FrameRows of the part by itself.
+    clip, time: int64 [frames of the part].
+    """
+
+    alike: tuple[int, int, int] | None
+    start: int
+    frame_rows: FrameRows
+    clip: Tensor
+    time: Tensor
+    index: Tensor | None
+    frame: Tensor | None
+
+    def select(self, x: Tensor) -> Tensor:
+        """[R, D] -> the rows of the part, [B, T * k, D] (a view) if alike, else [n, D]."""
+        if self.alike is None:
+            return x[self.index]
+        clips, frames, tokens = self.alike
+        return x.unflatten(0, (clips, -1))[:, self.start : self.start + frames * tokens]
+
+    def rows(self, x: Tensor) -> Tensor:
+        """[R, D] -> [n, D]."""
+        return self.select(x).flatten(0, -2)
+
+    def split(self, rows: Tensor) -> Tensor:
+        """What `rows` gives -> what `select` gives."""
+        return rows if self.alike is None else rows.unflatten(0, (self.alike[0], -1))
+
+    def add(self, x: Tensor, values: Tensor) -> Tensor:
+        """x [R, D] with the values of the part's frames, [frames, D], added to their rows; in place where clips are alike."""
+        if self.alike is None:
+            return x.index_add(0, self.index, values[self.frame])
+        self.by_frame(self.select(x)).add_(self.per_frame(values))
+        return x
+
+    def per_frame(self, values: Tensor) -> Tensor:
+        """Values of the part's frames, [frames, D] -> what broadcasts over `by_frame`."""
+        if self.alike is None:
+            return values[self.frame]
+        clips, frames, _ = self.alike
+        return values.view(clips, frames, 1, -1)
+
+    def by_frame(self, selected: Tensor) -> Tensor:
+        """What `select` gives -> [B, T, k, D] if alike."""
+        return selected if self.alike is None else selected.unflatten(1, (self.alike[1], -1))
+
+
+class Packed(NamedTuple):
+    """A frame list on a device.
+
+    clean, predicted: the clean frames and all the others; None where there are none.
+    rows: norms and modulation of every row. groups: rows of modulation, those of `predicted` in its order and, with
+        separate_ln off, a last one that the clean frames share.
+    clips: B. clip: int64 [R], the clip of every row, or None where all have as many.
+    frame, token: int32 [R], the frame of every row and, if its frame is whole, the token in it.
+    time: int64 [F]. stride: int64 [F], or None where it is 1 everywhere.
+    """
+
+    clips: int
+    clean: Part | None
+    predicted: Part | None
+    rows: FrameRows
+    mask: FrameMask
+    blind_mask: FrameMask
+    clip: Tensor | None
+    frame: Tensor
+    token: Tensor
+    time: Tensor
+    stride: Tensor | None
+
+    def coordinates(self, tokens: Tensor | None, width: int) -> Tensor:
+        """(t, y, x) of every row, int32 [R, 3]. tokens: int64 [R], where frames are not whole; width: of the latent."""
+        token, time = self.token if tokens is None else tokens, self.time[self.frame]
+        if self.stride is None:
+            return torch.stack([time, token // width, token % width], dim=-1).int()
+        stride = self.stride[self.frame]
+        row = width // stride  # tokens in a row of the frame's grid
+        return torch.stack([time, token // row * stride, token % row * stride], dim=-1).int()
+
+
+class Decoding(NamedTuple):
+    """How the decoder goes from clean frames 0 .. T-1-offset to frames offset .. T-1.
+
+    kept: the rows that it reads, as a part of the clean rows.
+    first: int64 [n], the row in the decoder's sequence at which the frame of each of them begins.
+    mask, frame_rows: of the decoder's sequence, in which frames are whole.
+    time: int64 [F], of the frames that are read. shape: [B, T - offset] if clips are alike.
+    """
+
+    kept: Part
+    first: Tensor
+    mask: FrameMask
+    frame_rows: FrameRows
+    time: Tensor
+    shape: tuple[int, ...]
+
+
+@torch.inference_mode(False)  # what is made in it could not serve training later
+def _pack(given: FrameList, separate_ln: bool, device: torch.device) -> Packed:
+    frames = given.frames
+    clean = [i for i, frame in enumerate(frames) if frame.kind == "clean"]
+    others = [i for i, frame in enumerate(frames) if frame.kind != "clean"]
+    groups = [-1 if separate_ln else len(others)] * len(frames)
+    for group, i in enumerate(others):
+        groups[i] = group
+    lens = [frame.tokens for frame in frames]
+    per_clip = [sum(frame.tokens for frame in clip) for clip in given.clips]
+    strides = [frame.stride for frame in frames]
+    frame, token = _rows_of(lens)
+    return Packed(
+        clips=len(given.clips),
+        clean=_part(given, clean, groups, device),
+        predicted=_part(given, others, groups, device),
+        rows=FrameRows(lens, groups),
+        mask=None,
+        blind_mask=None,
+        clip=None if len(set(per_clip)) == 1 else _upload(_rows_of(per_clip)[0], device),
+        frame=_upload(frame.int(), device),
+        token=_upload(token.int(), device),
+        time=_upload([frame.time for frame in frames], device),
+        stride=None if set(strides) == {1} else _upload(strides, device),
     )
 
 
-def coordinates(place: Tensor, height: int, width: int) -> Tensor:
-    """(t, y, x) of tokens numbered in the order frame, row, column: [...] -> int32 [..., 3]."""
-    return torch.stack([place // (height * width), place // width % height, place % width], dim=-1).int()
+def _part(given: FrameList, chosen: list[int], groups: list[int], device: torch.device) -> Part | None:
+    """The part of the frames with the numbers `chosen`."""
+    if not chosen:
+        return None
+    lens = [frame.tokens for frame in given.frames]
+    first = torch.tensor([0, *lens]).cumsum(0)
+    counts = [lens[i] for i in chosen]
+    clip = [b for b, clip in enumerate(given.clips) for _ in clip]
+    alike, start, index, frame = None, 0, None, None
+    here = [i for i in chosen if clip[i] == 0]
+    if len(set(given.clips)) == 1 and here == list(range(here[0], here[-1] + 1)) and len(set(counts)) == 1:
+        alike, start = (len(given.clips), len(here), counts[0]), int(first[here[0]])
+    else:
+        frame, token = _rows_of(counts)
+        index = _upload(first[torch.tensor(chosen)][frame] + token, device)
+        frame = _upload(frame, device)
+    return Part(
+        alike=alike,
+        start=start,
+        frame_rows=FrameRows(counts, [groups[i] for i in chosen]),
+        clip=_upload([clip[i] for i in chosen], device),
+        time=_upload([given.frames[i].time for i in chosen], device),
+        index=index,
+        frame=frame,
+    )
+
+
+@torch.inference_mode(False)
+def _decoding(given: FrameList, offset: int, tokens: int, device: torch.device) -> Decoding | None:
+    clean = tuple(tuple(frame for frame in clip if frame.kind == "clean") for clip in given.clips)
+    counts = [max(0, len(clip) - offset) for clip in clean]
+    if not any(counts):
+        return None
+    history = FrameList(clean, "block_causal")
+    starts = torch.tensor([0, *map(len, clean)]).cumsum(0).tolist()
+    read = [start + t for start, count in zip(starts, counts, strict=False) for t in range(count)]
+    kept = _part(history, read, [-1] * len(history.frames), device)
+    frame, _ = _rows_of([history.frames[i].tokens for i in read])
+    return Decoding(
+        kept=kept,
+        first=_upload((frame * tokens).int(), device),
+        mask=FrameMask.block_causal([[tokens] * count for count in counts]),
+        frame_rows=FrameRows([tokens] * len(read), [-1] * len(read)),
+        time=kept.time,
+        shape=(len(read),) if kept.alike is None else kept.alike[:2],
+    )
+
+
+def _upload(values: Tensor | list[int], device: torch.device) -> Tensor:
+    """Host numbers -> int64, or what they are, on a device, without waiting for it."""
+    host = torch.as_tensor(values)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
+def _rows_of(lens: Iterable[int] | Tensor) -> tuple[Tensor, Tensor]:
+    """Of things with these lengths, one after the other: the thing of every row, and the row's number in it."""
+    lens = torch.as_tensor(lens, dtype=torch.int64)
+    thing = torch.repeat_interleave(lens)
+    return thing, torch.arange(len(thing)) - (lens.cumsum(0) - lens)[thing]
+
+
+@dataclass
+class FrameBatch:
+    """The tensors of a frame list.
+
+    Args:
+        frames: the list.
+        latents: [F, N, C], every frame whole, in the order of the list.
+        timestep: [G] in 0..1000, of the frames that are not clean; None if all are. What lies outside is a timestep of
+            its own, as FAR's -1 of a clean frame.
+        tokens: int64 [R], the token of every row in its frame; None where all frames are whole.
+        labels: int64 [B]; None or num_classes is the null class.
+        actions: int64 [B, T]; None or num_actions is the null action. An action belongs to the frame it leads to.
+        intervals: int64 [B] in 1..max_interval, the distance of a clip's frames in its video; there is no null one.
+    """
+
+    frames: FrameList
+    latents: Tensor
+    timestep: Tensor | None = None
+    tokens: Tensor | None = None
+    labels: Tensor | None = None
+    actions: Tensor | None = None
+    intervals: Tensor | None = None
+
+
+def clean_and_noisy(
+    clean: Tensor,
+    noisy: Tensor | None,
+    timestep: Tensor | None,
+    *,
+    keep: Tensor | None = None,
+    drop_history: Tensor | None = None,
+    **conditions: Tensor | None,
+) -> FrameBatch:
+    """Clean frames [B, T, N, C] beside noisy ones of the same clips; of the clean ones the tokens `keep`.
+
+    Args:
+        noisy: [B, T, N, C]; None for clean frames alone.
+        timestep: [B, T] in 0..1000; None with `noisy`.
+        keep: int64 [B, k], sorted: the tokens that are not masked, the same in every frame of a clip; None keeps all.
+        drop_history: bool [B, T] on the host: that noisy frame sees itself alone.
+        conditions: labels, actions, intervals of FrameBatch.
+    """
+    _check(clean, noisy, timestep, keep, drop_history)
+    clips, frames, size, _ = clean.shape
+    kept = size if keep is None else keep.shape[1]
+    listed = two_copies(clips, frames, kept, 0 if noisy is None else size).isolating(drop_history)
+    latents, tokens = (clean if noisy is None else torch.stack([clean, noisy], dim=1)).flatten(0, -3), None
+    if keep is not None:
+        tokens = keep[:, None].expand(-1, frames, -1).flatten(1)
+        if noisy is not None:
+            whole = torch.arange(size, device=keep.device).expand(clips, frames, -1).flatten(1)
+            tokens = torch.cat([tokens, whole], dim=1)
+        tokens = tokens.flatten()
+    return FrameBatch(listed, latents, None if timestep is None else timestep.flatten(), tokens, **conditions)
+
+
+def noisy_alone(
+    noisy: Tensor,
+    timestep: Tensor,
+    *,
+    sees: Literal["block_causal", "bidirectional"] = "block_causal",
+    drop_history: Tensor | None = None,
+    **conditions: Tensor | None,
+) -> FrameBatch:
+    """Noisy frames [B, T, N, C] at timesteps [B, T]; the other arguments as in `clean_and_noisy`."""
+    _check(noisy, None, None, None, drop_history)
+    if timestep.shape != noisy.shape[:2]:
+        raise ValueError(f"timestep is {list(timestep.shape)}: expected {list(noisy.shape[:2])}, to match the frames")
+    listed = one_copy(*noisy.shape[:3], sees).isolating(drop_history)
+    return FrameBatch(listed, noisy.flatten(0, 1), timestep.flatten(), **conditions)
+
+
+def _check(frames: Tensor, noisy, timestep, keep, drop_history) -> None:
+    """Refuses shapes that do not fit, by name."""
+    shape = frames.shape
+    if frames.dim() != 4:
+        raise ValueError(f"frames are {list(shape)}: expected [B, T, N, C]")
+    if (noisy is None) != (timestep is None):
+        raise ValueError("noisy and timestep: expected both or neither")
+    expected = {"noisy": (noisy, shape), "timestep": (timestep, shape[:2]), "drop_history": (drop_history, shape[:2])}
+    for name, (tensor, wanted) in expected.items():
+        if tensor is not None and tensor.shape != wanted:
+            raise ValueError(f"{name} is {list(tensor.shape)}: expected {list(wanted)}, to match the clean frames")
+    if keep is not None and (keep.dim() != 2 or len(keep) != shape[0] or not 1 <= keep.shape[1] <= shape[2]):
+        raise ValueError(f"keep is {list(keep.shape)}: expected [{shape[0]}, k] with 1 <= k <= {shape[2]}")
+    if drop_history is not None and drop_history.device.type != "cpu":
+        raise ValueError(f"drop_history is on {drop_history.device}: expected cpu, where the mask is built")
+
+
+@lru_cache(maxsize=256)
+def frame_rows(sequences: int, tokens: int, *, modulated: bool | None = True) -> FrameRows:
+    """Rows of one frame per sequence: each modulated by a row of its own; all by the same one (None); or by none (False)."""
+    groups = {True: range(sequences), None: [0] * sequences, False: [-1] * sequences}[modulated]
+    return FrameRows([tokens] * sequences, groups)

@@ -1,17 +1,18 @@
-"""The MiMo network: a diffusion transformer over packed tokens, and the decoder of masked history modelling.
+"""The MiMo network: a diffusion transformer over packed frames.
 
-Training feeds every clip twice, packed as mimo.network.frames says: clean *history*, a part of its tokens dropped, and noisy
-*future*. Both copies share all weights. Future frame t attends to history frames < t and to itself, so one forward pass
-trains every frame, and sampling sees exactly what training saw. Blocks are told how to attend (`attend(layer, q, k, v)
--> out`): over the whole packed sequence when training, over a cache when sampling.
+A training sequence is a frame list (mimo.network.frames); the network knows kinds of frames and no system. Clean frames go
+through norms of their own (or, with separate_ln off, through AdaLN at tau = 0), all others through AdaLN at their own
+timestep; all share all other weights. Sampling runs one frame per sequence at a time over the same blocks, and sees what
+training saw. Blocks are told how to attend (`attend(layer, q, k, v) -> out`): over the whole packed sequence when training,
+over a cache when sampling.
 
-Letters: B clips, T frames, N tokens per frame, k kept history tokens per frame, C latent channels, D width, h heads,
-d head dimension, R packed rows, G rows of modulation (one per future frame), S sequences being sampled.
+Letters: B clips, T frames, F frames of all clips, N tokens per frame, C latent channels, D width, h heads, d head
+dimension, R packed rows, G rows of modulation (one per frame that is not clean), S sequences being sampled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -20,65 +21,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimo.config import MiMoConfig
-from mimo.network.blocks import Block, Modulation, Norm, Pending, Place, added_positions, sinusoid
-from mimo.network.frames import Layout, Plan, coordinates, make_layout, make_masks, make_plan
-from mimo_kernels import AxialRoPE, FrameRows, gather_tokens, scatter_tokens
-from mimo_kernels.attention import FrameMask, frame_attention
+from mimo.network.blocks import Block, Modulation, Norm, Pages, Pending, added_positions, sinusoid
+from mimo.network.frames import Decoding, FrameBatch, Packed, frame_rows
+from mimo.network.heads import Decoder
+from mimo.recipes import recipe_type
+from mimo_kernels import AxialRoPE, FrameMask, FrameRows, frame_attention, gather_tokens
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+Tap = tuple[int, str]  # after this many layers, the rows of "clean" or of "noisy" (all other) frames
 
 
 class MiMoOutput(NamedTuple):
-    """velocity: [B, T, N, C], or None without noisy frames.
-    reconstruction: per offset o the prediction of frames o..T-1 from history up to 0..T-1-o, [B, T-o, N, C]; empty when
-    nothing is masked."""
+    """velocity: of the frames that are not clean, [B, T, N, C], or [rows, C] where clips differ; None without such frames.
+    reconstruction: per offset the prediction of frames o..T-1 from clean frames up to 0..T-1-o, [B, T-o, N, C], or
+        [rows, C]; empty when nothing is masked.
+    features: per tap the hidden state behind that layer, [rows, D], in packed order."""
 
     velocity: Tensor | None
     reconstruction: dict[int, Tensor]
-
-
-class Decoder(nn.Module):
-    """Masked history modelling (Eq. 5): from the features of kept history tokens to the tokens of frame t + offset.
-
-    Kept features go back to their places, a learned query fills the holes, an embedding tells the offset, and a
-    frame-causal ViT does the rest: bidirectional attention would show it frame t + 1.
-    """
-
-    def __init__(self, config: MiMoConfig, backend: str) -> None:
-        super().__init__()
-        self.config, self.backend = config, backend
-        self.query = nn.Parameter(0.02 * torch.randn(config.dim))
-        self.offset = nn.Parameter(0.02 * torch.randn(len(config.mask_offsets), config.dim))
-        self.positions = added_positions(config)
-        vit = {"modulated": False, "affine1": True, "affine2": True}
-        self.blocks = nn.ModuleList(Block(config, backend, **vit) for _ in range(config.decoder_depth))
-        self.norm = Norm(config.dim, backend, modulated=False, affine=True)
-        self.head = nn.Linear(config.dim, config.channels)
-
-    def forward(
-        self, features: Tensor, keep: Tensor, offset: int, mask: FrameMask, rows: FrameRows, rope: AxialRoPE | None
-    ) -> Tensor:
-        """features [B, T, k, D] of history frames 0..T-1, keep [B, k] -> frames offset..T-1+offset, [B, T, N, C]."""
-        clips, frames, _, dim = features.shape
-        tokens, device = self.config.tokens, features.device
-        num_rows = clips * frames * tokens
-        first = torch.arange(0, num_rows, tokens, device=device).view(clips, frames, 1)  # row of each frame
-        index = (first + keep[:, None]).flatten()
-        x = scatter_tokens(features.flatten(0, 2), index, num_rows, self.query, backend=self.backend)
-        x = x + self.offset[self.config.mask_offsets.index(offset)].to(x.dtype)
-        place = torch.arange(num_rows, device=device) % (frames * tokens)
-        coords = coordinates(place, self.config.height, self.config.width)
-        if self.positions is not None:
-            x = x + self.positions(coords).to(x.dtype)
-        c, pending = x.new_empty(0, dim), None  # nothing is modulated
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return frame_attention(q, k, v, mask, backend=self.backend)
-
-        for block in self.blocks:
-            x, pending = block(x, pending, c, rows, coords, rope, attend)
-        _, y = self.norm(x, pending, self.norm.condition(c), rows)
-        return self.head(y).view(clips, frames, tokens, -1)
+    features: dict[Tap, Tensor]
 
 
 def build_rope(config: MiMoConfig) -> AxialRoPE | None:
@@ -100,6 +61,9 @@ class MiMo(nn.Module):
         if backend not in ("auto", "reference"):
             raise ValueError(f"backend={backend!r}: expected 'auto' or 'reference'")
         self.config, self.backend = config, backend
+        recipe = recipe_type(config)
+        recipe.check(config)
+        self.history_policy = recipe.history_policy(config)
         dim, depth = config.dim, config.depth
         self.embed = nn.Linear(config.channels, dim)
         self.time = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
@@ -139,94 +103,119 @@ class MiMo(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(
-        self,
-        history: Tensor,
-        noisy: Tensor | None,
-        timestep: Tensor | None,
-        *,
-        keep: Tensor | None = None,
-        labels: Tensor | None = None,
-        actions: Tensor | None = None,
-        intervals: Tensor | None = None,
-        drop_history: Tensor | None = None,
-        reconstruct: bool = True,
-    ) -> MiMoOutput:
-        """Velocity of every noisy frame given the clean frames before it, and the reconstruction of masked history.
+    def forward(self, batch: FrameBatch, *, reconstruct: bool = True, taps: Sequence[Tap] = ()) -> MiMoOutput:
+        """Velocity of every frame that is not clean, the reconstruction of masked clean frames, and features.
 
         Args:
-            history: clean latents [B, T, N, C].
-            noisy: noisy latents [B, T, N, C]; None runs history alone, as far as the decoder needs it.
-            timestep: [B, T] in 0..1000 (a schedule's `embedding`); None with `noisy`.
-            keep: int64 [B, k], sorted: the history tokens that are not masked, the same in every frame of a clip. None
-                keeps all and reconstructs nothing.
-            labels: int64 [B]; None or num_classes is the null class.
-            actions: int64 [B, T]; None or num_actions is the null action. An action belongs to the frame it leads to.
-            intervals: int64 [B] in 1..max_interval, the distance of a clip's frames in its video; there is no null one.
-            drop_history: bool [B, T] on the host: that future frame sees itself alone.
-            reconstruct: run the decoder, where there is one and tokens are masked.
+            batch: see FrameBatch and its makers, `clean_and_noisy` and `noisy_alone`.
+            reconstruct: False leaves the decoder out.
+            taps: what `features` is asked for: (layer, "clean" or "noisy"), layers 1..depth. Of clean frames alone the
+                network runs as far as somebody reads.
         """
-        self._check(history, noisy, timestep, keep, drop_history)
-        clips, frames, tokens, _ = history.shape
-        kept = tokens if keep is None else keep.shape[1]
-        plan = self.plan(clips, frames, kept, noisy is not None, reconstruct and keep is not None, drop_history)
-        if self.rope is not None:
-            self.rope.tables_on(history.device, frames - 1)
-        return self.run(plan, history, noisy, timestep, keep, labels, actions, intervals)
+        self._check(batch)
+        packed = batch.frames.packed(separate_ln=self.config.separate_ln, device=batch.latents.device)
+        decodings = {}
+        if reconstruct and self.decoder is not None and packed.clean is not None and batch.tokens is not None:
+            found = {
+                offset: batch.frames.decoding(offset, self.config.tokens, batch.latents.device)
+                for offset in self.config.mask_offsets
+            }
+            decodings = {offset: decoding for offset, decoding in found.items() if decoding is not None}
+        self._check_taps(packed, taps, bool(decodings))
+        given = batch.latents, batch.timestep, batch.tokens, batch.labels, batch.actions, batch.intervals
+        return self.compute(packed, decodings, tuple(taps), *given)
 
-    def plan(
-        self, clips: int, frames: int, kept: int, noised: bool, reconstruct: bool, drop_history: Tensor | None = None
-    ) -> Plan:
-        """What `run` needs to know about a batch of this shape; see `forward` for the rest."""
-        config = self.config
-        offsets = config.mask_offsets if reconstruct and self.decoder is not None else ()
-        shape = clips, frames, kept, config.tokens if noised else 0
-        plan = make_plan(*shape, config.tokens, config.separate_ln, offsets)
-        if drop_history is not None and drop_history.any():
-            mask, last_mask = make_masks(*shape, drop_history)
-            plan = plan._replace(mask=mask, last_mask=last_mask)
-        return plan
-
-    def run(
+    def compute(
         self,
-        plan: Plan,
-        history: Tensor,
-        noisy: Tensor | None,
+        packed: Packed,
+        decodings: dict[int, Decoding],
+        taps: tuple[Tap, ...],
+        latents: Tensor,
         timestep: Tensor | None,
-        keep: Tensor | None,
+        tokens: Tensor | None,
         labels: Tensor | None,
         actions: Tensor | None,
-        intervals: Tensor | None = None,
+        intervals: Tensor | None,
     ) -> MiMoOutput:
-        """`forward` from a plan: device work alone, so that torch.compile(fullgraph=True) takes it whole."""
-        clips, frames, tokens, _ = history.shape
-        x, coords = self._pack(history, noisy, keep)
-        x = self._embed(x, coords, plan.layout, actions, intervals)
-        c = None
-        if noisy is not None:
-            per_frame = None if labels is None else labels[:, None].expand(-1, frames).flatten()
-            c = self._condition(timestep.flatten(), per_frame, None if actions is None else actions.flatten())
-        decode = len(plan.decoder) > 0
-        history_ends = noisy is not None and not (decode and self.config.decoder_layer == self.config.depth)
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            mask = plan.last_mask if history_ends and layer + 1 == self.config.depth else plan.mask
-            return frame_attention(q, k, v, mask, backend=self.backend)
-
-        velocity, features = self._trunk(x, c, plan.layout, coords, attend, decode=decode)
-        if velocity is not None:
-            velocity = velocity.unflatten(0, (clips, frames, tokens))
+        """`forward` from what the host makes of a frame list: device work alone, so that torch.compile(fullgraph=True) takes
+        it whole."""
+        config, clean, predicted = self.config, packed.clean, packed.predicted
+        x = latents.flatten(0, 1)
+        if tokens is not None:
+            x = gather_tokens(x, packed.frame * config.tokens + tokens, backend=self.backend)
+        coords = packed.coordinates(tokens, config.width)
+        x = self._embed(x, coords, intervals, packed.clips, packed.clip)
+        if clean is not None and (self.actions is not None or actions is not None):
+            told = None if actions is None else actions[clean.clip, clean.time]
+            x = clean.add(x, self._action(told, clean.time.shape, x.device).to(x.dtype))
+        c = x.new_empty(0, config.dim)
+        if predicted is not None:
+            told = None if labels is None else labels[predicted.clip]
+            c = self._condition(timestep, told, None if actions is None else actions[predicted.clip, predicted.time])
+        if clean is not None and not config.separate_ln:
+            c = torch.cat([c, self._time(torch.zeros(1, device=x.device))])
+        read = (config.decoder_layer, "clean")
+        velocity, features = self._training_trunk(x, F.silu(c), packed, coords, {*taps, read} if decodings else {*taps})
+        if velocity is not None and predicted.alike is not None:
+            velocity = velocity.unflatten(0, predicted.alike)
         reconstruction = {}
-        for offset, (mask, rows) in plan.decoder.items():
-            seen = features.unflatten(1, (frames, -1))[:, : frames - offset]
-            reconstruction[offset] = self.decoder(seen, keep, offset, mask, rows, self.rope)
-        return MiMoOutput(velocity, reconstruction)
+        if decodings:
+            kept = clean.rows(tokens[:, None])
+            for offset, decoding in decodings.items():
+                reconstruction[offset] = self.decoder(features[read], kept, offset, decoding, self.rope)
+        return MiMoOutput(velocity, reconstruction, {tap: features[tap] for tap in taps})
+
+    def _training_trunk(
+        self, x: Tensor, c: Tensor, packed: Packed, coords: Tensor, taps: set[Tap]
+    ) -> tuple[Tensor | None, dict[Tap, Tensor]]:
+        """x [R, D], c [G, D] -> velocity rows [n, C] (None without frames that are not clean) and the features of taps."""
+        depth, clean, predicted = self.config.depth, packed.clean, packed.predicted
+        needed = depth if predicted is not None else max(layer for layer, _ in taps)
+        rows, pending, features = packed.rows, None, {}
+        for layer, block in enumerate(self.blocks[:needed], start=1):
+            # Behind the last block nobody needs clean rows, unless somebody reads them: their keys and values were all.
+            ends = layer == depth and clean is not None and predicted is not None and (layer, "clean") not in taps
+            attend = partial(self._attend, packed.blind_mask if ends else packed.mask)
+            out = predicted if ends else None
+            x, pending = block(x, pending, c, rows, coords, self.rope, attend, out=out)
+            for tap in taps & {(layer, "clean"), (layer, "noisy")}:
+                whole = out is not None  # only the noisy rows are left, in their order
+                features[tap] = self._settled(x, pending, packed, tap[1], whole)
+            if layer == depth and predicted is not None and clean is not None:
+                if not ends:
+                    x, pending = predicted.rows(x), Pending(predicted.rows(pending.branch), pending.gate)
+                rows = predicted.frame_rows
+        if predicted is None:
+            return None, features
+        _, y = self.norm(x, pending, self.norm.condition(c), rows)
+        return self.head(y), features
+
+    def _settled(self, x: Tensor, pending: Pending, packed: Packed, kind: str, whole: bool) -> Tensor:
+        """The hidden state behind a block, its MLP added: the rows of a kind, [n, D]. whole: x has no others."""
+        part = packed.clean if kind == "clean" else packed.predicted
+        select = part.split if whole else part.select
+        x, branch = select(x), select(pending.branch)
+        if kind == "clean":
+            out = x + branch if self.config.separate_ln else x + pending.gate[-1] * branch
+            return out.flatten(0, -2)
+        gate = part.per_frame(pending.gate[: len(part.time)])
+        return (part.by_frame(x) + gate * part.by_frame(branch)).flatten(0, -2)
+
+    def _attend(self, mask: FrameMask, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return frame_attention(q, k, v, mask, backend=self.backend)
 
     @property
     def history_conditions(self) -> frozenset[str]:
         """The conditions, of "labels" and "actions", that change the keys and values of a history frame. A guidance branch
         that is not told one of them sees another history than those that are."""
-        return frozenset({"actions"} if self.config.num_actions else ())
+        return self.history_policy.conditions
+
+    def rows_of_frames(self, sequences: int, *, history: bool) -> FrameRows:
+        """The rows of `history_frame` or `future_frame`. A captured graph points to their tables: keep them beside it."""
+        modulated = True
+        if history and self.history_policy.timestep is None:
+            modulated = False if self.config.separate_ln else None
+        return frame_rows(sequences, self.config.tokens, modulated=modulated)
 
     def history_frame(
         self,
@@ -237,23 +226,34 @@ class MiMo(nn.Module):
         labels: Tensor | None = None,
         actions: Tensor | None = None,
         intervals: Tensor | None = None,
-        place: Callable[[int], Place] | None = None,
+        place: Callable[[int], Pages] | None = None,
     ) -> None:
-        """Runs one clean frame per sequence, so that `attend` can keep the keys and values of every layer.
+        """Runs one finished frame per sequence, so that `attend` can keep the keys and values of every layer.
+
+        The recipe says as what: as a clean frame, or through AdaLN at a timestep of its own with labels and actions.
 
         Args:
             x: [S, N, C].
-            position: frame number, one for all or int [S]. A tensor is not looked at: before it holds 1024 or more on a GPU,
-                call `rope.tables_on(device, largest)`.
+            position: frame number, one for all or int [S]. A tensor is not looked at: before it holds 1024 or more on a
+                GPU, call `rope.tables_on(device, largest)`.
             attend: called once per layer with q, k, v [S * N, h, d]; returns the attention output [S * N, h, d].
             labels, actions, intervals: int64 [S]. What is not in `history_conditions` changes nothing.
             place: of a layer: where its keys and values are written as they are made, before `attend` is called.
         """
-        sequences, tokens, _ = x.shape
-        layout = make_layout(sequences, 1, tokens, 0, self.config.separate_ln)
+        sequences, timestep = len(x), self.history_policy.timestep
         coords = self._coords(position, sequences, x.device)
-        x = self._embed(x.flatten(0, 1), coords, layout, None if actions is None else actions[:, None], intervals)
-        self._trunk(x, None, layout, coords, attend, decode=False, place=place)
+        x = self._embed(x.flatten(0, 1), coords, intervals, sequences)
+        if timestep is not None:
+            c = self._condition(torch.full((sequences,), timestep, device=x.device), labels, actions)
+        else:
+            if self.actions is not None or actions is not None:
+                action = self._action(actions, (sequences,), x.device).to(x.dtype)
+                x.unflatten(0, (sequences, -1)).add_(action[:, None])
+            c = x.new_empty(0, self.config.dim)
+            if not self.config.separate_ln:
+                c = self._time(torch.zeros(1, device=x.device))
+        rows = self.rows_of_frames(sequences, history=True)
+        self._frame_trunk(x, rows, coords, attend, c=F.silu(c), pages=place, predicts=False)
 
     def modulations(self, timestep: Tensor, *, labels: Tensor | None = None, actions: Tensor | None = None) -> Tensor:
         """What the norms of `future_frame` are told, [M, G, D]: the shift, scale and gate of each, in the order of use.
@@ -290,12 +290,57 @@ class MiMo(nn.Module):
             modulations: [M, S, D], instead of the timestep, labels and actions that they were made of.
         """
         sequences, tokens, _ = x.shape
-        layout = make_layout(sequences, 1, 0, tokens, self.config.separate_ln)
         coords = self._coords(position, sequences, x.device)
-        x = self._embed(x.flatten(0, 1), coords, layout, None, intervals)
-        c = self._condition(timestep, labels, actions) if modulations is None else None
-        v, _ = self._trunk(x, c, layout, coords, attend, decode=False, modulations=modulations)
+        x = self._embed(x.flatten(0, 1), coords, intervals, sequences)
+        c = F.silu(self._condition(timestep, labels, actions)) if modulations is None else None
+        rows = self.rows_of_frames(sequences, history=False)
+        v = self._frame_trunk(x, rows, coords, attend, c=c, modulations=modulations)
         return v.view(sequences, tokens, -1)
+
+    def _frame_trunk(
+        self,
+        x: Tensor,
+        rows: FrameRows,
+        coords: Tensor,
+        attend: Attend,
+        *,
+        c: Tensor | None,
+        modulations: Tensor | None = None,
+        pages: Callable[[int], Pages] | None = None,
+        predicts: bool = True,
+    ) -> Tensor | None:
+        """x [S * N, D], one frame per sequence -> velocity rows [S * N, C]. Unless it `predicts`, the keys and values of the
+        last block are the end."""
+        told, last = [None] * self.config.depth, None
+        if modulations is not None:
+            m = [Modulation(*three) for three in modulations[:-2].unflatten(0, (-1, 3))]
+            told, last = list(zip(m[::2], m[1::2], strict=True)), Modulation(*modulations[-2:])
+        pending = None
+        for i, block in enumerate(self.blocks):
+            keys_only = not predicts and i + 1 == self.config.depth
+            written = None if pages is None else pages(i)
+            given = x, pending, c, rows, coords, self.rope, partial(attend, i)
+            x, pending = block(*given, modulations=told[i], keys_only=keys_only, pages=written)
+        if not predicts:
+            return None
+        _, y = self.norm(x, pending, last or self.norm.condition(c), rows)
+        return self.head(y)
+
+    def _embed(
+        self, x: Tensor, coords: Tensor, intervals: Tensor | None, clips: int, clip: Tensor | None = None
+    ) -> Tensor:
+        """Latent rows [R, C] -> [R, D], with added positions and the intervals [B] of clips where in use. An interval is
+        added to all rows of its clip (`clip` [R], None: all have as many), as MAGI adds it to the hidden states (Sec. 3)."""
+        x = self.embed(x)
+        if self.intervals is not None or intervals is not None:
+            interval = self._interval(intervals, clips).to(x.dtype)  # [B, D]
+            if clip is None:
+                x = (x.unflatten(0, (clips, -1)) + interval[:, None]).flatten(0, 1)
+            else:
+                x = x + interval[clip]
+        if self.positions is not None:
+            x = x + self.positions(coords).to(x.dtype)
+        return x
 
     def parameter_report(self) -> str:
         """A table of parameter counts by part; the decoder is needed in training only."""
@@ -316,84 +361,11 @@ class MiMo(nn.Module):
         counts |= {"total": total, "total when sampling": total - counts["decoder"]}
         return "\n".join(f"{name:<22}{count:>15,}" for name, count in counts.items())
 
-    def _trunk(
-        self,
-        x: Tensor,
-        c: Tensor | None,
-        layout: Layout,
-        coords: Tensor,
-        attend: Attend,
-        *,
-        decode: bool,
-        place: Callable[[int], Place] | None = None,
-        modulations: Tensor | None = None,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """x [R, D], c [G, D] (None without future, or with `modulations`) -> velocity rows [future rows, C] (None without
-        future), history features after layer l [B, T * k, D] (None unless `decode`)."""
-        config, rows, features, pending = self.config, layout.rows, None, None
-        has_future = layout.future_rows is not None
-        if modulations is None:
-            c = x.new_empty(0, config.dim) if c is None else c
-            if not config.separate_ln and layout.history_len > 0:
-                c = torch.cat([c, self._time(torch.zeros(1, device=x.device))])
-            c = F.silu(c)
-            told = [c] * config.depth
-        else:
-            m = [Modulation(*three) for three in modulations[:-2].unflatten(0, (-1, 3))]
-            told = list(zip(m[::2], m[1::2], strict=True))
-        for i, block in enumerate(self.blocks):
-            last, read = i + 1 == config.depth, decode and i + 1 == config.decoder_layer
-            ends = layout if last and not read else None  # history's keys and values are all that is wanted of it
-            stored = None if place is None else place(i)
-            x, pending = block(
-                x, pending, told[i], rows, coords, self.rope, partial(attend, i), ends=ends, place=stored
-            )
-            if read:
-                gate = 1 if config.separate_ln else pending.gate[-1]
-                features = layout.history(x) + gate * layout.history(pending.branch)
-            if not has_future and (read or last):
-                return None, features
-            if last:
-                rows = layout.future_rows
-                if read:
-                    x, pending = layout.future(x), Pending(layout.future(pending.branch), pending.gate)
-        last = self.norm.condition(c) if modulations is None else Modulation(*modulations[-2:])
-        _, y = self.norm(x, pending, last, rows)
-        return self.head(y), features
-
-    def _pack(self, history: Tensor, noisy: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The rows that are not masked, in packed order: latents [R, C] and coordinates int32 [R, 3]."""
-        source = torch.stack([history] if noisy is None else [history, noisy], dim=1)  # [B, copies, T, N, C]
-        clips, copies, frames, tokens, _ = source.shape
-        size, device = frames * tokens, source.device
-        places = torch.arange(copies * size, device=device).expand(clips, -1)  # of a row among the copies of its clip
-        x = source.flatten(0, 3)
-        if keep is not None:
-            kept = torch.arange(0, size, tokens, device=device)[:, None] + keep[:, None]  # [B, T, k]
-            places = torch.cat([kept.flatten(1), places[:, size:]], dim=1)
-            first = torch.arange(0, len(x), copies * size, device=device)[:, None]  # row of each clip in x
-            x = gather_tokens(x, (first + places).flatten(), backend=self.backend)
-        return x, coordinates((places % size).flatten(), self.config.height, self.config.width)
-
-    def _embed(self, x: Tensor, coords: Tensor, layout: Layout, actions, intervals) -> Tensor:
-        """Latent rows [R, C] -> [R, D], with learned positions, actions [B, T] of history frames, intervals [B] of clips
-        where in use. An interval is added to all rows of its clip, as MAGI adds it to the hidden states (its Sec. 3)."""
-        x = self.embed(x)
-        if self.intervals is not None or intervals is not None:
-            interval = self._interval(intervals, layout.clips).to(x.dtype)  # [B, D]
-            x = (x.unflatten(0, (layout.clips, -1)) + interval[:, None]).flatten(0, 1)
-        if self.positions is not None:
-            x = x + self.positions(coords).to(x.dtype)
-        if layout.history_len > 0 and (self.actions is not None or actions is not None):
-            action = self._action(actions, (layout.clips, layout.frames), x.device).to(x.dtype)  # [B, T, D]
-            layout.history(x).unflatten(1, (layout.frames, -1)).add_(action[:, :, None])
-        return x
-
     def _time(self, timestep: Tensor) -> Tensor:
         return self.time(sinusoid(timestep).to(self.time[0].weight.dtype))
 
     def _condition(self, timestep: Tensor, labels: Tensor | None, actions: Tensor | None) -> Tensor:
-        """c of every future frame: [G] each -> [G, D]."""
+        """c of frames: [G] each -> [G, D]."""
         c = self._time(timestep)
         if labels is not None and self.classes is None:
             raise ValueError("labels are given: expected None, as the network has no classes (num_classes=0)")
@@ -420,39 +392,66 @@ class MiMo(nn.Module):
 
     def _coords(self, position: int | Tensor, sequences: int, device: torch.device) -> Tensor:
         """Coordinates of the tokens of one frame per sequence, int32 [S * N, 3]."""
-        place = torch.arange(self.config.tokens, device=device).repeat(sequences, 1)
+        token, width = torch.arange(self.config.tokens, device=device), self.config.width
         if isinstance(position, int):
             self._check_frames(position + 1)
             if self.rope is not None:
                 self.rope.tables_on(device, position)
-            place += position * self.config.tokens
+            time = torch.full((sequences,), position, device=device)
         else:
-            place += position[:, None] * self.config.tokens
-        return coordinates(place.flatten(), self.config.height, self.config.width)
+            time = position
+        place = torch.stack([torch.zeros_like(token), token // width, token % width], dim=-1)  # [N, 3]
+        coords = place.repeat(sequences, 1, 1)
+        coords[:, :, 0] = time[:, None]
+        return coords.flatten(0, 1).int()
 
     def _check_frames(self, frames: int) -> None:
         if self.config.positions == "learned" and frames > self.config.frames:
             raise ValueError(f"{frames} frames: learned positions end at {self.config.frames}")
 
-    def _check(self, history, noisy, timestep, keep, drop_history) -> None:
-        """Refuses shapes that do not fit, by name."""
-        config, shape = self.config, history.shape
-        if history.dim() != 4 or shape[2:] != (config.tokens, config.channels):
-            raise ValueError(f"history is {list(shape)}: expected [B, T, {config.tokens}, {config.channels}]")
-        self._check_frames(shape[1])
-        if (noisy is None) != (timestep is None):
-            raise ValueError("noisy and timestep: expected both or neither")
-        if noisy is None and (keep is None or self.decoder is None):
-            raise ValueError("noisy=None: expected a keep and a decoder, as there is nothing else to compute")
-        expected = {
-            "noisy": (noisy, shape),
-            "timestep": (timestep, shape[:2]),
-            "drop_history": (drop_history, shape[:2]),
-        }
-        for name, (tensor, wanted) in expected.items():
-            if tensor is not None and tensor.shape != wanted:
-                raise ValueError(f"{name} is {list(tensor.shape)}: expected {list(wanted)}, to match history")
-        if keep is not None and (keep.dim() != 2 or len(keep) != shape[0] or not 1 <= keep.shape[1] <= config.tokens):
-            raise ValueError(f"keep is {list(keep.shape)}: expected [{shape[0]}, k] with 1 <= k <= {config.tokens}")
-        if drop_history is not None and drop_history.device.type != "cpu":
-            raise ValueError(f"drop_history is on {drop_history.device}: expected cpu, where the mask is built")
+    def _check(self, batch: FrameBatch) -> None:
+        """Refuses what does not fit, by name."""
+        config, frames = self.config, batch.frames.frames
+        expected = [len(frames), config.tokens, config.channels]
+        if list(batch.latents.shape) != expected:
+            raise ValueError(
+                f"latents are {list(batch.latents.shape)}: expected {expected}, [frames, tokens, channels]"
+            )
+        unknown = {frame.kind for frame in frames} - {"clean", "noisy"}
+        if unknown:
+            raise ValueError(f"frames are {', '.join(sorted(unknown))}: this network embeds 'clean' and 'noisy' ones")
+        self._check_frames(1 + max((frame.time for frame in frames), default=-1))
+        modulated = sum(frame.kind != "clean" for frame in frames)
+        found = 0 if batch.timestep is None else batch.timestep.numel()
+        if found != modulated:
+            raise ValueError(f"timestep has {found} numbers: expected {modulated}, one per frame that is not clean")
+        rows = sum(frame.tokens for frame in frames)
+        if batch.tokens is None:
+            whole = all(frame.tokens == config.tokens for frame in frames)
+            if not whole:
+                raise ValueError(f"tokens=None: expected whole frames, of {config.tokens} tokens each")
+        elif batch.tokens.shape != (rows,):
+            raise ValueError(f"tokens are {list(batch.tokens.shape)}: expected [{rows}], one per row")
+
+    def _check_taps(self, packed: Packed, taps: Sequence[Tap], decodes: bool) -> None:
+        config = self.config
+        present = {"clean": packed.clean, "noisy": packed.predicted}
+        for layer, kind in taps:
+            if kind not in present or not 1 <= layer <= config.depth:
+                raise ValueError(f"tap {(layer, kind)}: expected (1..{config.depth}, 'clean' or 'noisy')")
+            if present[kind] is None:
+                raise ValueError(f"tap {(layer, kind)}: the batch has no {kind} frames")
+            if (
+                layer == config.depth
+                and kind == "clean"
+                and self.blocks[-1].norm2.weight is None
+                and config.separate_ln
+            ):
+                raise ValueError(
+                    f"tap {(layer, kind)}: clean rows end in the last block, as its second norm has no weights for them "
+                    f"unless the decoder reads there (decoder_layer={config.decoder_layer})"
+                )
+        if packed.predicted is None and not taps and not decodes:
+            raise ValueError(
+                "clean frames alone: expected masked ones and a decoder, or taps; nothing else is computed"
+            )

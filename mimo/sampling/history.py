@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimo.errors import InputError
-from mimo.network.frames import make_layout
 from mimo.network.network import MiMo
 from mimo.sampling.guidance import Conditions, RunKey
 from mimo_kernels import FrameCache, FrameMask, frame_attention, paged_frame_attention
@@ -149,10 +148,10 @@ class CachedHistory(History):
         # The reference attention takes lengths from the host, which a graph would freeze.
         refusals = paged_serving(self.device, key.dtype, c.head_dim)["triton"]
         self.captures = self.device.type == "cuda" and model.backend == "auto" and not refusals
-        # Graphs point to the tables of these, which others may push out of the memory of layouts.
-        self.layouts = (
-            make_layout(self.size * len(self.branches), 1, 0, self.tokens, c.separate_ln),
-            make_layout(self.size * key.histories, 1, self.tokens, 0, c.separate_ln),
+        # Graphs point to the tables of these, which others may push out of what is kept.
+        self.rows = (
+            model.rows_of_frames(self.size * len(self.branches), history=False),
+            model.rows_of_frames(self.size * key.histories, history=True),
         )
 
     def begin(self, clips: list[Tensor]) -> None:

@@ -19,7 +19,8 @@ from mimo.data import Clips, LatentShards, batches
 from mimo.errors import InputError
 from mimo.network.fp8 import use_float8
 from mimo.network.network import MiMo
-from mimo.recipes import Objective, Recipe, step_generator
+from mimo.recipes import build_recipe
+from mimo.recipes.base import Objective, step_generator
 from mimo.runtime import autocast, best_device, config_tokenizer, to_latents
 from mimo.tokenizers.weights import checksum
 from mimo.training.average import EMA
@@ -119,10 +120,10 @@ class Trainer:
         if config.precision == "fp8":
             use_float8(self.model, self.device)
         if compile:  # the device's half of the network; the host's half plans each batch
-            self.model.run = torch.compile(self.model.run, fullgraph=True)
+            self.model.compute = torch.compile(self.model.compute, fullgraph=True)
         self.tokenizer.to(self.device)
         unmasked_from = config.steps - config.unmasked_steps if config.unmasked_steps else None
-        self.recipe = Recipe(model_config, unmasked_from=unmasked_from)
+        self.recipe = build_recipe(model_config, unmasked_from=unmasked_from)
 
     def start_data(self) -> None:
         """Begin, or after `load` begin again, at the batch of the current step."""

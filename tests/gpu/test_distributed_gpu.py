@@ -6,7 +6,8 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mimo import MiMo, MiMoConfig
-from mimo.recipes import Objective, Recipe
+from mimo.recipes import build_recipe
+from mimo.recipes.base import Objective
 from mimo.training.distributed import distribute
 
 RANKS = 8
@@ -30,7 +31,7 @@ def test_a_gpu_never_holds_more_than_its_shards_and_one_block(one_of_many, offlo
     whole, block = (4 * sum(p.numel() for p in module.parameters()) for module in (model, blocks[0]))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    distribute(Objective(model, Recipe(config)), blocks, "fsdp", device, offload=offload, varies=False)
+    distribute(Objective(model, build_recipe(config)), blocks, "fsdp", device, offload=offload, varies=False)
     peak, held = (f() - before for f in (torch.cuda.max_memory_allocated, torch.cuda.memory_allocated))
     shards = 0 if offload else whole / RANKS
     assert held < shards + 2**24 and peak < shards + 1.5 * block + 2**24 and peak < whole / 3

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from mimo import MiMo, MiMoConfig
 from mimo.network.fp8 import GRADIENTS, VALUES, Projection, require_float8, to_float8, use_float8
-from mimo.recipes import Recipe, step_generator
+from mimo.recipes import build_recipe
+from mimo.recipes.base import step_generator
 
 CONFIG = MiMoConfig(
     **{"depth": 4, "dim": 144, "heads": 2, "frames": 5, "height": 8, "width": 8, "channels": 16, "decoder_depth": 2},
@@ -97,10 +98,10 @@ def run_network(precision: str, *, recompute: bool = False, compiled: bool = Fal
     for block in [*model.blocks, *model.decoder.blocks]:
         block.recompute = recompute
     if compiled:
-        model.run = torch.compile(model.run, fullgraph=True)
+        model.compute = torch.compile(model.compute, fullgraph=True)
     latents = torch.randn(4, *CONFIG.latent_shape, generator=torch.Generator().manual_seed(2)).cuda()
     with torch.autocast("cuda", torch.bfloat16, enabled=precision != "fp32"):
-        loss = Recipe(CONFIG).loss(model, latents, generator=step_generator(0, 0, "cuda"))
+        loss = build_recipe(CONFIG).loss(model, latents, generator=step_generator(0, 0, "cuda"))
     loss.total.backward()
     return loss.total.item(), torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 

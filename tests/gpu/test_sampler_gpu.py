@@ -6,7 +6,7 @@ import torch
 import mimo.sampling.sampler
 from mimo import MiMo, MiMoConfig
 from mimo.config import SampleConfig
-from mimo.network.frames import make_layout
+from mimo.network.frames import frame_rows
 from mimo.sampling.history import CachePolicy
 from mimo.sampling.sampler import Sampler
 from mimo.sampling.saving import Saving
@@ -65,12 +65,12 @@ def test_graph_equals_eager(eager, policy, dtype, graph):
     assert all(replayed.graph is not None for replayed in captured)
 
 
-def test_graphs_outlive_the_layouts_that_others_push_out(eager):
+def test_graphs_outlive_the_rows_that_others_push_out(eager):
     model = network()
     expected = eager(model, config())
     sampler = Sampler(model, config())
     draw(sampler)
-    make_layout.cache_clear()
+    frame_rows.cache_clear()
     torch.cuda.empty_cache()
     torch.empty(2**28, device=DEVICE).fill_(float("nan"))
     assert torch.equal(draw(sampler), expected)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mimo import MiMo, MiMoConfig
-from mimo.recipes import Recipe, step_generator
+from mimo.recipes import build_recipe
+from mimo.recipes.base import step_generator
 
 CONFIG = MiMoConfig(
     depth=4,
@@ -36,7 +37,7 @@ def run(config: MiMoConfig, backend: str, dtype: torch.dtype, step: int = 0):
     latents = torch.randn(4, *config.latent_shape, generator=torch.Generator().manual_seed(2)).cuda()
     given = {"labels": torch.arange(4).cuda(), "actions": torch.arange(20).view(4, 5).cuda() % 3}
     with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
-        loss = Recipe(config).loss(model, latents, generator=generator, step=step, **given)
+        loss = build_recipe(config).loss(model, latents, generator=generator, step=step, **given)
     loss.total.backward()
     return loss, [parameter.grad for parameter in model.parameters()]
 
@@ -59,7 +60,7 @@ def test_a_step_gives_the_same_bits_twice():
 
 
 def test_a_step_never_waits_for_the_device():
-    model, recipe = MiMo(CONFIG).cuda(), Recipe(CONFIG)
+    model, recipe = MiMo(CONFIG).cuda(), build_recipe(CONFIG)
     latents = torch.randn(4, *CONFIG.latent_shape, device="cuda")
     labels, actions = torch.zeros(4, dtype=torch.int64, device="cuda"), torch.zeros(4, 5, dtype=torch.int64).cuda()
 

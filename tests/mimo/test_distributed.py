@@ -19,7 +19,7 @@ from mimo import checkpoint
 from mimo.config import MiMoConfig, SampleConfig, TrainConfig
 from mimo.data import ShapesDataset
 from mimo.errors import InputError
-from mimo.recipes import LossParts
+from mimo.recipes.base import LossParts
 from mimo.sampling.loading import load as load_for_sampling
 from mimo.training.distributed import process_group, whole
 from mimo.training.log import read_log

@@ -18,7 +18,8 @@ from mimo import MiMo, MiMoConfig
 from mimo.config import SampleConfig, TrainConfig
 from mimo.data import ShapesDataset
 from mimo.network.fp8 import GRADIENTS, VALUES, Projection, to_float8, use_float8
-from mimo.recipes import Recipe, step_generator
+from mimo.recipes import build_recipe
+from mimo.recipes.base import step_generator
 from mimo.training.loop import train
 from mimo.training.trainer import Trainer
 
@@ -186,7 +187,7 @@ def network(**options) -> MiMo:
 def loss_of(model: MiMo, precision: str):
     latents = torch.randn(2, *CONFIG.latent_shape, generator=torch.Generator().manual_seed(3))
     with torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"):
-        return Recipe(model.config).loss(model, latents, generator=step_generator(0, 0, "cpu"))
+        return build_recipe(model.config).loss(model, latents, generator=step_generator(0, 0, "cpu"))
 
 
 def test_the_projections_of_all_blocks_are_converted_and_nothing_else():
@@ -254,7 +255,7 @@ def test_the_whole_step_compiles_in_one_graph():
     model = network()
     use_float8(model)
     expected = loss_of(model, "fp8")
-    model.run = torch.compile(model.run, fullgraph=True, backend="eager")
+    model.compute = torch.compile(model.compute, fullgraph=True, backend="eager")
     assert loss_of(model, "fp8").total.item() == pytest.approx(expected.total.item(), rel=1e-4)
 
 

@@ -11,7 +11,9 @@ from mimo.cli import main
 from mimo.config import SampleConfig, TrainConfig
 from mimo.data import VideoFolder, write_video
 from mimo.errors import InputError
-from mimo.recipes import Recipe, step_generator
+from mimo.network.frames import clean_and_noisy
+from mimo.recipes import build_recipe
+from mimo.recipes.base import step_generator
 from mimo.runtime import to_latents
 from mimo.sampling.history import CachePolicy
 from mimo.sampling.loading import load
@@ -66,7 +68,7 @@ def test_every_row_of_a_clip_hears_of_its_interval_and_of_no_other(positions):
     keep = torch.tensor([[0, 2, 3], [0, 1, 3]])
 
     def run(*intervals):
-        return model(history, noisy, t, keep=keep, intervals=torch.tensor(intervals))
+        return model(clean_and_noisy(history, noisy, t, keep=keep, intervals=torch.tensor(intervals)))
 
     one, other = run(2, 4), run(2, 5)
     for a, b in zip([one.velocity, *one.reconstruction.values()], [other.velocity, *other.reconstruction.values()]):
@@ -76,7 +78,7 @@ def test_every_row_of_a_clip_hears_of_its_interval_and_of_no_other(positions):
 
 
 def test_gradients_reach_the_intervals_of_the_batch_alone(model):
-    recipe = Recipe(model.config)
+    recipe = build_recipe(model.config)
     latents = context(2, 3).unflatten(2, (2, 2))
     model.zero_grad()
     loss = recipe.loss(model, latents, intervals=torch.tensor([2, 5]), generator=step_generator(0, 0, "cpu"))
@@ -89,7 +91,7 @@ def test_gradients_reach_the_intervals_of_the_batch_alone(model):
 def test_steps_of_the_mask_loss_alone_are_told_too():
     model = network(interleaved=True, mask_ratio=(0.5, 0.5))
     given = {"intervals": torch.tensor([1, 4]), "generator": step_generator(0, 1, "cpu"), "step": 1}
-    Recipe(model.config).loss(model, context(2, 3).unflatten(2, (2, 2)), **given).total.backward()
+    build_recipe(model.config).loss(model, context(2, 3).unflatten(2, (2, 2)), **given).total.backward()
     assert (model.intervals.weight.grad.abs().amax(1) > 0).tolist() == [True, False, False, True, False]
 
 
@@ -104,11 +106,11 @@ def test_a_network_that_is_not_told_has_no_embedding():
 def test_the_network_refuses_what_does_not_fit(model):
     given = context(2, 3), context(2, 3), torch.full((2, 3), 1.0)
     with pytest.raises(ValueError, match=r"intervals: expected \[2\] of them, each in 1..5"):
-        model(*given)
+        model(clean_and_noisy(*given))
     with pytest.raises(ValueError, match=r"intervals: expected \[2\] of them"):
-        model(*given, intervals=torch.tensor([1, 2, 3]))
+        model(clean_and_noisy(*given, intervals=torch.tensor([1, 2, 3])))
     with pytest.raises(ValueError, match=r"expected None, as the network knows no intervals \(max_interval=0\)"):
-        network(max_interval=0)(*given, intervals=torch.tensor([1, 2]))
+        network(max_interval=0)(clean_and_noisy(*given, intervals=torch.tensor([1, 2])))
 
 
 # Sampling -------------------------------------------------------------------------------------------------------------
@@ -139,7 +141,8 @@ def test_a_cached_frame_equals_the_forward_of_training(model):
     noisy[:, 2] = starts[0]
     history = torch.cat([given, torch.full((2, 1, 4, 12), 77.0)], 1)  # frame 2 of history is never seen
     with torch.no_grad():
-        velocity = model(history, noisy, torch.full((2, 3), 1000.0), intervals=intervals).velocity[:, 2]
+        batch = clean_and_noisy(history, noisy, torch.full((2, 3), 1000.0), intervals=intervals)
+        velocity = model(batch).velocity[:, 2]
     torch.testing.assert_close(video[:, 2], starts[0] - velocity, rtol=2e-5, atol=2e-5)
 
 

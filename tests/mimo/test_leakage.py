@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mimo import MiMo, MiMoConfig
+from mimo.network.frames import clean_and_noisy
 
 CLIPS, FRAMES, TOKENS, CHANNELS, KEPT = 2, 4, 6, 3, 4
 
@@ -47,7 +48,7 @@ ABLATIONS = [
 def test_a_velocity_sees_earlier_history_and_its_own_frame_alone(changes, masked):
     model = build(**changes)
     history, noisy, timestep, keep = inputs()
-    output = model(history, noisy, timestep, keep=keep if masked else None)
+    output = model(clean_and_noisy(history, noisy, timestep, keep=keep if masked else None))
     visible = torch.ones(CLIPS, TOKENS, dtype=torch.bool)
     if masked:
         visible = torch.zeros_like(visible).scatter(1, keep, True)
@@ -67,7 +68,7 @@ def test_a_velocity_sees_earlier_history_and_its_own_frame_alone(changes, masked
 def test_a_reconstruction_sees_kept_history_up_to_its_frame_alone(changes):
     model = build(**changes)
     history, noisy, timestep, keep = inputs()
-    output = model(history, noisy, timestep, keep=keep)
+    output = model(clean_and_noisy(history, noisy, timestep, keep=keep))
     assert sorted(output.reconstruction) == [0, 1, 2]
     visible = torch.zeros(CLIPS, TOKENS, dtype=torch.bool).scatter(1, keep, True)
     for offset, prediction in output.reconstruction.items():
@@ -88,8 +89,8 @@ def test_a_frame_whose_history_is_dropped_sees_itself_alone():
     model = build()
     history, noisy, timestep, keep = inputs()
     drop = torch.tensor([[False, False, True, False], [False, True, False, True]])
-    output = model(history, noisy, timestep, keep=keep, drop_history=drop)
-    whole = model(history, noisy, timestep, keep=keep)
+    output = model(clean_and_noisy(history, noisy, timestep, keep=keep, drop_history=drop))
+    whole = model(clean_and_noisy(history, noisy, timestep, keep=keep))
     for clip in range(CLIPS):
         for t in range(FRAMES):
             target = output.velocity[clip, t].square().sum()

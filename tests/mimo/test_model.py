@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from mimo import MiMo, MiMoConfig
 from mimo.config import PRESETS
 from mimo.network.blocks import FixedPositions
-from mimo.recipes import Recipe, step_generator
+from mimo.network.frames import clean_and_noisy
+from mimo.recipes import build_recipe
+from mimo.recipes.base import step_generator
 
 TINY = MiMoConfig(
     depth=3,
@@ -44,6 +46,10 @@ def batch(config: MiMoConfig, clips: int = 2, frames: int = 4):
     labels = torch.randint(max(config.num_classes, 1), (clips,), generator=generator)
     actions = torch.randint(max(config.num_actions, 1), (clips, frames), generator=generator)
     return history, noisy, timestep, keep, labels, actions
+
+
+def run(model: MiMo, history, noisy, timestep, *, reconstruct: bool = True, taps=(), **given):
+    return model(clean_and_noisy(history, noisy, timestep, **given), reconstruct=reconstruct, taps=taps)
 
 
 def optional(config: MiMoConfig, labels, actions) -> dict:
@@ -125,7 +131,7 @@ def test_fixed_positions_are_those_of_dit():
 def test_rope_split_and_qk_norm_are_switches():
     history, noisy, timestep, *_ = batch(TINY)
     outputs = [
-        build(**changes)(history, noisy, timestep).velocity
+        run(build(**changes), history, noisy, timestep).velocity
         for changes in ({}, {"rope_split": (4, 6, 6)}, {"rope_split": (6, 6, 4)}, {"qk_norm": False})
     ]
     assert torch.equal(outputs[0], outputs[1])  # heads of 16: a third each
@@ -137,7 +143,7 @@ def test_a_fresh_network_predicts_zero_velocity():
     torch.manual_seed(0)
     model = MiMo(TINY)
     history, noisy, timestep, keep, *_ = batch(TINY)
-    output = model(history, noisy, timestep, keep=keep)
+    output = run(model, history, noisy, timestep, keep=keep)
     assert output.velocity.abs().max() == 0
     assert output.reconstruction[0].abs().max() > 0
 
@@ -184,7 +190,7 @@ def test_frame_by_frame_equals_the_full_forward(changes):
     model = build(**changes)
     history, noisy, timestep, _, labels, actions = batch(model.config)
     given = optional(model.config, labels, actions)
-    full = model(history, noisy, timestep, **given)
+    full = run(model, history, noisy, timestep, **given)
     assert full.reconstruction == {}
     cache = ListCache(len(history))
     for t in range(history.shape[1]):
@@ -202,7 +208,7 @@ def test_frame_by_frame_equals_the_full_forward(changes):
 def test_no_cache_equals_dropped_history():
     model = build()
     history, noisy, timestep, *_ = batch(TINY)
-    dropped = model(history, noisy, timestep, drop_history=torch.ones(2, 4, dtype=torch.bool)).velocity
+    dropped = run(model, history, noisy, timestep, drop_history=torch.ones(2, 4, dtype=torch.bool)).velocity
     for t in range(4):
         alone = model.future_frame(noisy[:, t], timestep[:, t], t, ListCache(2).read)
         torch.testing.assert_close(alone, dropped[:, t], rtol=1e-5, atol=1e-5)
@@ -225,7 +231,7 @@ def test_sequences_may_be_at_different_positions():
 def test_conditions_matter_and_none_is_null():
     model = build(num_classes=7, num_actions=3)
     history, noisy, timestep, keep, labels, actions = batch(model.config)
-    forward = lambda **given: model(history, noisy, timestep, keep=keep, **given)  # noqa: E731
+    forward = lambda **given: run(model, history, noisy, timestep, keep=keep, **given)  # noqa: E731
     null = forward(labels=torch.full((2,), 7), actions=torch.full((2, 4), 3))
     absent = forward()
     assert torch.equal(null.velocity, absent.velocity)
@@ -235,7 +241,7 @@ def test_conditions_matter_and_none_is_null():
     # History knows its actions, and neither class nor timestep: its keys and values serve every step and every branch.
     assert torch.equal(with_labels.reconstruction[0], null.reconstruction[0])
     assert not torch.equal(with_actions.reconstruction[0], null.reconstruction[0])
-    later = model(history, noisy, 0.5 * timestep, keep=keep)
+    later = run(model, history, noisy, 0.5 * timestep, keep=keep)
     assert torch.equal(later.reconstruction[0], null.reconstruction[0])
 
 
@@ -244,11 +250,11 @@ def test_history_alone_reconstructs_the_same():
     for changes in ({}, {"decoder_layer": 3}, {"separate_ln": False}):
         model = build(**changes)
         history, noisy, timestep, keep, *_ = batch(TINY)
-        both, alone = model(history, noisy, timestep, keep=keep), model(history, None, None, keep=keep)
+        both, alone = run(model, history, noisy, timestep, keep=keep), run(model, history, None, None, keep=keep)
         assert alone.velocity is None
         for offset in (0, 1):
             torch.testing.assert_close(alone.reconstruction[offset], both.reconstruction[offset], rtol=1e-5, atol=1e-5)
-        silent = model(history, noisy, timestep, keep=keep, reconstruct=False)
+        silent = run(model, history, noisy, timestep, keep=keep, reconstruct=False)
         assert silent.reconstruction == {} and torch.equal(silent.velocity, both.velocity)
 
 
@@ -258,11 +264,13 @@ def test_kept_tokens_keep_their_coordinates():
     model = build()
     history, noisy, timestep, *_ = batch(TINY)
     keep = torch.tensor([[0, 1, 2]]).expand(2, -1)
-    masked = model(history, noisy, timestep, keep=keep)
+    masked = run(model, history, noisy, timestep, keep=keep)
     garbled = history.clone()
     garbled[:, :, 3:] = 1e3
-    torch.testing.assert_close(model(garbled, noisy, timestep, keep=keep).velocity, masked.velocity, rtol=0, atol=0)
-    elsewhere = model(history.roll(1, 2), noisy, timestep, keep=keep + 1)  # the same contents at other places
+    torch.testing.assert_close(
+        run(model, garbled, noisy, timestep, keep=keep).velocity, masked.velocity, rtol=0, atol=0
+    )
+    elsewhere = run(model, history.roll(1, 2), noisy, timestep, keep=keep + 1)  # the same contents at other places
     assert not torch.allclose(elsewhere.velocity, masked.velocity, atol=1e-3)
 
 
@@ -272,7 +280,7 @@ def test_both_backends_agree():
     plain = MiMo(TINY, backend="reference")
     plain.load_state_dict(automatic.state_dict())
     history, noisy, timestep, keep, *_ = batch(TINY)
-    first, second = (m(history, noisy, timestep, keep=keep) for m in (automatic, plain))
+    first, second = (run(m, history, noisy, timestep, keep=keep) for m in (automatic, plain))
     torch.testing.assert_close(first.velocity, second.velocity, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(first.reconstruction[1], second.reconstruction[1], rtol=1e-5, atol=1e-5)
 
@@ -307,7 +315,7 @@ def test_every_parameter_of_every_ablation_learns(changes):
     history, _, _, _, labels, actions = batch(model.config)
     given = optional(model.config, labels, actions)
     latents = history.unflatten(2, (2, 3))
-    loss = Recipe(model.config).loss(model, latents, generator=step_generator(0, 0, "cpu"), **given)
+    loss = build_recipe(model.config).loss(model, latents, generator=step_generator(0, 0, "cpu"), **given)
     loss.total.backward()
     assert loss.total.isfinite()
     for name, parameter in model.named_parameters():
@@ -319,8 +327,8 @@ def test_bf16_autocast_runs_forward_and_backward():
     model = build(num_actions=3)
     history, noisy, timestep, keep, _, actions = batch(model.config)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = model(history, noisy, timestep, keep=keep, actions=actions)
-    exact = model(history, noisy, timestep, keep=keep, actions=actions)
+        output = run(model, history, noisy, timestep, keep=keep, actions=actions)
+    exact = run(model, history, noisy, timestep, keep=keep, actions=actions)
     assert output.velocity.dtype == torch.bfloat16
     for low, high in ((output.velocity, exact.velocity), (output.reconstruction[1], exact.reconstruction[1])):
         assert (low.float() - high).square().mean() < 1e-3 * high.square().mean()
@@ -330,13 +338,13 @@ def test_bf16_autocast_runs_forward_and_backward():
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call")
 def test_compiles_whole():
-    """`run` is one graph, for any number of kept tokens and any drop of history."""
+    """`compute` is one graph, for any number of kept tokens and any drop of history."""
     small = {"depth": 2, "decoder_layer": 1, "decoder_depth": 0}
     model, eager = build(**small), build(**small)
-    model.run = torch.compile(model.run, fullgraph=True, backend="aot_eager")
+    model.compute = torch.compile(model.compute, fullgraph=True, backend="aot_eager")
     history, noisy, timestep, keep, *_ = batch(TINY)
     for kept, drop in ((keep, None), (keep[:, :3], torch.rand(2, 4) < 0.5), (keep[:, :2], None)):
-        compiled, expected = (m(history, noisy, timestep, keep=kept, drop_history=drop) for m in (model, eager))
+        compiled, expected = (run(m, history, noisy, timestep, keep=kept, drop_history=drop) for m in (model, eager))
         torch.testing.assert_close(compiled.velocity, expected.velocity, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(compiled.reconstruction[1], expected.reconstruction[1], rtol=1e-5, atol=1e-5)
     for output in (compiled, expected):
@@ -352,17 +360,20 @@ def test_bad_input_is_refused_by_name():
     model, plain = build(), build(mask_weight=0.0)
     history, noisy, timestep, keep, *_ = batch(TINY)
     cases = [
-        (lambda: model(history[:, :, :5], noisy, timestep), r"history is \[2, 4, 5, 5\].*6, 5"),
-        (lambda: model(history, noisy[:1], timestep), r"noisy is \[1, 4, 6, 5\].*\[2, 4, 6, 5\]"),
-        (lambda: model(history, noisy, timestep[:, :2]), r"timestep is \[2, 2\]"),
-        (lambda: model(history, noisy, None), "noisy and timestep"),
-        (lambda: model(history, None, None), "noisy=None"),
-        (lambda: plain(history, None, None, keep=keep), "noisy=None"),
-        (lambda: model(history, noisy, timestep, keep=keep[:1]), r"keep is \[1, 4\]"),
-        (lambda: model(history, noisy, timestep, drop_history=torch.ones(2, 3)), r"drop_history is \[2, 3\]"),
-        (lambda: build(positions="learned")(*batch(TINY, frames=5)[:3]), "5 frames.*end at 4"),
-        (lambda: model(history, noisy, timestep, labels=torch.zeros(2).long()), "labels are given.*num_classes=0"),
-        (lambda: model(history, noisy, timestep, actions=torch.zeros(2, 4).long()), "actions are given.*num_actions=0"),
+        (lambda: run(model, history[:, :, :5], noisy, timestep), r"noisy is \[2, 4, 6, 5\].*\[2, 4, 5, 5\]"),
+        (lambda: run(model, history, noisy[:1], timestep), r"noisy is \[1, 4, 6, 5\].*\[2, 4, 6, 5\]"),
+        (lambda: run(model, history, noisy, timestep[:, :2]), r"timestep is \[2, 2\]"),
+        (lambda: run(model, history, noisy, None), "noisy and timestep"),
+        (lambda: run(model, history, None, None), "clean frames alone"),
+        (lambda: run(plain, history, None, None, keep=keep), "clean frames alone"),
+        (lambda: run(model, history, noisy, timestep, keep=keep[:1]), r"keep is \[1, 4\]"),
+        (lambda: run(model, history, noisy, timestep, drop_history=torch.ones(2, 3)), r"drop_history is \[2, 3\]"),
+        (lambda: run(build(positions="learned"), *batch(TINY, frames=5)[:3]), "5 frames.*end at 4"),
+        (lambda: run(model, history, noisy, timestep, labels=torch.zeros(2).long()), "labels are given.*num_classes=0"),
+        (
+            lambda: run(model, history, noisy, timestep, actions=torch.zeros(2, 4).long()),
+            "actions are given.*num_actions=0",
+        ),
         (lambda: build(positions="learned").history_frame(history[:, 0], 4, ListCache(2).write), "5 frames.*end at 4"),
         (lambda: MiMo(TINY, backend="triton"), "backend='triton'.*'auto'"),
     ]

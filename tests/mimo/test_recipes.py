@@ -8,8 +8,12 @@ from torch import nn
 
 from mimo import MiMo, MiMoConfig
 from mimo.diffusion import build_schedule, compute_loss_weight
+from mimo.network.frames import FrameBatch
 from mimo.network.network import MiMoOutput
-from mimo.recipes import Recipe, acdit, kept_tokens, step_generator
+from mimo.recipes import build_recipe
+from mimo.recipes.acdit import acdit
+from mimo.recipes.base import step_generator
+from mimo.recipes.mimo import kept_tokens
 from mimo.training.average import EMA
 
 CONFIG = MiMoConfig(
@@ -33,14 +37,25 @@ class Spy(nn.Module):
         super().__init__()
         self.config, self.seen = config, None
 
-    def forward(self, history, noisy, timestep, *, keep=None, reconstruct=True, **given) -> MiMoOutput:
-        self.seen = {"history": history, "noisy": noisy, "timestep": timestep, "keep": keep, **given}
-        generator = torch.Generator().manual_seed(5)
-        clips, frames, tokens, channels = history.shape
-        offsets = [o for o in self.config.mask_offsets if o < frames] if reconstruct and keep is not None else []
-        velocity = None if noisy is None else torch.randn(history.shape, generator=generator)
-        shapes = {offset: (clips, frames - offset, tokens, channels) for offset in offsets}
-        self.answer = MiMoOutput(velocity, {o: torch.randn(s, generator=generator) for o, s in shapes.items()})
+    def forward(self, batch: FrameBatch, *, reconstruct=True) -> MiMoOutput:
+        frames = batch.frames
+        generator, count, length = torch.Generator().manual_seed(5), len(frames.clips), frames.clips[0][-1].time + 1
+        copies = batch.latents.unflatten(0, (count, -1, length)).unbind(1)
+        kept = frames.clips[0][0].tokens
+        keep = None if batch.tokens is None else batch.tokens.view(count, -1)[:, :kept]
+        self.seen = {
+            "history": copies[0],
+            "noisy": None if batch.timestep is None else copies[-1],
+            "timestep": None if batch.timestep is None else batch.timestep.view(count, length),
+            "keep": keep,
+            "drop_history": None if frames.alone is None else frames.alone.view(count, length),
+            "sees": frames.sees,
+            **{name: getattr(batch, name) for name in ("labels", "actions", "intervals")},
+        }
+        offsets = [o for o in self.config.mask_offsets if o < length] if reconstruct and keep is not None else []
+        velocity = None if batch.timestep is None else torch.randn(copies[0].shape, generator=generator)
+        shapes = {offset: (count, length - offset, *copies[0].shape[2:]) for offset in offsets}
+        self.answer = MiMoOutput(velocity, {o: torch.randn(s, generator=generator) for o, s in shapes.items()}, {})
         return self.answer
 
 
@@ -52,7 +67,7 @@ def loss_of(config: MiMoConfig, step: int = 0, **given):
     spy = Spy(config)
     latents = clips(config)
     unmasked_from = given.pop("unmasked_from", None)
-    recipe = Recipe(config, unmasked_from=unmasked_from)
+    recipe = build_recipe(config, unmasked_from=unmasked_from)
     return recipe.loss(spy, latents, generator=step_generator(0, step, "cpu"), step=step, **given), spy
 
 
@@ -130,7 +145,7 @@ def test_a_part_of_a_batch_draws_what_the_whole_draws_for_it():
         spies.append(Spy(config))
         part = {name: values[first : first + count] for name, values in given.items()}
         generator = step_generator(0, 3, "cpu")
-        Recipe(config).loss(
+        build_recipe(config).loss(
             spies[-1], latents[first : first + count], **part, generator=generator, first=first, total=6
         )
     for name in ("noisy", "timestep", "keep", "labels", "actions", "drop_history"):
@@ -199,7 +214,7 @@ def test_interleaved_steps_alternate_between_the_losses():
     assert odd.diffusion == 0 and odd.mask > 0 and spy.seen["noisy"] is None
     assert odd.total.item() == pytest.approx(0.5 * odd.mask.item())
     with pytest.raises(ValueError, match="step=None"):
-        Recipe(config).loss(Spy(config), clips(), generator=step_generator(0, 0, "cpu"))
+        build_recipe(config).loss(Spy(config), clips(), generator=step_generator(0, 0, "cpu"))
 
 
 def test_interleaved_steps_reach_their_own_parameters():
@@ -208,7 +223,7 @@ def test_interleaved_steps_reach_their_own_parameters():
     model = MiMo(config)
     for step, trained, untouched in ((0, "head.weight", "decoder.query"), (1, "decoder.query", "head.weight")):
         model.zero_grad()
-        Recipe(config).loss(model, clips(), generator=step_generator(0, step, "cpu"), step=step).total.backward()
+        build_recipe(config).loss(model, clips(), generator=step_generator(0, step, "cpu"), step=step).total.backward()
         parameters = dict(model.named_parameters())
         assert parameters[trained].grad.abs().sum() > 0 and parameters[untouched].grad is None
 
@@ -262,7 +277,7 @@ def test_overfitting_one_clip_removes_nine_tenths_of_both_losses(changes, one_th
     shape = {"frames": 3, "height": 2, "width": 3, "channels": 4}
     config = dataclasses.replace(CONFIG, dim=64, **shape, **changes)
     torch.manual_seed(0)
-    model, recipe, steps = MiMo(config), Recipe(config), 260
+    model, recipe, steps = MiMo(config), build_recipe(config), 260
     clip = clips(config, 1).expand(16, -1, -1, -1, -1)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, steps)

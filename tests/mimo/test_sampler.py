@@ -16,6 +16,7 @@ import mimo.sampling.sampler
 from mimo import MiMo, MiMoConfig
 from mimo.config import SampleConfig
 from mimo.diffusion import FlowSchedule, VPredictionSchedule
+from mimo.network.frames import clean_and_noisy
 from mimo.sampling.guidance import guidance_branches
 from mimo.sampling.history import CachePolicy
 from mimo.sampling.loading import round_weights
@@ -96,14 +97,15 @@ def algorithm_4(model, schedule, steps, given, starts, w_history=1.0, w_class=1.
             def velocity(drop=False, labels=labels, actions=actions, x=x, t=t, history=history, i=i):
                 noisy = torch.zeros_like(history)
                 noisy[:, t] = x
-                return model(
+                batch = clean_and_noisy(
                     history,
                     noisy,
                     timesteps[i].expand(len(x), t + 1),
                     labels=labels,
                     actions=None if actions is None else actions[:, : t + 1],
                     drop_history=torch.full((len(x), t + 1), drop),
-                ).velocity[:, t]
+                )
+                return model(batch).velocity[:, t]
 
             v = velocity()
             guided = v

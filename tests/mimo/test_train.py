@@ -17,7 +17,7 @@ from mimo.cli import main
 from mimo.config import MiMoConfig, SampleConfig, TrainConfig
 from mimo.data import ShapesDataset
 from mimo.errors import InputError
-from mimo.recipes import LossParts
+from mimo.recipes.base import LossParts
 from mimo.training.average import EMA
 from mimo.training.log import read_log
 from mimo.training.loop import train

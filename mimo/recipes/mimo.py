@@ -1,0 +1,114 @@
+"""MiMo: clean history beside noisy future, a part of the history masked, and the masked tokens to be predicted (Algorithms 1
+and 3).
+
+    L = L_diff + lambda L_mask
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mimo.config import MiMoConfig
+from mimo.network.frames import clean_and_noisy
+from mimo.recipes.base import Draws, HistoryPolicy, LossParts, Prepared, Recipe
+from mimo_kernels import sample_tube_mask, weighted_squared_error
+
+
+def kept_tokens(num_tokens: int, ratio: float, multiple: int = 1) -> int:
+    """k = N - floor(ratio N), rounded to a multiple of `multiple`, still less than N if anything was to be dropped."""
+    kept = num_tokens - math.floor(ratio * num_tokens)
+    if kept == num_tokens:
+        return kept
+    highest = (num_tokens - 1) // multiple * multiple
+    return min(max(round(kept / multiple) * multiple, multiple), highest)
+
+
+class MaskedHistory(Recipe):
+    """Teacher forcing. The history drops a tube of its tokens, of a ratio drawn once per step and a pattern per clip; the
+    decoder predicts them from the features of those that are kept. A finished frame becomes history as it was in training:
+    through norms of its own and with its action; class and timestep it never knew."""
+
+    @classmethod
+    def check(cls, config: MiMoConfig) -> None:
+        cls.require(config, clean_context=0.0)
+
+    @classmethod
+    def history_policy(cls, config: MiMoConfig) -> HistoryPolicy:
+        return HistoryPolicy(None, frozenset({"actions"} if config.num_actions else ()))
+
+    def frames(self, x: Tensor, conditions: dict[str, Tensor | None], draws: Draws, step: int | None) -> Prepared:
+        config = self.config
+        with_diffusion, with_mask, masked = self._phase(step)
+        frames, tokens = x.shape[1:3]
+        keep = None
+        if masked:
+            low, high = config.mask_ratio
+            ratio = low + (high - low) * torch.rand((), generator=draws.host).item()
+            kept = kept_tokens(tokens, ratio, config.mask_round)
+            if kept < tokens:
+                keep = sample_tube_mask(draws.total, tokens, kept, generator=draws.generator, device=x.device)
+                keep = keep[draws.ours]
+        actions = draws.nulled(conditions["actions"], config.num_actions, config.label_dropout)
+        given = {"actions": actions, "intervals": conditions["intervals"]}
+        if not with_diffusion:
+            batch = clean_and_noisy(x, None, None, keep=keep, **given)
+            return Prepared(batch, latents=x, keep=keep, reconstruct=True)
+        labels = draws.nulled(conditions["labels"], config.num_classes, config.label_dropout)
+        drop = self.dropped_history(draws, frames)
+        t = self.schedule.sample_timesteps((draws.total, frames), draws.generator, x.device)[draws.ours]
+        eps = draws.normal_like(x)
+        batch = clean_and_noisy(
+            x,
+            self.schedule.add_noise(x, eps, t),
+            self.schedule.embedding(t),
+            keep=keep,
+            drop_history=drop,
+            labels=labels,
+            **given,
+        )
+        target = self.schedule.target(x, eps, t)
+        return Prepared(batch, target, self.weight(x, t), x, keep, reconstruct=with_mask)
+
+    def loss_of(self, output, prepared: Prepared) -> LossParts:
+        zero = prepared.latents.new_zeros((), dtype=torch.float32)
+        diffusion, mask = zero, zero
+        if prepared.target is not None:
+            diffusion = self.diffusion_loss(output.velocity, prepared)
+        if output.reconstruction:
+            mask = self._mask_loss(output.reconstruction, prepared.latents, prepared.keep)
+        if prepared.target is None:
+            return LossParts(self.config.mask_weight * mask, zero, mask.detach())
+        total = diffusion + self.config.mask_weight * mask if output.reconstruction else diffusion
+        return LossParts(total, diffusion.detach(), mask.detach())
+
+    def _phase(self, step: int | None) -> tuple[bool, bool, bool]:
+        """(L_diff, L_mask, history is masked) at this step."""
+        config = self.config
+        if step is None and (config.interleaved or self.unmasked_from is not None):
+            raise ValueError("step=None: an interleaved objective and an unmasked phase need the number of the step")
+        if self.unmasked_from is not None and step >= self.unmasked_from:
+            return True, False, False
+        masked = config.mask_ratio[1] > 0
+        if config.interleaved:
+            return step % 2 == 0, step % 2 == 1, masked
+        return True, config.mask_weight > 0, masked
+
+    def _mask_loss(self, reconstruction: dict[int, Tensor], x: Tensor, keep: Tensor) -> Tensor:
+        """Eq. 5: squared error over masked positions, mean over the offsets that exist at frame t, then over frames."""
+        clips, frames, tokens, channels = x.shape
+        counted = torch.ones(clips, tokens, device=x.device)
+        if self.config.mask_region == "dropped":
+            counted = counted.scatter(1, keep, 0.0)
+        share = (counted / counted.sum(1, keepdim=True))[:, None]  # [B, 1, N]
+        t = torch.arange(frames, device=x.device)
+        offsets = sum((t + offset < frames).int() for offset in reconstruction)  # [T], how many exist at frame t
+        weight = share / (offsets.clamp(min=1) * (offsets > 0).sum() * clips * channels)[:, None]  # [B, T, N]
+        return sum(
+            weighted_squared_error(
+                predicted.float(), x[:, offset:].float(), weight[:, : frames - offset], backend=self.backend
+            )
+            for offset, predicted in reconstruction.items()
+        )
