@@ -9,8 +9,6 @@
 #include <string>
 #include <vector>
 
-#include <pybind11/stl.h>
-
 #include "bindings.h"
 
 namespace py = pybind11;
@@ -48,55 +46,46 @@ using Drops = Frames<uint8_t>;
 
 std::string text(py::handle value) { return py::cast<std::string>(py::repr(value)); }
 
-std::string text(int64_t value) { return std::to_string(value); }
-
 std::string at(const char* name, size_t clip) { return std::string(name) + "[" + std::to_string(clip) + "]"; }
 
 bool is_list(py::handle value) { return PyList_Check(value.ptr()) || PyTuple_Check(value.ptr()); }
 
-// An array as the lists it stands for, anything else as it is.
-py::object listed(py::handle value) {
-    return !is_list(value) && py::hasattr(value, "tolist") ? py::object(value.attr("tolist")())
-                                                           : py::reinterpret_borrow<py::object>(value);
+// A snapshot of a list, or of the lists that an array stands for; none for anything else. Reading an item may run
+// Python code (__index__, __repr__, tolist) that changes the list: the snapshot keeps its items alive and its length.
+std::optional<py::tuple> listed(const py::object& value) {
+    const py::object list =
+        !is_list(value) && py::hasattr(value, "tolist") ? py::object(value.attr("tolist")()) : value;
+    if (!is_list(list)) return std::nullopt;
+    auto items = py::reinterpret_steal<py::tuple>(PySequence_Tuple(list.ptr()));
+    if (!items) throw py::error_already_set();
+    return items;
 }
 
-// Reads a list of lists (or tuples, or arrays; a clip may be empty), or a contiguous tensor [clips, frames] of
-// `Element` on the host. `read(item, clip, frame)` makes a value of a Python object or of an element, or refuses it.
-template <typename Element, typename T, typename Read>
+// Reads a list of lists, or tuples, or what has a `tolist` that gives them: arrays and tensors. A clip may be empty.
+// `read(item, clip, frame)` makes a value of a Python object, or refuses it.
+template <typename T, typename Read>
 Frames<T> read_frames(py::handle value, const char* name, const char* inner, Read read) {
     Frames<T> frames;
-    if (!is_list(value) && py::hasattr(value, "data_ptr")) {
-        const auto shape = py::cast<std::array<size_t, 2>>(value.attr("shape"));
-        const auto* element = reinterpret_cast<const Element*>(py::cast<uintptr_t>(value.attr("data_ptr")()));
-        for (size_t c = 0; c < shape[0]; ++c) {
-            T* values = frames.add_clip(shape[1]);
-            for (size_t t = 0; t < shape[1]; ++t) values[t] = read(*element++, c, t);
-        }
-        return frames;
-    }
-    const py::object list = listed(value);
-    if (!is_list(list))
-        fail(std::string(name) + " is " + text(list) + "; expected a list of clips, each a list of " + inner);
-    const size_t clips = PySequence_Fast_GET_SIZE(list.ptr());
-    for (size_t c = 0; c < clips; ++c) {
-        const py::object clip = listed(PySequence_Fast_GET_ITEM(list.ptr(), c));
-        if (!is_list(clip))
-            fail(at(name, c) + " is " + text(clip) + "; expected a list of " + inner + ", one per frame of the clip");
-        const size_t count = PySequence_Fast_GET_SIZE(clip.ptr());
+    const auto clips = listed(py::reinterpret_borrow<py::object>(value));
+    if (!clips) fail(std::string(name) + " is " + text(value) + "; expected a list of clips, each a list of " + inner);
+    for (size_t c = 0; c < clips->size(); ++c) {
+        const auto clip = listed((*clips)[c]);
+        if (!clip)
+            fail(at(name, c) + " is " + text((*clips)[c]) + "; expected a list of " + inner +
+                 ", one per frame of the clip");
+        const size_t count = clip->size();
         T* values = frames.add_clip(count);
-        for (size_t t = 0; t < count; ++t) values[t] = read(py::handle(PySequence_Fast_GET_ITEM(clip.ptr(), t)), c, t);
+        for (size_t t = 0; t < count; ++t) values[t] = read(py::handle(PyTuple_GET_ITEM(clip->ptr(), t)), c, t);
     }
     return frames;
 }
-
-int64_t to_count(int64_t count) { return count; }
 
 // -1 for what is not a count.
 int64_t to_count(py::handle value) {
     if (PyLong_CheckExact(value.ptr())) {
         int overflow = 0;
         const int64_t count = PyLong_AsLongLongAndOverflow(value.ptr(), &overflow);
-        return overflow > 0 ? std::numeric_limits<int64_t>::max() : count;
+        return overflow > 0 ? std::numeric_limits<int64_t>::max() : overflow < 0 ? -1 : count;
     }
     if (!PyIndex_Check(value.ptr()) || PyBool_Check(value.ptr())) return -1;
     const auto number = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
@@ -104,31 +93,33 @@ int64_t to_count(py::handle value) {
     return to_count(number);
 }
 
+// The token count that `place` names, one of those called `name`; `total` grows by it.
+template <typename Place>
+int32_t read_count(py::handle item, const char* name, Place place, int64_t& total) {
+    const int64_t count = to_count(item);
+    if (count < 0) fail(place() + " is " + text(item) + "; expected a token count, an int >= 0");
+    if (count > kMaxTokens - total) {
+        fail(std::string(name) + " brings the mask to more than 2147483647 tokens at " + place() +
+             "; rows are numbered in int32");
+    }
+    total += count;
+    return static_cast<int32_t>(count);
+}
+
 // `total` grows by the tokens read.
 Lens read_lens(py::handle value, const char* name, int64_t& total) {
-    return read_frames<int64_t, int32_t>(value, name, "token counts", [&](auto item, size_t clip, size_t frame) {
-        const int64_t count = to_count(item);
-        if (count < 0)
-            fail(at(name, clip) + "[" + std::to_string(frame) + "] is " + text(item) +
-                 "; expected a token count, an int >= 0");
-        if (count > kMaxTokens - total) {
-            fail(std::string(name) + " brings the mask to more than 2147483647 tokens at " + at(name, clip) +
-                 "; rows are numbered in int32");
-        }
-        total += count;
-        return static_cast<int32_t>(count);
+    return read_frames<int32_t>(value, name, "token counts", [&](py::handle item, size_t clip, size_t frame) {
+        return read_count(item, name, [&] { return at(name, clip) + "[" + std::to_string(frame) + "]"; }, total);
     });
 }
 
-struct ReadDrop {
-    const char* name;
-    uint8_t operator()(bool value, size_t, size_t) const { return value; }
-    uint8_t operator()(py::handle value, size_t clip, size_t frame) const {
-        if (!PyBool_Check(value.ptr()))
-            fail(at(name, clip) + "[" + std::to_string(frame) + "] is " + text(value) + "; expected a bool");
-        return value.ptr() == Py_True;
-    }
-};
+Drops read_drops(py::handle value, const char* name) {
+    return read_frames<uint8_t>(value, name, "bools", [&](py::handle item, size_t clip, size_t frame) -> uint8_t {
+        if (!PyBool_Check(item.ptr()))
+            fail(at(name, clip) + "[" + std::to_string(frame) + "] is " + text(item) + "; expected a bool");
+        return item.ptr() == Py_True;
+    });
+}
 
 py::bytearray new_bytes(size_t size) {
     auto bytes = py::reinterpret_steal<py::bytearray>(PyByteArray_FromStringAndSize(nullptr, size));
@@ -192,14 +183,16 @@ private:
     bool uniform() const {
         if (first_row_.empty()) return false;
         const size_t cells = end_group(0) * kColumns;
-        std::vector<int32_t> moves(cells);  // all bits of the cells that count rows, none of those of an empty interval
-        for (size_t i = 0; i < cells; i += 2) moves[i] = moves[i + 1] = cells_[i] == cells_[i + 1] ? 0 : -1;
+        std::vector<uint32_t> moves(
+            cells);  // all bits of the cells that count rows, none of those of an empty interval
+        for (size_t i = 0; i < cells; i += 2) moves[i] = moves[i + 1] = cells_[i] == cells_[i + 1] ? 0 : ~uint32_t{0};
         for (size_t c = 1; c < first_row_.size(); ++c) {
             if ((end_group(c) - first_group_[c]) * kColumns != cells) return false;
             const int32_t* cell = cells_ + first_group_[c] * kColumns;
-            const auto offset = static_cast<int32_t>(first_row_[c]);
-            int32_t differs = 0;
-            for (size_t i = 0; i < cells; ++i) differs |= cell[i] ^ (cells_[i] + (moves[i] & offset));
+            const auto offset = static_cast<uint32_t>(first_row_[c]);  // unsigned: a longer clip 0 may wrap around
+            uint32_t differs = 0;
+            for (size_t i = 0; i < cells; ++i)
+                differs |= static_cast<uint32_t>(cell[i]) ^ (static_cast<uint32_t>(cells_[i]) + (moves[i] & offset));
             if (differs) return false;
         }
         return true;
@@ -237,12 +230,13 @@ py::tuple teacher_forcing(py::handle history, py::handle future, py::handle drop
     }
     Drops dropped;
     if (!drop.is_none()) {
-        dropped = read_frames<bool, uint8_t>(drop, "drop_history", "bools", ReadDrop{"drop_history"});
+        dropped = read_drops(drop, "drop_history");
         if (dropped.clips() != clips) {
             fail("drop_history has " + std::to_string(dropped.clips()) + " clips and future_lens has " +
                  std::to_string(clips) + "; expected bool [clips, frames]");
         }
     }
+    if (sink < 0) fail("sink is " + std::to_string(sink) + "; expected a number of frames >= 0");
     if (window <= 0) window = kMaxTokens;
 
     Table table(history_lens.values.size() + future_lens.values.size());
@@ -278,6 +272,7 @@ py::tuple teacher_forcing(py::handle history, py::handle future, py::handle drop
 py::tuple one_copy(py::handle frames, bool causal, const char* name, int64_t window, int64_t sink) {
     int64_t total = 0;
     const Lens lens = read_lens(frames, name, total);
+    if (sink < 0) fail("sink is " + std::to_string(sink) + "; expected a number of frames >= 0");
     if (window <= 0) window = kMaxTokens;
 
     Table table(causal ? lens.values.size() : lens.clips());
@@ -294,18 +289,44 @@ py::tuple one_copy(py::handle frames, bool causal, const char* name, int64_t win
     return table.result(lens);
 }
 
-// Any table: int64 cells [groups, 8] at an address, checked. clip_lens: rows per clip; none: one clip.
-py::tuple from_cells(uintptr_t address, size_t groups, const std::optional<std::vector<int64_t>>& clip_lens) {
-    const auto* cells = reinterpret_cast<const int64_t*>(address);
+int64_t to_cell(py::handle value, const char* name, size_t group) {
+    const auto refuse = [&] { fail(at(name, group) + " holds " + text(value) + "; expected an int of 64 bits"); };
+    if (!PyLong_Check(value.ptr()) || PyBool_Check(value.ptr())) refuse();
+    int overflow = 0;
+    const int64_t cell = PyLong_AsLongLongAndOverflow(value.ptr(), &overflow);
+    if (overflow) refuse();
+    return cell;
+}
+
+// Any table: groups of 8 cells, checked. clip_lens: rows per clip; none: one clip.
+py::tuple from_cells(py::handle groups_of_cells, py::handle clip_lens) {
+    const auto rows = read_frames<int64_t>(groups_of_cells, "frames", "cells", [](py::handle item, size_t g, size_t) {
+        return to_cell(item, "frames", g);
+    });
+    const size_t groups = rows.clips();
+    for (size_t g = 0; g < groups; ++g) {
+        if (rows.count(g) != kColumns)
+            fail(at("frames", g) + " has " + std::to_string(rows.count(g)) + " cells; expected " +
+                 std::to_string(kColumns));
+    }
+    const int64_t* cells = rows.values.data();
     const int64_t tokens = groups ? cells[(groups - 1) * kColumns + 1] : 0;
-    const std::vector<int64_t> lens = clip_lens.value_or(std::vector<int64_t>{tokens});
+    if (tokens > kMaxTokens) fail("frames has " + std::to_string(tokens) + " rows; expected at most 2147483647");
+    std::vector<int64_t> lens{tokens};
+    if (!clip_lens.is_none()) {
+        const auto counts = listed(py::reinterpret_borrow<py::object>(clip_lens));
+        if (!counts) fail("clip_lens is " + text(clip_lens) + "; expected a list of token counts, one per clip");
+        lens.clear();
+        int64_t total = 0;
+        for (size_t c = 0; c < counts->size(); ++c)
+            lens.push_back(read_count((*counts)[c], "clip_lens", [&] { return at("clip_lens", c); }, total));
+    }
     std::vector<int64_t> ends{0};
     for (int64_t len : lens) ends.push_back(ends.back() + len);
-    if (ends.back() != tokens || std::any_of(lens.begin(), lens.end(), [](int64_t len) { return len < 0; })) {
+    if (ends.back() != tokens) {
         fail("clip_lens add up to " + std::to_string(ends.back()) + " and frames has " + std::to_string(tokens) +
              " rows; expected the same number");
     }
-    if (tokens > kMaxTokens) fail("frames has " + std::to_string(tokens) + " rows; expected at most 2147483647");
 
     Table table(groups);
     Lens frames;

@@ -2,23 +2,19 @@
 //
 // A schedule is a list of tiles, and for each tile the blocks it has to visit. Blocks that every row of the tile sees
 // whole form *bare* segments, which a kernel runs without any test; the rest forms *masked* segments. All numbers are
-// int32 and their count is O(groups + tiles):
+// int32 and their count is O(groups + tiles); schedule.h names them, docs/schedule.md draws them:
 //
-//     tiles     [T, 4]  start, end, place of its segments (counted from the first tile), bare blocks
-//     groups    [G, 8]  the frame table itself
-//     segments          tile after tile: bare segments (start, end); masked steps, first group, end group, 0; masked
-//     segments;
-//                       start and end of the tile once more: a kernel that reads them again at its end need not keep
-//                       them in registers
+//     tiles     [T, kTileCells]
+//     groups    [G, kGroupCells]  the frame table itself
+//     segments  tile after tile: bare segments, header, masked segments, start and end of the tile once more (a kernel
+//               that reads them again at its end need not keep them in registers)
 //
-// plan_rows: a tile is a range of query rows, its segments are ranges of keys (forward, dQ). A masked segment is
-// (start, end); every row sees at most
-//            one interval of keys in it, so two bounds per row describe it. A masked step is a segment.
+// plan_rows: a tile is a range of query rows, its segments are ranges of keys (forward, dQ). Every row sees at most one
+// interval of keys in a masked segment, so two bounds per row describe it. A masked step is a segment.
+//
 // plan_keys: a tile is a range of keys, its segments are ranges of query rows (dK, dV). A masked segment holds rows of
-// up to four groups,
-//            (start, end, three rows where the next group begins, 0, 0, 0, four times the first and the end of the keys
-//            the group sees in the tile), and is a single block unless all its rows are of one group. A masked step is
-//            a block.
+// up to kRowSegmentGroups groups, with the keys that each of them sees in the tile, and is a single block unless all
+// its rows are of one group. A masked step is a block.
 //
 // Tiles come longest first inside bands of clips, each of about `band_rows` rows: within a band to keep the end of a
 // launch short, in bands so that what runs at the same time shares its keys in the cache.
@@ -36,14 +32,14 @@
 
 #include "arrays.h"
 #include "bindings.h"
+#include "schedule.h"
 
 namespace py = pybind11;
 
 namespace {
 
-constexpr int kTileColumns = 4;
-constexpr int kSegmentCells = 16;  // of the larger kind
-constexpr int kGroupsPerBlock = 4;
+using namespace mimo::schedule;
+
 constexpr int kLookAhead = 64;  // groups from one early end of a tile to the next
 constexpr int kRowGroupsPerTile =
     32;  // with more (frames of a few tokens) no tile of rows ends early: the choice is not worth its time
@@ -57,7 +53,7 @@ struct Interval {
 // One row of the table, laid out as in memory.
 struct Group {
     int row_start, row_end;
-    Interval keys[3];
+    Interval keys[kIntervals];
 
     int rows() const { return row_end - row_start; }
     bool empty() const { return keys[0].end == 0; }
@@ -66,7 +62,7 @@ struct Group {
         return keys[0].end == 0 ? keys : keys[1].end == 0 ? keys + 1 : keys[2].end == 0 ? keys + 2 : keys + 3;
     }
 };
-static_assert(sizeof(Group) == 8 * sizeof(int32_t));
+static_assert(sizeof(Group) == kGroupCells * sizeof(int32_t));
 
 using mimo::Array;
 using mimo::radix_sort;
@@ -145,35 +141,43 @@ public:
           tile_(tile),
           blocks_(block),
           tiles_(most_tiles()),
-          segments_(most_tiles() * kSegmentCells),
-          masked_(kSegmentCells) {
+          segments_(most_tiles() * kRowSegmentCells),
+          masked_(kRowSegmentCells) {
         find_bands(band_rows);
     }
 
     // (bytes of tiles, groups and segments; number of tiles; executed pairs; rows)
     py::tuple result() {
         const Array<int> order = sorted();
-        std::fill_n(segments_.extend(kSegmentCells), kSegmentCells, 0);  // kernels look one segment ahead
-        const int first_segment = static_cast<int>(tiles_.size()) * kTileColumns + count_ * 8;
+        std::fill_n(segments_.extend(kRowSegmentCells), kRowSegmentCells, 0);  // kernels look one segment ahead
+        const size_t first_segment = tiles_.size() * kTileCells + size_t{kGroupCells} * count_;
+        const size_t cells = first_segment + segments_.size();
+        if (cells > static_cast<size_t>(kMaxRows))
+            throw py::value_error("a schedule of " + std::to_string(cells) + " numbers for " + std::to_string(rows_) +
+                                  " rows; expected at most " + std::to_string(kMaxRows));
         py::bytearray bytes(nullptr, 0);
-        if (PyByteArray_Resize(bytes.ptr(), (first_segment + segments_.size()) * sizeof(int32_t)))
-            throw py::error_already_set();
+        if (PyByteArray_Resize(bytes.ptr(), cells * sizeof(int32_t))) throw py::error_already_set();
         int32_t* out = reinterpret_cast<int32_t*>(PyByteArray_AS_STRING(bytes.ptr()));
         int64_t blocks = 0;
         for (const int t : order) {
             const Tile& tile = tiles_[t];
-            const int32_t row[kTileColumns] = {tile.start, tile.end, first_segment + tile.place, tile.bare_blocks};
-            out = std::copy_n(row, kTileColumns, out);
+            int32_t row[kTileCells];
+            row[kTileStart] = tile.start, row[kTileEnd] = tile.end;
+            row[kTileSegments] = static_cast<int32_t>(first_segment + tile.place),
+            row[kTileBareBlocks] = tile.bare_blocks;
+            out = std::copy_n(row, kTileCells, out);
             blocks += tile.blocks;
         }
-        out = std::copy_n(reinterpret_cast<const int32_t*>(groups_), size_t{8} * count_, out);
+        out = std::copy_n(reinterpret_cast<const int32_t*>(groups_), size_t{kGroupCells} * count_, out);
         std::copy(segments_.begin(), segments_.end(), out);
         return py::make_tuple(std::move(bytes), tiles_.size(), blocks * tile_ * blocks_.size, rows_);
     }
 
 protected:
     struct Tile {
-        int start, end, group, end_group, place, band;
+        int start, end, group, end_group;
+        size_t place;  // of its segments, from the first one of all
+        int band;
         int bare_blocks = 0, masked_steps = 0;
         int64_t blocks = 0;
     };
@@ -188,7 +192,7 @@ protected:
             for (; next < count_ && groups_[next].row_start < end && joins(next); ++next) {
             }
             if (next < count_) end = std::min(end, groups_[next].row_start);
-            tiles_.push({start, end, group, next, static_cast<int>(segments_.size()), bands_[group]});
+            tiles_.push({start, end, group, next, segments_.size(), bands_[group]});
             emit(tiles_.back());
             group = groups_[next - 1].row_end > end ? next - 1 : next;
             start = end;
@@ -331,7 +335,7 @@ private:
     };
 
     // Intervals of all groups a tile can hold, and of one more.
-    size_t most() const { return 3 * (static_cast<size_t>(std::min(count_, tile_)) + 2); }
+    size_t most() const { return kIntervals * (static_cast<size_t>(std::min(count_, tile_)) + 2); }
 
     void emit(Tile& tile) {
         find_gaps(tile);
@@ -413,7 +417,7 @@ private:
         uint64_t active, some, whole, several;
     };
 
-    size_t most_events() const { return 6 * static_cast<size_t>(count_) + 1; }
+    size_t most_events() const { return 2 * kIntervals * static_cast<size_t>(count_) + 1; }
 
     void sort_events() {
         for (int g = 0; g < count_; ++g) {
@@ -558,16 +562,17 @@ private:
     void add_masked_rows(Tile& tile, int start, int end, int& group, Interval window) {
         while (start < end) {
             while (groups_[group].row_end <= start) ++group;
-            int32_t* const cells = masked_.extend(kSegmentCells);
-            std::fill_n(cells, kSegmentCells, 0);
+            int32_t* const cells = masked_.extend(kRowSegmentCells);
+            std::fill_n(cells, kRowSegmentCells, 0);
             int stop = start, used = 0;
-            for (; used < kGroupsPerBlock && stop < end && stop - start < blocks_.size; ++used) {
+            for (; used < kRowSegmentGroups && stop < end && stop - start < blocks_.size; ++used) {
                 const Group& next = groups_[group + used];
                 stop = std::min(next.row_end, end);
-                if (used) cells[1 + used] = next.row_start;
+                if (used) cells[kRowSegmentBegins + used - 1] = next.row_start;
                 for (const Interval& key : next) {
                     const Interval both{std::max(key.start, window.start), std::min(key.end, window.end)};
-                    if (both.start < both.end) cells[8 + 2 * used] = both.start, cells[9 + 2 * used] = both.end;
+                    if (both.start >= both.end) continue;
+                    cells[kRowSegmentKeys + 2 * used] = both.start, cells[kRowSegmentKeys + 2 * used + 1] = both.end;
                 }
             }
             const int full = start + blocks_.inside(stop - start) * blocks_.size;
@@ -576,8 +581,8 @@ private:
             } else if (full > start && stop < end) {
                 stop = full;  // the rest shares a block with the next group
             }
-            for (; used < kGroupsPerBlock; ++used) {
-                if (used) cells[1 + used] = stop;
+            for (; used < kRowSegmentGroups; ++used) {
+                if (used) cells[kRowSegmentBegins + used - 1] = stop;
             }
             cells[0] = start, cells[1] = stop;
             const auto steps = static_cast<int>(blocks_.covering(stop - start));
@@ -594,19 +599,83 @@ private:
     int64_t viewers_ = 0;  // rows that see the current key
 };
 
-template <typename Kind>
-py::tuple plan(uintptr_t table, int groups, int tile, int block, int band_rows) {
-    if (groups < 0 || tile <= 0 || block <= 0 || (block & (block - 1))) {
-        throw py::value_error("plan of " + std::to_string(groups) + " groups with tiles of " + std::to_string(tile) +
-                              " and blocks of " + std::to_string(block) +
-                              "; expected positive sizes and a power of two for the blocks");
+[[noreturn]] void fail(const std::string& message) { throw py::value_error(message); }
+
+// The groups that an object lends: a contiguous int32 [groups, 8], of which nothing more is believed. Whoever holds the
+// memory can write to it, so the planner, which writes where the table says, looks at every cell first.
+struct Lent {
+    py::buffer_info info;
+    const Group* groups;
+    int count;
+};
+
+Lent lend(const py::buffer& frames) {
+    py::buffer_info info = frames.request();
+    const bool table = info.ndim == 2 && info.shape[1] == kGroupCells && info.item_type_is_equivalent_to<int32_t>() &&
+                       info.strides[1] == info.itemsize && (info.shape[0] < 2 || info.strides[0] == sizeof(Group)) &&
+                       reinterpret_cast<uintptr_t>(info.ptr) % alignof(Group) == 0;
+    if (!table) fail("the frame table is not a contiguous int32 [groups, " + std::to_string(kGroupCells) + "]");
+    if (info.shape[0] > kMaxRows) fail("the frame table has " + std::to_string(info.shape[0]) + " groups");
+    const auto* groups = static_cast<const Group*>(info.ptr);
+    const int count = static_cast<int>(info.shape[0]);
+    return {std::move(info), groups, count};
+}
+
+// What frame_mask.cpp writes: groups of at least one row one after another, intervals of keys that ascend with gaps
+// between them, inside the rows.
+void check(const Lent& lent) {
+    if (lent.count == 0) return;
+    const int rows = lent.groups[lent.count - 1].row_end;
+    if (rows > kMaxRows)
+        fail("a mask of " + std::to_string(rows) + " rows; the kernels number at most " + std::to_string(kMaxRows));
+    int row = 0;
+    for (int g = 0; g < lent.count; ++g) {
+        const Group& group = lent.groups[g];
+        bool legal = group.row_start == row && group.row_end > row && group.row_end <= rows, unused = false;
+        int end = -1;
+        for (const Interval& key : group.keys) {
+            if (key.start == 0 && key.end == 0) {
+                unused = true;
+                continue;
+            }
+            legal = legal && !unused && key.start > end && key.start < key.end && key.end <= rows;
+            end = key.end;
+        }
+        if (!legal) fail("frames[" + std::to_string(g) + "] is not what a FrameMask holds: its table was written to");
+        row = group.row_end;
     }
-    return Kind(reinterpret_cast<const Group*>(table), groups, tile, block, band_rows).result();
+}
+
+template <typename Kind>
+py::tuple plan(const py::buffer& frames, int tile, int block, int band_rows) {
+    if (tile <= 0 || tile > kMaxTile || block <= 0 || block > kMaxTile || (block & (block - 1)) || band_rows <= 0) {
+        fail("a schedule with tiles of " + std::to_string(tile) + ", blocks of " + std::to_string(block) +
+             " and bands of " + std::to_string(band_rows) + " rows; expected 1 to " + std::to_string(kMaxTile) +
+             ", a power of two for the blocks, and a positive number");
+    }
+    const Lent lent = lend(frames);
+    check(lent);
+    return Kind(lent.groups, lent.count, tile, block, band_rows).result();
+}
+
+py::dict layout() {
+    py::dict cells;
+    cells["INTERVALS"] = kIntervals, cells["GROUP_KEYS"] = kGroupKeys, cells["GROUP_CELLS"] = kGroupCells;
+    cells["TILE_START"] = kTileStart, cells["TILE_END"] = kTileEnd, cells["TILE_SEGMENTS"] = kTileSegments;
+    cells["TILE_BARE_BLOCKS"] = kTileBareBlocks, cells["TILE_CELLS"] = kTileCells;
+    cells["SEGMENT_CELLS"] = kSegmentCells;
+    cells["HEADER_STEPS"] = kHeaderSteps, cells["HEADER_FIRST_GROUP"] = kHeaderFirstGroup;
+    cells["HEADER_END_GROUP"] = kHeaderEndGroup, cells["HEADER_CELLS"] = kHeaderCells;
+    cells["ROW_SEGMENT_GROUPS"] = kRowSegmentGroups, cells["ROW_SEGMENT_BEGINS"] = kRowSegmentBegins;
+    cells["ROW_SEGMENT_KEYS"] = kRowSegmentKeys, cells["ROW_SEGMENT_CELLS"] = kRowSegmentCells;
+    cells["MAX_ROWS"] = kMaxRows;
+    return cells;
 }
 
 void bind(py::module_& m) {
-    m.def("plan_rows", &plan<RowSchedule>);
-    m.def("plan_keys", &plan<KeySchedule>);
+    m.def("plan_rows", &plan<RowSchedule>, py::arg("frames"), py::arg("tile"), py::arg("block"), py::arg("band_rows"));
+    m.def("plan_keys", &plan<KeySchedule>, py::arg("frames"), py::arg("tile"), py::arg("block"), py::arg("band_rows"));
+    m.attr("schedule_layout") = layout();
 }
 
 const mimo::Binding binding(bind);

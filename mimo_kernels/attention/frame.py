@@ -43,16 +43,23 @@ def frame_attention(
         out, shaped and typed as q; with return_lse (out, lse). A row that sees no key gives 0, and lse -inf. Both are differentiable in q, k and v;
         the gradients are deterministic, and the backward keeps q, k, v, out and lse alone.
 
+    Example, a batch of clips of the same lengths: one mask of one clip, tensors [batch, tokens, heads, head_dim].
+
+        mask = FrameMask.block_causal([[256] * 16])
+        out = frame_attention(q, k, v, mask)  # q [8, 4096, 16, 72]
+
+    Clips of different lengths are packed one after another, [tokens, heads, head_dim], under a mask that tells the lengths of each.
+
     Raises:
         ValueError: tensors that do not fit each other or the mask, naming both sides; a backend that cannot serve, with every reason.
     """
-    scale = None if scale is None else float(scale)
-    _check(q, k, v, mask, scale)
+    _check(q, k, v, mask)
+    scale = q.shape[-1] ** -0.5 if scale is None else finite(scale)
     backend = _serving_backend(backend, q.device, q.dtype)
     batched = q.dim() == 4
     if not batched:
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
-    out, lse = _attention(backend)(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)
+    out, lse = _attention(backend)(q, k, v, mask, scale)
     if not batched:
         out, lse = out.squeeze(0), lse.squeeze(0)
     return (out, lse) if return_lse else out
@@ -64,14 +71,25 @@ def describe_backends(device: torch.device | str) -> dict[str, list[str]]:
     return {name: _refusals(name, device, torch.bfloat16) for name in _preference(device)}
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask, scale: float | None) -> None:
+def finite(scale: float) -> float:
+    """The factor on the scores; ValueError for what is no finite number."""
+    try:
+        number = float(scale)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not -math.inf < number < math.inf:
+        raise ValueError(f"scale is {scale!r}; expected a finite number")
+    return number
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask) -> None:
     if not isinstance(mask, FrameMask):
         raise ValueError(f"mask is a {type(mask).__name__}; expected a FrameMask")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} is a {type(x).__name__}; expected a torch.Tensor")
-    if scale is not None and not -math.inf < scale < math.inf:
-        raise ValueError(f"scale is {scale}; expected a finite number")
+    if not torch.compiler.is_compiling():
+        mask.check_unchanged()
     for name, x in (("k", k), ("v", v)):
         if x.device != q.device:
             raise ValueError(f"q is on {q.device} and {name} is on {x.device}; expected one device")
@@ -91,12 +109,23 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask, scale: float | None
     if q.shape[-3] != mask.num_tokens:
         raise ValueError(
             f"q has {q.shape[-3]} tokens and the mask has {mask.num_tokens}; expected a mask made for this sequence"
+            + _hint(q, mask)
         )
     if q.dim() == 4 and mask.num_clips != 1:
         raise ValueError(
             f"q is a batch of {q.shape[0]} sequences and the mask has {mask.num_clips} clips; expected a mask of one clip for batched input, "
             "or all clips packed into [tokens, heads, head_dim]"
         )
+
+
+def _hint(q: Tensor, mask: FrameMask) -> str:
+    if q.shape[-2] != mask.num_tokens:
+        return ""
+    axes = "batch, heads, tokens, head_dim" if q.dim() == 4 else "heads, tokens, head_dim"
+    return (
+        f" (q looks like the [{axes}] of scaled_dot_product_attention; here tokens come before heads: "
+        f"q.transpose({q.dim() - 3}, {q.dim() - 2}))"
+    )
 
 
 def _preference(device: torch.device) -> tuple[str, ...]:

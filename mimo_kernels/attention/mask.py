@@ -8,6 +8,7 @@ from itertools import accumulate
 
 import torch
 
+from mimo_kernels.core import torch_private
 from mimo_kernels.core.backends import extension, extension_reason
 
 INTERVALS = 3  # key intervals a row can have: sinks, the latest frames, its own future frame
@@ -33,7 +34,8 @@ class FrameMask:
         num_clips, clip_lens: the clips, and the rows of each.
         history_lens, future_lens: token counts [clips][frames]. A mask with one copy of the frames has empty future clips.
         frames: int32 host tensor [groups, 8]: row_start, row_end and three times key_start, key_end; ascending, disjoint, adjacent ones merged,
-            unused ones (0, 0). Only frames with tokens, in row order; together they cover every row. A bidirectional clip is one group.
+            unused ones (0, 0). Only frames with tokens, in row order; together they cover every row. A bidirectional clip is one group. Not to be
+            written to: attention refuses a mask whose table was.
         uniform: (clips, rows per clip) when all clips have the same table, counted from their own first row, else None.
         pattern, repeats: the same mask with alike clips told once: a table as `frames`, and how many such clips follow one another.
     """
@@ -42,16 +44,17 @@ class FrameMask:
     def __init__(self, kind: str, table: tuple, window: int | None = None, sink: int = 0):
         cells, self.num_pairs, self.clip_lens, alike, *self._lens = table
         self.kind, self.window, self.sink = kind, window, sink
-        self.frames = (
-            torch.frombuffer(cells, dtype=torch.int32).view(-1, COLUMNS)
-            if cells
-            else torch.empty(0, COLUMNS, dtype=torch.int32)
-        )
         self.num_tokens = sum(self.clip_lens)
         self.num_clips = len(self.clip_lens)
         self.uniform = (self.num_clips, self.clip_lens[0]) if alike else None
         self.repeats = self.num_clips if alike else 1
-        self.pattern = self.frames if self.repeats == 1 else self.frames[: len(self.frames) // self.repeats]
+        with (
+            torch_private.without_dispatch_modes(),
+            torch.device("cpu"),
+        ):  # numbers, also where a mode makes all tensors fake ones
+            frames = torch.frombuffer(cells, dtype=torch.int32) if cells else torch.empty(0, dtype=torch.int32)
+            self.frames = frames.view(-1, COLUMNS)
+            self.pattern = self.frames if self.repeats == 1 else self.frames[: len(self.frames) // self.repeats]
 
     @functools.cached_property
     def history_lens(self) -> list[list[int]]:
@@ -95,9 +98,7 @@ class FrameMask:
             sink: the first `sink` frames stay visible to the frames after them.
         """
         window, sink = _check_window(window, sink)
-        history, future = _readable(history_lens), _readable(future_lens)
-        drop = None if drop_history is None else _readable(drop_history, (torch.bool,))
-        table = _native().frame_table_teacher_forcing(history, future, drop, window or 0, sink)
+        table = _table("teacher_forcing", history_lens, future_lens, drop_history, window or 0, sink)
         return cls("teacher_forcing", table, window, sink)
 
     @classmethod
@@ -114,13 +115,13 @@ class FrameMask:
             window, sink: as in `teacher_forcing`: frame t sees frames t-window+1 .. t and the first `sink` ones.
         """
         window, sink = _check_window(window, sink)
-        table = _native().frame_table_block_causal(_readable(frame_lens), window or 0, sink)
+        table = _table("block_causal", frame_lens, window or 0, sink)
         return cls("block_causal", table, window, sink)
 
     @classmethod
     def bidirectional(cls, lens: Lens) -> "FrameMask":
         """Every token of a clip sees the whole clip. `lens`: token counts [clips][frames], or an int tensor [clips, frames]."""
-        return cls("bidirectional", _native().frame_table_bidirectional(_readable(lens)))
+        return cls("bidirectional", _table("bidirectional", lens))
 
     @classmethod
     def from_table(cls, frames: torch.Tensor, *, clip_lens: Sequence[int] | None = None) -> "FrameMask":
@@ -132,8 +133,18 @@ class FrameMask:
             raise ValueError(
                 f"frames is {frames.dtype} of shape {list(frames.shape)}; expected int32 or int64 [groups, {COLUMNS}]"
             )
-        cells = frames.to("cpu", torch.int64).contiguous()
-        return cls("from_table", _native().frame_table_from_cells(cells.data_ptr(), len(cells), clip_lens))
+        return cls("from_table", _table("from_cells", frames, clip_lens))
+
+    def pattern_for(self, x: torch.Tensor) -> torch.Tensor:
+        """`pattern` for an operator on x: where x has no numbers, a table without numbers."""
+        if not torch.compiler.is_compiling() and torch_private.is_fake(x):
+            return x.new_empty(self.pattern.shape, dtype=torch.int32, device="cpu")
+        return self.pattern
+
+    def check_unchanged(self) -> None:
+        """ValueError when the table was written to: plans were made from it, and `num_pairs` and the rest tell of it."""
+        if self.frames._version or self.pattern._version:
+            raise ValueError("the mask's table `frames` was written to; expected a mask as it was made: make a new one")
 
     def to_dense(self) -> torch.Tensor:
         """bool [num_tokens, num_tokens], True where the row may see the column. For tests and small sizes: O(tokens^2) memory."""
@@ -212,15 +223,6 @@ def _mark(block: tuple[str, int, int], keys: list[int]) -> str:
     return "■" if seen == end - first else "▒" if seen else "·"
 
 
-def _readable(values: Lens, dtypes: tuple[torch.dtype, ...] = (torch.int64, torch.int32)) -> Lens:
-    """What the table builder reads in place: a contiguous host tensor [clips, frames] of the first dtype. It takes lists and arrays as they are,
-    and whatever is none of these it refuses by name."""
-    if isinstance(values, torch.Tensor):
-        direct = values.dim() == 2 and values.dtype in dtypes
-        return values.to("cpu", dtypes[0]).contiguous() if direct else values.tolist()
-    return values
-
-
 def _by_clip(counts: bytearray, frames: list[int]) -> list[list[int]]:
     counts = memoryview(counts).cast("i").tolist()
     return [counts[end - count : end] for count, end in zip(frames, accumulate(frames))]
@@ -238,8 +240,16 @@ def _is_int(value: object) -> bool:
     return not isinstance(value, bool) and hasattr(value, "__index__")
 
 
-def _native():
+def _table(kind: str, *arguments) -> tuple:
+    """What csrc/frame_mask.cpp makes of the numbers in lists, arrays and tensors."""
     module = extension()
     if module is None:
         raise ImportError(f"FrameMask needs the compiled module mimo_kernels._C: {extension_reason()}")
-    return module
+    try:
+        return getattr(module, f"frame_table_{kind}")(*arguments)
+    except RuntimeError as error:  # of torch: tensors that stand for others
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"a FrameMask is built from numbers, and a tensor here has none to read ({type(error).__name__}: {reason}); "
+            "build it outside of FakeTensorMode and of torch.func's transforms"
+        ) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mimo_kernels.attention.frame import finite
 from mimo_kernels.core import backends, launch
 from mimo_kernels.core.register import register
 
@@ -129,9 +129,7 @@ def paged_frame_attention(
         raise ValueError(f"layer must be in 0..{cache.num_layers - 1}, got {layer}")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_self, v_self)):
         raise ValueError("paged_frame_attention has no gradient: call it under torch.no_grad()")
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"scale is {scale}, expected a finite number")
+    scale = q.shape[-1] ** -0.5 if scale is None else finite(scale)
     aligned = all(x.stride(-1) == 1 and not any(s % 8 for s in x.stride()[:3]) for x in (q, k_self, v_self))
     refusals = serving(q.device, q.dtype, q.shape[-1], aligned)
     chosen = backends.choose("paged_frame_attention", backend, refusals)

@@ -20,13 +20,15 @@ def refusals(device: torch.device) -> list[str]:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask, scale: float) -> tuple[Tensor, Tensor]:
     """q, k, v: [B, L, h, d] -> out [B, L, h, d], lse fp32 [B, h, L]; both differentiable. B is 1 unless the mask has one clip."""
-    return _operator(q, k, v, mask.pattern, mask.repeats, scale)
+    return _operator(q, k, v, mask.pattern_for(q), mask.repeats, scale)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, frames: Tensor, repeats: int, scale: float) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, _ = q.shape
     out = q.new_zeros(q.shape)
     lse = q.new_full((batch, heads, tokens), -torch.inf, dtype=torch.float32)
+    if not out.numel():  # torch's fused attention divides by the number of heads
+        return out, lse
     q, k, v = (_split_clips(_computable(x), repeats) for x in (q, k, v))
     out_clips, lse_clips = _split_clips(out, repeats), _split_clips_lse(lse, repeats)
     for rows, keys in _groups(frames):
@@ -47,6 +49,8 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape, dtype, head_dim = q.shape, q.dtype, q.shape[-1]
+    if not q.numel():
+        return tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     lse = _split_clips_lse(lse, repeats)
     dout, q, k, v, out = (_split_clips(_computable(x), repeats) for x in (dout, q, k, v, out))
     if dlse is not None:

@@ -27,7 +27,7 @@ class Fuzzer:
 
 
 FUZZERS: dict[str, Fuzzer] = {}
-MODULES = ("masks",)  # of this folder: each registers its fuzzers when it is imported
+MODULES = ("masks", "host")  # of this folder: each registers its fuzzers when it is imported
 
 
 def load() -> dict[str, Fuzzer]:

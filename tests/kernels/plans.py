@@ -13,7 +13,7 @@ TILE_COLUMNS, GROUP_COLUMNS, MASKED_ROWS, MASKED_KEYS = 4, 8, 2, 16
 def schedule(name: str, mask: FrameMask, tile: int, block: int, band_rows: int = BAND_ROWS):
     frames = mask.frames
     cells, num_tiles, executed, rows = getattr(backends.extension(), f"plan_{name}")(
-        frames.data_ptr(), len(frames), tile, block, band_rows
+        frames.numpy(), tile, block, band_rows
     )
     assert rows == mask.num_tokens
     cells = torch.frombuffer(cells, dtype=torch.int32).tolist() if cells else []

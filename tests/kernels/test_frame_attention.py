@@ -10,11 +10,13 @@ import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from mimo_kernels.attention import FrameMask, describe_backends, frame_attention
 from mimo_kernels.attention import frame as frame_module
+from mimo_kernels.core import torch_private
 from mimo_kernels.testing import assert_within_budget, between_nans, poisoned_memory
 
 from .frame_masks import cases, tables
@@ -110,6 +112,16 @@ def test_no_tokens(mask):
     out, lse = frame_attention(q, k, v, mask, return_lse=True)
     assert out.shape == (0, 2, 16) and lse.shape == (2, 0)
     assert torch.autograd.grad(out.sum(), q)[0].shape == q.shape
+
+
+@pytest.mark.parametrize("shape", [(38, 0, 16), (0, 19, 2, 16), (4, 19, 0, 16)])
+def test_no_heads_and_no_batch(shape):
+    mask = MASK if len(shape) == 3 else FrameMask.teacher_forcing([[3, 0, 5]], [[6, 1, 4]])
+    q, k, v = (torch.zeros(shape, device=DEVICE, requires_grad=True) for _ in range(3))
+    out, lse = frame_attention(q, k, v, mask, backend="reference", return_lse=True)
+    assert out.shape == shape and lse.shape == (*shape[:-3], shape[-2], shape[-3])
+    gradients = torch.autograd.grad(out.sum() + lse.sum(), (q, k, v))
+    assert all(gradient.shape == shape for gradient in gradients)
 
 
 def test_strides_are_free():
@@ -300,6 +312,10 @@ def bad(message, q=(38, 2, 16), k=None, v=None, mask=MASK, dtype=torch.float32, 
         bad("mask is a Tensor; expected a FrameMask", mask=torch.ones(38, 38)),
         bad("scale is nan; expected a finite number", scale=float("nan")),
         bad("scale is -inf; expected a finite number", scale=-float("inf")),
+        bad("scale is 'x'; expected a finite number", scale="x"),
+        bad("scale is [0.5]; expected a finite number", scale=[0.5]),
+        bad("looks like the [heads, tokens, head_dim] of scaled_dot_product_attention", q=(2, 38, 16)),
+        bad("tokens come before heads: q.transpose(1, 2))", q=(3, 2, 38, 16)),
         bad("frame_attention: unknown backend 'flash'; expected one of auto, ", backend="flash"),
     ],
 )
@@ -317,6 +333,35 @@ def test_a_mask_made_in_inference_mode_serves_training():
     q = torch.randn(7, 2, 16, requires_grad=True)
     frame_attention(q, q, q, mask).sum().backward()
     assert q.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("heads", [0, 2])
+def test_tensors_without_numbers_give_shapes(heads):
+    """Meta tensors, FakeTensorMode around the call or around the mask as well, functionalize."""
+    mask = FrameMask.block_causal([[3, 4]])
+    meta = torch.empty(7, heads, 16, device="meta")
+    assert frame_attention(meta, meta, meta, mask).shape == (7, heads, 16)
+    with FakeTensorMode():
+        fake = torch.empty(7, heads, 16, requires_grad=True)
+        for inside in (mask, FrameMask.block_causal([[3, 4]]), FrameMask.block_causal([])):
+            if inside.num_tokens:
+                out, lse = frame_attention(fake, fake, fake, inside, return_lse=True)
+                assert out.shape == (7, heads, 16) and lse.shape == (heads, 7)
+                assert torch.autograd.grad(out.sum(), fake)[0].shape == fake.shape
+    assert torch_private.is_fake(out)
+    real = torch.randn(7, 2, 16)
+    functional = torch.func.functionalize(lambda x: frame_attention(x, x, x, FrameMask.block_causal([[3, 4]])))(real)
+    assert torch.equal(functional, frame_attention(real, real, real, mask))
+
+
+def test_a_table_that_was_written_to_is_refused():
+    q, k, v = (x.detach() for x in tensors(MASK))
+    for attribute in ("frames", "pattern"):
+        mask = FrameMask.teacher_forcing([[3, 0, 5], [3, 0, 5]], [[6, 1, 4], [6, 1, 4]])
+        frame_attention(q, k, v, mask)
+        getattr(mask, attribute)[0, 3] = 2
+        with pytest.raises(ValueError, match="the mask's table `frames` was written to; .* make a new one"):
+            frame_attention(q, k, v, mask)
 
 
 def test_arrays_are_not_tensors():

@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 from torch.nn.attention.flex_attention import create_mask
 
 from mimo_kernels.attention import FrameMask
@@ -156,6 +157,40 @@ def table(*groups, dtype=torch.int32, **options):
     )
 
 
+class Address:
+    """Says that it has memory, and where: nothing is there."""
+
+    shape = (2**20, 2**20)
+
+    def data_ptr(self):
+        return 8
+
+    def __repr__(self):
+        return "Address"
+
+
+def fake_lens(make):
+    with FakeTensorMode():
+        make(torch.ones(2, 8, dtype=torch.int64))
+
+
+def transformed(transform):
+    transform(lambda lens: FrameMask.block_causal(lens) and lens)(torch.ones(1, 1, 2, dtype=torch.int64)[0])
+
+
+@pytest.mark.parametrize("change", [lambda lens: lens.clear(), lambda lens: lens.extend(range(10**5))])
+@pytest.mark.parametrize("outer", [False, True])
+def test_lists_that_change_while_they_are_read(change, outer):
+    class Three:
+        def __index__(self):
+            change(lens if outer else lens[0])
+            return 3
+
+    lens = [[1, Three(), *range(100)], [5] * 100]
+    mask = FrameMask.block_causal(lens)
+    assert mask.history_lens == [[1, 3, *range(100)], [5] * 100]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -209,6 +244,22 @@ def table(*groups, dtype=torch.int32, **options):
             "frames[0] has rows 0..4; expected none beyond its clip, which ends at 3",
         ),
         (lambda: table([0, 4], clip_lens=[4, 1]), "clip_lens add up to 5 and frames has 4 rows"),
+        (lambda: table([0, 4], clip_lens=[2**63 - 1, 5 - 2**63]), "more than 2147483647 tokens at clip_lens[0]"),
+        (lambda: table([0, 4], clip_lens=[2**62] * 4 + [4]), "more than 2147483647 tokens at clip_lens[0]"),
+        (lambda: table([0, 4], clip_lens=[8, -4]), "clip_lens[1] is -4; expected a token count"),
+        (lambda: table([0, 4], clip_lens=4), "clip_lens is 4; expected a list of token counts"),
+        (lambda: table([0, 2**31], dtype=torch.int64), "frames has 2147483648 rows; expected at most 2147483647"),
+        (lambda: FrameMask.block_causal(Address()), "frame_lens is Address; expected a list of clips"),
+        (lambda: FrameMask.block_causal([Address()]), "frame_lens[0] is Address; expected a list of token counts"),
+        (lambda: FrameMask.block_causal(torch.ones(1, 2, device="meta")), "built from numbers, and a tensor here has"),
+        (
+            lambda: fake_lens(lambda lens: FrameMask.block_causal(lens)),
+            "built from numbers, and a tensor here has none",
+        ),
+        (lambda: fake_lens(lambda lens: FrameMask.block_causal([lens[0]])), "built from numbers, and a tensor here"),
+        (lambda: fake_lens(lambda lens: FrameMask.from_table(lens.int())), "built from numbers, and a tensor here has"),
+        (lambda: transformed(torch.func.functionalize), "built from numbers, and a tensor here has none"),
+        (lambda: transformed(torch.func.vmap), "built from numbers, and a tensor here has none"),
     ],
 )
 def test_bad_input(make, message):

@@ -264,7 +264,7 @@ def test_wrong_use_is_named():
         paged_frame_attention(q, k, v, cache, layer=0, view=seqs)
     with pytest.raises(ValueError, match="layer must be in 0..1, got -1"):
         call(layer=-1)
-    with pytest.raises(ValueError, match="scale is nan, expected a finite number"):
+    with pytest.raises(ValueError, match="scale is nan; expected a finite number"):
         call(scale=float("nan"))
     with pytest.raises(ValueError, match="unknown backend 'cutlass'"):
         call(backend="cutlass")

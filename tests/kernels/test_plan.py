@@ -1,9 +1,11 @@
 """Tile schedules: every allowed pair is computed exactly once, in the form the kernels rely on."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 
 from mimo_kernels.attention import FrameMask
+from mimo_kernels.core import backends
 
 from .plans import MASKED_KEYS, MASKED_ROWS, SIZES, blocks, check_keys, check_rows, masks, read_tile, schedule
 
@@ -84,3 +86,61 @@ def test_small_clips_share_tiles():
     mask = FrameMask.bidirectional([[16]] * 32)
     assert len(schedule("rows", mask, 128, 64)[1]) == 8  # 64 keys, one block, each
     assert len(schedule("keys", mask, 128, 64)[1]) == 8
+
+
+@pytest.mark.parametrize("name", ["rows", "keys"])
+def test_a_table_that_was_written_to_is_not_planned(name):
+    """The planner writes where the table says: whatever stands in it, an exception and no write past the end."""
+    mask = FrameMask.teacher_forcing([[40, 33, 7]], [[64, 3, 60]])
+    for row, column, value in [
+        (0, 1, 2**31 - 1),
+        (2, 0, -5),
+        (1, 2, -1),
+        (4, 5, 2**30),
+        (3, 4, 1),
+        (0, 7, 9),
+    ]:
+        table = mask.frames.clone()
+        table[row, column] = value
+        with pytest.raises(ValueError, match=r"frames\[\d\] is not what a FrameMask holds|a mask of \d+ rows"):
+            plan(name, table.numpy())
+
+
+def plan(name, table, tile=64, block=32, band_rows=1000):
+    return getattr(backends.extension(), f"plan_{name}")(table, tile=tile, block=block, band_rows=band_rows)
+
+
+@pytest.mark.parametrize("name", ["rows", "keys"])
+def test_the_planner_believes_nothing_it_is_lent(name):
+    table = FrameMask.block_causal([[40, 33]]).frames
+    assert plan(name, table.numpy())[1] > 0
+    for lent in (
+        b"",
+        bytes(64),
+        table.numpy()[:, :6],
+        table.numpy()[::-1],
+        table.long().numpy(),
+        table.T.numpy(),
+        table.numpy()[0],
+    ):
+        with pytest.raises(ValueError, match="not a contiguous int32 .groups, 8."):
+            plan(name, lent)
+    for lent in (table.data_ptr(), [[1]], None):
+        with pytest.raises(TypeError):
+            plan(name, lent)
+    for sizes in ({"tile": 0}, {"tile": 2**31 - 1}, {"block": 3}, {"block": 2**30}, {"band_rows": 0}):
+        with pytest.raises(ValueError, match="a schedule with tiles of"):
+            plan(name, table.numpy(), **sizes)
+
+
+@pytest.mark.parametrize("name", ["rows", "keys"])
+def test_rows_that_a_kernel_cannot_count_are_refused(name):
+    """Kernels count up to a tile past the last row."""
+    rows = backends.extension().schedule_layout["MAX_ROWS"]
+    for count in (rows + 1, 2**31 - 1):
+        mask = FrameMask.bidirectional([[count]])
+        with pytest.raises(ValueError, match=f"a mask of {count} rows; the kernels number at most {rows}"):
+            plan(name, mask.frames.numpy(), tile=2**16, block=2**16)
+    table = FrameMask.bidirectional([[rows]]).frames
+    cells, tiles, executed, _ = plan(name, table.numpy(), tile=2**16, block=2**16)
+    assert tiles == 2**15 - 1 and executed == tiles * (2**15 - 1) * 2**32 and len(cells) < 2**22

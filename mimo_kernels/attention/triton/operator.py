@@ -29,7 +29,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask, scale: float) -> tuple[Tens
     """q, k, v [B, L, h, d] -> out [B, L, h, d], lse fp32 [B, h, L]; both differentiable. B is 1 unless the mask has one clip."""
     if scale <= 0:  # the kernels take the maximum before they scale
         q, scale = q * scale, 1.0
-    return _operator(q, k, v, mask.pattern, mask.repeats, scale)
+    return _operator(q, k, v, mask.pattern_for(q), mask.repeats, scale)
 
 
 def plans(q: Tensor, mask) -> dict[str, Plan]:

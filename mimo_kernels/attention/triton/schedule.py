@@ -165,9 +165,7 @@ def make_plan(
     for config in choices:
         key = (kind, config.tile, config.block)
         if key not in plans:
-            cells, *facts = getattr(extension(), kind)(
-                frames.data_ptr(), frames.shape[0], config.tile, config.block, BAND_ROWS
-            )
+            cells, *facts = getattr(extension(), kind)(frames.numpy(), config.tile, config.block, BAND_ROWS)
             with torch.inference_mode(False):
                 cells = DeviceCopies("the schedules of this mask", torch.frombuffer(cells, dtype=torch.int32))
             plans[key] = cells, *facts
