@@ -3,6 +3,7 @@
 #pragma once
 
 #include "launch.h"
+#include "launcher.h"
 
 namespace mimo {
 
@@ -13,7 +14,7 @@ struct bfloat_t {
     uint16_t bits;
 };
 
-// The value formats, numbered as in mimo_kernels/_launch.py. 1 is cudaErrorInvalidValue.
+// The value formats, numbered as in mimo_kernels/core/launch.py. 1 is cudaErrorInvalidValue.
 template <class Function>
 int with_dtype(int dtype, Function function) {
     switch (dtype) {

@@ -1,7 +1,6 @@
 // Bias and GELU in one pass, forward and backward. The backward computes the activation again instead of having it
 // saved, and sums the bias gradient on the way: a block owns a chunk of rows, a thread 8 of its columns.
 #include "common.cuh"
-#include "ops.h"
 
 namespace mimo {
 namespace {
@@ -86,6 +85,7 @@ dim3 threads_for(int dim) {
 
 }  // namespace
 
+// y = gelu(x + bias), the tanh form; rows of dim values, dim a multiple of 8. bias may be null.
 int bias_gelu_forward(void* y, const void* x, const void* bias, bool bias_float, int64_t rows, int dim, int dtype,
                       int device, void* stream) {
     if (dim < 8 || dim % 8) return 1;  // cudaErrorInvalidValue
@@ -98,7 +98,10 @@ int bias_gelu_forward(void* y, const void* x, const void* bias, bool bias_float,
                       static_cast<const T*>(x), bias, bias_float, rows, dim, kRows);
     });
 }
+MIMO_LAUNCHER(bias_gelu_forward, y, x, bias, bias_float, rows, dim, dtype, device, stream)
 
+// dx = dy * gelu'(x + bias), dbias = sum of dx over the rows (null where there is no bias). partial: float [ceil(rows /
+// rows_per_block), dim].
 int bias_gelu_backward(void* dx, void* dbias, float* partial, const void* dy, const void* x, const void* bias,
                        bool bias_float, int64_t rows, int dim, int rows_per_block, int dtype, int device,
                        void* stream) {
@@ -120,5 +123,7 @@ int bias_gelu_backward(void* dx, void* dbias, float* partial, const void* dy, co
                           : column_sum<T>(out, partial, nullptr, parts, 1, 1, 1, dim, parts, stream);
     });
 }
+MIMO_LAUNCHER(bias_gelu_backward, dx, dbias, partial, dy, x, bias, bias_float, rows, dim, rows_per_block, dtype, device,
+              stream)
 
 }  // namespace mimo

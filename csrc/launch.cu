@@ -1,5 +1,5 @@
 #include "launch.h"
-#include "ops.h"
+#include "launcher.h"
 
 const char* mimo::error_string(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
 

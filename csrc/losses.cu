@@ -1,6 +1,5 @@
 // Weighted squared error as a single pass over prediction and target, and its gradient. The sum has a fixed order.
 #include "common.cuh"
-#include "ops.h"
 
 namespace mimo {
 namespace {
@@ -55,6 +54,8 @@ bool in_vectors(const void* a, const void* b, const void* c, int64_t group) {
 
 }  // namespace
 
+// loss [1] = sum of weight[i / group] * (prediction[i] - target[i])^2 over i < count. Any alignment. partial: float
+// [blocks].
 int squared_error_forward(float* loss, float* partial, int blocks, const void* prediction, const void* target,
                           const float* weight, int64_t count, int64_t group, int dtype, int device, void* stream) {
     OnDevice guard(device);
@@ -71,7 +72,10 @@ int squared_error_forward(float* loss, float* partial, int blocks, const void* p
                                  stream);
     });
 }
+MIMO_LAUNCHER(squared_error_forward, loss, partial, blocks, prediction, target, weight, count, group, dtype, device,
+              stream)
 
+// dprediction[i] = 2 * dloss * weight[i / group] * (prediction[i] - target[i])
 int squared_error_backward(void* dprediction, const float* dloss, const void* prediction, const void* target,
                            const float* weight, int64_t count, int64_t group, int dtype, int device, void* stream) {
     OnDevice guard(device);
@@ -84,5 +88,7 @@ int squared_error_backward(void* dprediction, const float* dloss, const void* pr
                       static_cast<const T*>(target), weight, count, group);
     });
 }
+MIMO_LAUNCHER(squared_error_backward, dprediction, dloss, prediction, target, weight, count, group, dtype, device,
+              stream)
 
 }  // namespace mimo

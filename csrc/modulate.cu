@@ -5,14 +5,13 @@
 // Backward: a block per chunk of rows of one group. A thread owns 8 columns, so the sums over rows stay in its
 // registers; they leave once per chunk, and column_sum adds the chunks of a group in order.
 #include "common.cuh"
-#include "ops.h"
 
 namespace mimo {
 namespace {
 
 struct Modulation {
-    const void *scale, *shift, *gate, *weight, *bias;
-    int64_t scale_stride, shift_stride, gate_stride;
+    Rows scale, shift, gate;
+    const void *weight, *bias;
     bool modulation_float, affine_float;
 };
 
@@ -142,7 +141,7 @@ __global__ void __launch_bounds__(WIDE ? 256 : kForwardWarps * kWarp, forward_bl
         if constexpr (GATED) {
             with_parameter_type<T>(m.modulation_float, [&](auto type) {
                 using G = decltype(type);
-                const G* gate = history ? nullptr : static_cast<const G*>(m.gate) + group * m.gate_stride;
+                const G* gate = history ? nullptr : static_cast<const G*>(m.gate.data) + group * m.gate.stride;
                 add_branch<WIDE>(value, raw_branch, gate, thread, threads, dim);
             });
 #pragma unroll
@@ -180,9 +179,9 @@ __global__ void __launch_bounds__(WIDE ? 256 : kForwardWarps * kWarp, forward_bl
         with_parameter_type<T>(history ? m.affine_float : m.modulation_float, [&](auto type) {
             using P = decltype(type);
             const P* factor =
-                static_cast<const P*>(history ? m.weight : m.scale) + (history ? 0 : group * m.scale_stride);
+                static_cast<const P*>(history ? m.weight : m.scale.data) + (history ? 0 : group * m.scale.stride);
             const P* offset =
-                static_cast<const P*>(history ? m.bias : m.shift) + (history ? 0 : group * m.shift_stride);
+                static_cast<const P*>(history ? m.bias : m.shift.data) + (history ? 0 : group * m.shift.stride);
             store_modulated<WIDE, T, P>(y + row * dim, value, rstd, factor, offset, history && factor ? 0.f : 1.f,
                                         thread, threads, dim);
         });
@@ -240,7 +239,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
             for (int i = 0; i < 8; i++) factor[i] = 1.f;
             return;
         }
-        load_parameter8<T>(history ? m.weight : m.scale, (history ? 0 : group * m.scale_stride) + column,
+        load_parameter8<T>(history ? m.weight : m.scale.data, (history ? 0 : group * m.scale.stride) + column,
                            history ? m.affine_float : m.modulation_float, factor);
 #pragma unroll
         for (int i = 0; i < 8; i++) factor[i] += history ? 0.f : 1.f;
@@ -248,7 +247,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
     const auto gate_of = [&](int column, float (&gate)[8]) {
 #pragma unroll
         for (int i = 0; i < 8; i++) gate[i] = 1.f;
-        if (!history) load_parameter8<T>(m.gate, group * m.gate_stride + column, m.modulation_float, gate);
+        if (!history) load_parameter8<T>(m.gate.data, group * m.gate.stride + column, m.modulation_float, gate);
     };
     float kept_factor[8] = {}, kept_gate[8] = {};
     if (KEEP && static_cast<int>(threadIdx.x) * 8 < dim) {
@@ -388,15 +387,16 @@ bool unsupported(int dim) { return dim < 8 || dim > 8192 || dim % 8; }
 
 }  // namespace
 
-int modulate_forward(void* x_new, void* y, float* mean, float* rstd, const void* x, const void* branch,
-                     const void* scale, int64_t scale_stride, const void* shift, int64_t shift_stride, const void* gate,
-                     int64_t gate_stride, bool modulation_float, const void* weight, const void* bias,
+// x_new = x + gate * branch where branch is there, y = LN(x_new) * (1 + scale) + shift, or LN * weight + bias for rows
+// of group -1. *_float: those operands are float and not of type
+// dtype.
+int modulate_forward(void* x_new, void* y, float* mean, float* rstd, const void* x, const void* branch, Rows scale,
+                     Rows shift, Rows gate, bool modulation_float, const void* weight, const void* bias,
                      bool affine_float, const int* row, int64_t rows, int dim, float eps, int dtype, int device,
                      void* stream) {
     if (unsupported(dim)) return 1;  // cudaErrorInvalidValue
     OnDevice guard(device);
-    const Modulation m{scale,        shift,        gate,        weight,           bias,
-                       scale_stride, shift_stride, gate_stride, modulation_float, affine_float};
+    const Modulation m{scale, shift, gate, weight, bias, modulation_float, affine_float};
     return with_dtype(dtype, [&](auto type) {
         using T = decltype(type);
         const auto start = [&](auto kernel, int threads, int rows_per_block, size_t shared) {
@@ -421,17 +421,21 @@ int modulate_forward(void* x_new, void* y, float* mean, float* rstd, const void*
         });
     });
 }
+MIMO_LAUNCHER(modulate_forward, x_new, y, mean, rstd, x, branch, scale, shift, gate, modulation_float, weight, bias,
+              affine_float, row, rows, dim, eps, dtype, device, stream)
 
+// chunks [size, 3]: first row, end row, group; ascending in the group. first [groups + 2]: where history's and each
+// group's chunks begin. partial: float [chunks, 2 or if gated 3, dim]. If gated, x is x_new, and dx_new is its
+// own gradient or null.
 int modulate_backward(void* dx, void* dbranch, void* dscale, void* dshift, void* dgate, void* dweight, void* dbias,
                       float* partial, const void* dy, const void* dx_new, const void* x, const float* mean,
-                      const float* rstd, const void* branch, const void* scale, int64_t scale_stride, const void* gate,
-                      int64_t gate_stride, bool modulation_float, bool gated, const void* weight, bool affine_float,
-                      const int* chunks, int num_chunks, const int* first, int groups, int modulation_rows, int dim,
+                      const float* rstd, const void* branch, Rows scale, Rows gate, bool modulation_float, bool gated,
+                      const void* weight, bool affine_float, List chunks, List first, int modulation_rows, int dim,
                       int dtype, int device, void* stream) {
     if (unsupported(dim)) return 1;  // cudaErrorInvalidValue
     OnDevice guard(device);
-    const Modulation m{scale,        nullptr, gate,        weight,           nullptr,
-                       scale_stride, 0,       gate_stride, modulation_float, affine_float};
+    const Modulation m{scale, Rows{}, gate, weight, nullptr, modulation_float, affine_float};
+    const int num_chunks = static_cast<int>(chunks.size), groups = static_cast<int>(first.size) - 2;
     return with_dtype(dtype, [&](auto type) {
         using T = decltype(type);
         constexpr int ROWS = 2;
@@ -441,7 +445,7 @@ int modulate_backward(void* dx, void* dbranch, void* dscale, void* dshift, void*
             const size_t shared = sizeof(float) * 2 * (threads / kWarp) * 2 * rows;
             return launch(kernel, dim3(num_chunks), dim3(threads), shared, stream, static_cast<T*>(dx),
                           static_cast<T*>(dbranch), partial, static_cast<const T*>(dy), static_cast<const T*>(dx_new),
-                          static_cast<const T*>(x), mean, rstd, static_cast<const T*>(branch), m, chunks, dim);
+                          static_cast<const T*>(x), mean, rstd, static_cast<const T*>(branch), m, chunks.data, dim);
         };
         const int status =
             narrow ? start(gated ? modulate_bwd_kernel<T, 1, ROWS, true> : modulate_bwd_kernel<T, 1, ROWS, false>, ROWS)
@@ -454,13 +458,16 @@ int modulate_backward(void* dx, void* dbranch, void* dscale, void* dshift, void*
                        : column_sum<T>(out, partial, list, num_chunks, lists, out_lists, sums, dim, typical, stream);
         };
         const int typical = num_chunks / (groups > 0 ? groups : 1);
-        if (int failed =
-                sum(modulation_float, SumOutputs{dscale, dshift, dgate}, first + 1, groups, modulation_rows, typical)) {
+        if (int failed = sum(modulation_float, SumOutputs{dscale, dshift, dgate}, first.data + 1, groups,
+                             modulation_rows, typical)) {
             return failed;
         }
         if (dweight == nullptr && dbias == nullptr) return 0;
-        return sum(affine_float, SumOutputs{dweight, dbias, nullptr}, first, 1, 1, num_chunks);
+        return sum(affine_float, SumOutputs{dweight, dbias, nullptr}, first.data, 1, 1, num_chunks);
     });
 }
+MIMO_LAUNCHER(modulate_backward, dx, dbranch, dscale, dshift, dgate, dweight, dbias, partial, dy, dx_new, x, mean, rstd,
+              branch, scale, gate, modulation_float, gated, weight, affine_float, chunks, first, modulation_rows, dim,
+              dtype, device, stream)
 
 }  // namespace mimo

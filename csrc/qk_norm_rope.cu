@@ -4,7 +4,6 @@
 // such heads. Rotated pairs stay inside a lane. A warp works on the heads of one row, so sines and cosines are looked
 // up once per row.
 #include "common.cuh"
-#include "ops.h"
 
 namespace mimo {
 namespace {
@@ -294,6 +293,9 @@ bool unsupported(int head_dim) { return head_dim < 8 || head_dim > 256 || head_d
 
 }  // namespace
 
+// q, k, v (v may be null): [rows, heads, head_dim]; qkv [rows, 3, heads, head_dim]; coords int [rows, 3]; table float
+// [positions, head_dim / 2, 2] of cos and sin, null for no rotation; pairs before t_end turn with t, before y_end with
+// y, the others with x. k_cache, v_cache [slots, heads, head_dim]: k and v go to slot cache_rows[row] as well.
 int qk_norm_rope_forward(void* q, void* k, void* v, void* k_cache, void* v_cache, const int64_t* cache_rows,
                          int64_t slots, const void* qkv, const void* q_weight, const void* k_weight, bool weight_float,
                          const int* coords, const float* table, int positions, int t_end, int y_end, int64_t rows,
@@ -321,7 +323,10 @@ int qk_norm_rope_forward(void* q, void* k, void* v, void* k_cache, void* v_cache
                       head_dim, eps, parts);
     });
 }
+MIMO_LAUNCHER(qk_norm_rope_forward, q, k, v, k_cache, v_cache, cache_rows, slots, qkv, q_weight, k_weight, weight_float,
+              coords, table, positions, t_end, y_end, rows, heads, head_dim, eps, dtype, device, stream)
 
+// dv may be null: zero. partial: float [blocks, 2, head_dim]; the number of blocks fixes the order of the sums.
 int qk_norm_rope_backward(void* dqkv, void* dq_weight, void* dk_weight, float* partial, int blocks, const void* dq,
                           const void* dk, const void* dv, const void* qkv, const void* q_weight, const void* k_weight,
                           bool weight_float, const int* coords, const float* table, int positions, int t_end, int y_end,
@@ -343,5 +348,7 @@ int qk_norm_rope_backward(void* dqkv, void* dq_weight, void* dk_weight, float* p
                             : column_sum<T>(out, partial, nullptr, blocks, 1, 1, 2, head_dim, blocks, stream);
     });
 }
+MIMO_LAUNCHER(qk_norm_rope_backward, dqkv, dq_weight, dk_weight, partial, blocks, dq, dk, dv, qkv, q_weight, k_weight,
+              weight_float, coords, table, positions, t_end, y_end, rows, heads, head_dim, eps, dtype, device, stream)
 
 }  // namespace mimo

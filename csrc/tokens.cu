@@ -1,6 +1,5 @@
 // Masked-token gather and scatter: rows are copied as they are, whatever their type, in the widest words that fit.
 #include "common.cuh"
-#include "ops.h"
 
 namespace mimo {
 namespace {
@@ -114,12 +113,16 @@ int copy_rows(void* y, const void* x, Lookup source, bool holes, const void* fil
 
 }  // namespace
 
+// y[i] = x[index[i]]. Any alignment. index: int32, or int64 with wide_index.
 int gather_rows(void* y, const void* x, const void* index, bool wide_index, int64_t kept, int64_t rows,
                 int64_t row_bytes, int device, void* stream) {
     OnDevice guard(device);
     return copy_rows(y, x, Lookup{index, wide_index}, false, nullptr, kept, rows, row_bytes, stream);
 }
+MIMO_LAUNCHER(gather_rows, y, x, index, wide_index, kept, rows, row_bytes, device, stream)
 
+// y[index[i]] = x[i], the other rows are `fill` or zero; inverse [rows] tells which row of x went where, -1 for none.
+// Any alignment.
 int scatter_rows(void* y, int* inverse, const void* x, const void* index, bool wide_index, const void* fill,
                  int64_t kept, int64_t rows, int64_t row_bytes, int device, void* stream) {
     OnDevice guard(device);
@@ -130,7 +133,9 @@ int scatter_rows(void* y, int* inverse, const void* x, const void* index, bool w
         return status;
     return copy_rows(y, x, Lookup{inverse, false}, true, fill, rows, kept, row_bytes, stream);
 }
+MIMO_LAUNCHER(scatter_rows, y, inverse, x, index, wide_index, fill, kept, rows, row_bytes, device, stream)
 
+// total [dim] = sum of dy over the rows where inverse is negative. partial: float [ceil(rows / rows_per_block), dim].
 int hole_sum(void* total, float* partial, const void* dy, const int* inverse, int64_t rows, int dim, int rows_per_block,
              int dtype, int device, void* stream) {
     OnDevice guard(device);
@@ -150,5 +155,6 @@ int hole_sum(void* total, float* partial, const void* dy, const int* inverse, in
                              stream);
     });
 }
+MIMO_LAUNCHER(hole_sum, total, partial, dy, inverse, rows, dim, rows_per_block, dtype, device, stream)
 
 }  // namespace mimo

@@ -6,26 +6,19 @@ Importing this package imports neither torch nor Triton; the names below load on
 
 import importlib
 
+from mimo_kernels.core.operators import OPERATORS
+
 __version__ = "0.1.0"
 
-_EXPORTS = {
+# What is public beside the operators: the data that they take.
+_EXPORTS = {operator.name: operator.family for operator in OPERATORS} | {
     "AxialRoPE": "ops.rope",
     "FrameCache": "cache.pages",
-    "FrameMask": "attention",
+    "FrameMask": "attention.mask",
     "FrameRows": "ops.frame_rows",
-    "bias_gelu": "ops.gelu",
-    "frame_attention": "attention",
-    "gated_residual_modulate": "ops.adaln",
-    "gather_tokens": "ops.token_rows",
-    "guided_step": "ops.guidance",
-    "modulate": "ops.adaln",
-    "paged_frame_attention": "attention.paged",
-    "qk_norm_rope": "ops.rope",
     "sample_tube_mask": "ops.token_rows",
-    "scatter_tokens": "ops.token_rows",
-    "weighted_squared_error": "ops.losses",
 }
-__all__ = list(_EXPORTS)
+__all__ = sorted(_EXPORTS)
 
 
 def __getattr__(name: str):

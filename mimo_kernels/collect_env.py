@@ -13,19 +13,8 @@ import types
 
 import mimo_kernels
 from mimo_kernels.core import backends
+from mimo_kernels.core.operators import OPERATORS
 
-OPS = {
-    "frame_attention": "attention",
-    "paged_frame_attention": "attention.paged",
-    "gather_tokens": "ops.token_rows",
-    "scatter_tokens": "ops.token_rows",
-    "modulate": "ops.adaln",
-    "gated_residual_modulate": "ops.adaln",
-    "qk_norm_rope": "ops.rope",
-    "bias_gelu": "ops.gelu",
-    "weighted_squared_error": "ops.losses",
-    "guided_step": "ops.guidance",
-}
 PACKAGES = ("torch", "triton", "flash-attn", "einops", "numpy")
 
 
@@ -44,7 +33,7 @@ def collect() -> dict[str, dict[str, str]]:
         elif device == "cuda" and not torch.cuda.is_available():
             facts = {"none": "torch sees no CUDA device"}
         else:
-            facts = {op: _serves(family, torch.device(device)) for op, family in OPS.items()}
+            facts = {op.name: _serves(op.family, torch.device(device)) for op in OPERATORS}
         sections[f"operators on {device}"] = facts
     return sections
 

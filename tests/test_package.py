@@ -13,6 +13,7 @@ import torch
 import mimo_kernels
 from mimo_kernels import collect_env
 from mimo_kernels.core import backends
+from mimo_kernels.core.operators import OPERATORS, Operator
 from mimo_kernels.testing import assert_within_budget, between_nans, poisoned_memory
 
 
@@ -114,12 +115,14 @@ def test_choose():
         backends.choose("op", "auto", {"cuda": ["a", "b"], "reference": ["c"]})
 
 
-@pytest.mark.parametrize("op", collect_env.OPS)
-def test_every_operator_is_served_on_the_cpu_by_its_reference(op: str):
+@pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
+def test_every_operator_is_served_on_the_cpu_by_its_reference(operator: Operator):
     """Also where Triton is interpreted, as in these tests: an interpreted kernel serves only who asks for it."""
-    family = importlib.import_module(f"mimo_kernels.{collect_env.OPS[op]}")
+    family = importlib.import_module(f"mimo_kernels.{operator.family}")
     refusals = family.describe_backends(torch.device("cpu"))
-    assert backends.choose(op, "auto", refusals) == "reference"
+    assert backends.choose(operator.name, "auto", refusals) == "reference"
+    assert set(refusals) == set(operator.backends)
+    assert getattr(mimo_kernels, operator.name) is getattr(family, operator.name)
     assert all(reason.strip() for reasons in refusals.values() for reason in reasons)
 
 
@@ -127,8 +130,8 @@ def test_collect_env_here():
     report = collect_env.render(collect_env.collect())
     assert mimo_kernels.__version__ in report and torch.__version__ in report
     assert report.count("operators on") == 2 and "fails" not in report
-    for op in collect_env.OPS:
-        assert report.count(f"  {op} ") == 1 + torch.cuda.is_available()
+    for op in OPERATORS:
+        assert report.count(f"  {op.name} ") == 1 + torch.cuda.is_available()
     assert ("torch sees no CUDA device" in report) is not torch.cuda.is_available()
 
 
@@ -159,7 +162,7 @@ def test_collect_env_without(blocked: list[str]):
     if "torch" in blocked:
         assert operators[1].split(maxsplit=1) == ["none", "torch does not load"]
         return
-    for op in collect_env.OPS:
+    for op in [operator.name for operator in OPERATORS]:
         answer = next(line.removeprefix(f"  {op} ").strip() for line in operators if line.startswith(f"  {op} "))
         if op == "frame_attention" and "mimo_kernels._C" in blocked:  # its mask is made by the extension
             assert answer.startswith("none: ") and "No module named 'mimo_kernels._C'" in answer

@@ -47,10 +47,10 @@ def kernels():
     return backends.extension()
 
 
-def place(tensor: Tensor) -> tuple[int, int]:
-    """Device index and raw stream for a launch that works on this tensor."""
+def place(tensor: Tensor) -> dict[str, int]:
+    """What a launcher has to know of where this tensor is: the index of the device, and the raw stream."""
     index = tensor.get_device()
-    return (index, torch_private.raw_stream(index)) if index >= 0 else (0, 0)
+    return {"device": index, "stream": torch_private.raw_stream(index)} if index >= 0 else {"device": 0, "stream": 0}
 
 
 def aligned(tensor: Tensor) -> Tensor:
@@ -69,4 +69,15 @@ def aligned_rows(tensor: Tensor) -> Tensor:
 
 
 def pointer(tensor: Tensor | None) -> int:
+    """Where the values are; 0 for a tensor that is not there."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def rows_of(matrix: Tensor | None) -> tuple[int, int]:
+    """Where the values are, and how far apart the rows: Rows of csrc/launcher.h."""
+    return (0, 0) if matrix is None else (matrix.data_ptr(), matrix.stride(0))
+
+
+def list_of(table: Tensor) -> tuple[int, int]:
+    """Where the entries are, and how many: List of csrc/launcher.h."""
+    return table.data_ptr(), table.shape[0]

@@ -17,19 +17,16 @@ from mimo_kernels.core.launch import (
     device_refusals,
     floating,
     kernels,
+    list_of,
     place,
     pointer,
+    rows_of,
     same_device,
 )
 from mimo_kernels.core.register import register
 from mimo_kernels.ops.frame_rows import FrameRows
 
 MAX_DIM = 8192
-
-
-def _modulation(tensors: list[Tensor | None]) -> list[int]:
-    """Pointer and row stride of scale, shift, gate; 0, 0 for one that is not there."""
-    return [value for t in tensors for value in ((0, 0) if t is None else (t.data_ptr(), t.stride(0)))]
 
 
 def _is_float(*tensors: Tensor | None) -> bool:
@@ -46,23 +43,25 @@ def _forward(x, branch, gate, scale, shift, weight, bias, row, eps):
     mean = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     kernels().modulate_forward(
-        pointer(x_new),
-        y.data_ptr(),
-        mean.data_ptr(),
-        rstd.data_ptr(),
-        x.data_ptr(),
-        pointer(branch),
-        *_modulation([scale, shift, gate]),
-        scale.dtype == torch.float32,
-        pointer(weight),
-        pointer(bias),
-        _is_float(weight, bias),
-        row.data_ptr(),
-        x.shape[0],
-        x.shape[1],
-        eps,
-        DTYPES[x.dtype],
-        *place(x),
+        x_new=pointer(x_new),
+        y=y.data_ptr(),
+        mean=mean.data_ptr(),
+        rstd=rstd.data_ptr(),
+        x=x.data_ptr(),
+        branch=pointer(branch),
+        scale=rows_of(scale),
+        shift=rows_of(shift),
+        gate=rows_of(gate),
+        modulation_float=scale.dtype == torch.float32,
+        weight=pointer(weight),
+        bias=pointer(bias),
+        affine_float=_is_float(weight, bias),
+        row=row.data_ptr(),
+        rows=x.shape[0],
+        dim=x.shape[1],
+        eps=eps,
+        dtype=DTYPES[x.dtype],
+        **place(x),
     )
     return x_new, y, mean, rstd
 
@@ -85,35 +84,32 @@ def _backward(dy, dx_new, x, mean, rstd, branch, gate, scale, weight, bias, chun
     sums = 2 if branch is None else 3
     partial = torch.empty(chunks.shape[0], sums, x.shape[1], dtype=torch.float32, device=x.device)
     kernels().modulate_backward(
-        dx.data_ptr(),
-        0 if branch is None else dbranch.data_ptr(),
-        dscale.data_ptr(),
-        dshift.data_ptr(),
-        0 if branch is None else dgate.data_ptr(),
-        0 if weight is None else dweight.data_ptr(),
-        0 if bias is None else dbias.data_ptr(),
-        partial.data_ptr(),
-        dy.data_ptr(),
-        pointer(dx_new),
-        x.data_ptr(),
-        mean.data_ptr(),
-        rstd.data_ptr(),
-        pointer(branch),
-        *_modulation([scale, gate]),
-        scale.dtype == torch.float32,
-        branch is not None,
-        pointer(weight),
-        (weight if bias is None else bias).dtype == torch.float32
-        if (weight is not None or bias is not None)
-        else False,
-        chunks.data_ptr(),
-        chunks.shape[0],
-        first.data_ptr(),
-        first.shape[0] - 2,
-        scale.shape[0],
-        x.shape[1],
-        DTYPES[x.dtype],
-        *place(x),
+        dx=dx.data_ptr(),
+        dbranch=0 if branch is None else dbranch.data_ptr(),
+        dscale=dscale.data_ptr(),
+        dshift=dshift.data_ptr(),
+        dgate=0 if branch is None else dgate.data_ptr(),
+        dweight=0 if weight is None else dweight.data_ptr(),
+        dbias=0 if bias is None else dbias.data_ptr(),
+        partial=partial.data_ptr(),
+        dy=dy.data_ptr(),
+        dx_new=pointer(dx_new),
+        x=x.data_ptr(),
+        mean=mean.data_ptr(),
+        rstd=rstd.data_ptr(),
+        branch=pointer(branch),
+        scale=rows_of(scale),
+        gate=rows_of(gate),
+        modulation_float=scale.dtype == torch.float32,
+        gated=branch is not None,
+        weight=pointer(weight),
+        affine_float=_is_float(weight, bias),
+        chunks=list_of(chunks),
+        first=list_of(first),
+        modulation_rows=scale.shape[0],
+        dim=x.shape[1],
+        dtype=DTYPES[x.dtype],
+        **place(x),
     )
     return dx, dbranch, dgate, dscale, dshift, dweight, dbias
 

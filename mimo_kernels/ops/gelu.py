@@ -25,14 +25,14 @@ def _bias_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
     x, bias = aligned(x), None if bias is None else aligned(bias)
     y = torch.empty_like(x)
     kernels().bias_gelu_forward(
-        y.data_ptr(),
-        x.data_ptr(),
-        pointer(bias),
-        bias is not None and bias.dtype == torch.float32,
-        x.shape[0],
-        x.shape[1],
-        DTYPES[x.dtype],
-        *place(x),
+        y=y.data_ptr(),
+        x=x.data_ptr(),
+        bias=pointer(bias),
+        bias_float=bias is not None and bias.dtype == torch.float32,
+        rows=x.shape[0],
+        dim=x.shape[1],
+        dtype=DTYPES[x.dtype],
+        **place(x),
     )
     return y
 
@@ -44,18 +44,18 @@ def _bias_gelu_backward(dy: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Ten
     parts = (rows + GRAD_ROWS - 1) // GRAD_ROWS if bias is not None else 0
     partial = torch.empty(parts, dim, dtype=torch.float32, device=x.device)
     kernels().bias_gelu_backward(
-        dx.data_ptr(),
-        0 if bias is None else dbias.data_ptr(),
-        partial.data_ptr(),
-        dy.data_ptr(),
-        x.data_ptr(),
-        pointer(bias),
-        bias is not None and bias.dtype == torch.float32,
-        rows,
-        dim,
-        GRAD_ROWS,
-        DTYPES[x.dtype],
-        *place(x),
+        dx=dx.data_ptr(),
+        dbias=0 if bias is None else dbias.data_ptr(),
+        partial=partial.data_ptr(),
+        dy=dy.data_ptr(),
+        x=x.data_ptr(),
+        bias=pointer(bias),
+        bias_float=bias is not None and bias.dtype == torch.float32,
+        rows=rows,
+        dim=dim,
+        rows_per_block=GRAD_ROWS,
+        dtype=DTYPES[x.dtype],
+        **place(x),
     )
     return dx, dbias
 

@@ -22,16 +22,16 @@ def _squared_error(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor
     prediction, target, weight = prediction.contiguous(), target.contiguous(), weight.contiguous()
     loss, partial = prediction.new_empty((), dtype=torch.float32), prediction.new_empty(BLOCKS, dtype=torch.float32)
     kernels().squared_error_forward(
-        loss.data_ptr(),
-        partial.data_ptr(),
-        BLOCKS,
-        prediction.data_ptr(),
-        target.data_ptr(),
-        weight.data_ptr(),
-        prediction.numel(),
-        max(prediction.numel() // max(weight.numel(), 1), 1),
-        DTYPES[prediction.dtype],
-        *place(prediction),
+        loss=loss.data_ptr(),
+        partial=partial.data_ptr(),
+        blocks=BLOCKS,
+        prediction=prediction.data_ptr(),
+        target=target.data_ptr(),
+        weight=weight.data_ptr(),
+        count=prediction.numel(),
+        group=max(prediction.numel() // max(weight.numel(), 1), 1),
+        dtype=DTYPES[prediction.dtype],
+        **place(prediction),
     )
     return loss
 
@@ -40,15 +40,15 @@ def _squared_error_backward(dloss: Tensor, prediction: Tensor, target: Tensor, w
     prediction, target, weight = prediction.contiguous(), target.contiguous(), weight.contiguous()
     dprediction = torch.empty_like(prediction)
     kernels().squared_error_backward(
-        dprediction.data_ptr(),
-        dloss.data_ptr(),
-        prediction.data_ptr(),
-        target.data_ptr(),
-        weight.data_ptr(),
-        prediction.numel(),
-        max(prediction.numel() // max(weight.numel(), 1), 1),
-        DTYPES[prediction.dtype],
-        *place(prediction),
+        dprediction=dprediction.data_ptr(),
+        dloss=dloss.data_ptr(),
+        prediction=prediction.data_ptr(),
+        target=target.data_ptr(),
+        weight=weight.data_ptr(),
+        count=prediction.numel(),
+        group=max(prediction.numel() // max(weight.numel(), 1), 1),
+        dtype=DTYPES[prediction.dtype],
+        **place(prediction),
     )
     return dprediction
 

@@ -28,14 +28,14 @@ def _gather_rows(x: Tensor, index: Tensor) -> Tensor:
     y = x.new_empty(index.shape[0], x.shape[1])
     row_bytes = x.shape[1] * x.element_size()
     kernels().gather_rows(
-        y.data_ptr(),
-        x.data_ptr(),
-        index.data_ptr(),
-        index.dtype == torch.int64,
-        index.shape[0],
-        x.shape[0],
-        row_bytes,
-        *place(x),
+        y=y.data_ptr(),
+        x=x.data_ptr(),
+        index=index.data_ptr(),
+        wide_index=index.dtype == torch.int64,
+        kept=index.shape[0],
+        rows=x.shape[0],
+        row_bytes=row_bytes,
+        **place(x),
     )
     return y
 
@@ -49,16 +49,16 @@ def _scatter_rows(x: Tensor, index: Tensor, num_rows: int, fill: Tensor | None) 
     )  # row of x that fills a row of y, -1 in the holes
     row_bytes = x.shape[1] * x.element_size()
     kernels().scatter_rows(
-        y.data_ptr(),
-        inverse.data_ptr(),
-        x.data_ptr(),
-        index.data_ptr(),
-        index.dtype == torch.int64,
-        pointer(fill),
-        index.shape[0],
-        num_rows,
-        row_bytes,
-        *place(x),
+        y=y.data_ptr(),
+        inverse=inverse.data_ptr(),
+        x=x.data_ptr(),
+        index=index.data_ptr(),
+        wide_index=index.dtype == torch.int64,
+        fill=pointer(fill),
+        kept=index.shape[0],
+        rows=num_rows,
+        row_bytes=row_bytes,
+        **place(x),
     )
     return y, inverse
 
@@ -70,15 +70,15 @@ def _hole_sum(dy: Tensor, inverse: Tensor) -> Tensor:
     total = dy.new_empty(dim)
     partial = torch.empty((rows + FILL_GRAD_ROWS - 1) // FILL_GRAD_ROWS, dim, dtype=torch.float32, device=dy.device)
     kernels().hole_sum(
-        total.data_ptr(),
-        partial.data_ptr(),
-        dy.data_ptr(),
-        inverse.data_ptr(),
-        rows,
-        dim,
-        FILL_GRAD_ROWS,
-        DTYPES[dy.dtype],
-        *place(dy),
+        total=total.data_ptr(),
+        partial=partial.data_ptr(),
+        dy=dy.data_ptr(),
+        inverse=inverse.data_ptr(),
+        rows=rows,
+        dim=dim,
+        rows_per_block=FILL_GRAD_ROWS,
+        dtype=DTYPES[dy.dtype],
+        **place(dy),
     )
     return total
 

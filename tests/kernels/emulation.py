@@ -5,7 +5,6 @@ import functools
 import hashlib
 import importlib.util
 import os
-import re
 import shutil
 import subprocess
 import sysconfig
@@ -15,6 +14,8 @@ from pathlib import Path
 
 import pytest
 from torch import Tensor
+
+from mimo_kernels.core.operators import OPERATORS
 
 ROOT = Path(__file__).parents[2]
 EMULATOR = Path(__file__).parent / "emulate"
@@ -32,7 +33,7 @@ FLAGS = [
 # The kernels: before every access to memory a call, which the emulator answers itself; the compiler's own library stays out.
 WATCHED = ["-O1", "-fsanitize=thread"]
 PLAIN = ["-O2"]
-SOURCES = ["tokens.cu", "modulate.cu", "qk_norm_rope.cu", "gelu.cu", "losses.cu", "bind_ops.cpp"]
+SOURCES = [*sorted({source for operator in OPERATORS for source in operator.sources}), "bind_launchers.cpp"]
 # Outputs of which a call writes some rows and leaves the others as they are.
 WRITTEN_IN_PART = {"k_cache", "v_cache"}
 
@@ -101,22 +102,9 @@ def data_ptr(tensor: Tensor) -> Address:
     return address
 
 
-@functools.cache
-def pointers() -> dict[str, list[tuple[str, bool] | None]]:
-    """Operator of csrc/ops.h -> per parameter None, or for a pointer its name and whether the kernels may write there."""
-    declarations = re.findall(r"^int (\w+)\((.*?)\);", (ROOT / "csrc/ops.h").read_text(), re.DOTALL | re.MULTILINE)
-    return {
-        name: [
-            (parameter.split("*")[-1].strip(), not parameter.strip().startswith("const")) if "*" in parameter else None
-            for parameter in parameters.split(",")
-        ]
-        for name, parameters in declarations
-    }
-
-
 class Emulated:
     """The emulated module as operators see it. For the time of a call the kernels may touch the tensors that it was given and no
-    byte beside them: what is const in csrc/ops.h to read, the rest to write, and to read what is written. Afterwards the rest has
+    byte beside them: what is const in its launcher to read, the rest to write, and to read what is written. Afterwards the rest has
     to be full. RuntimeError for what a kernel does, AssertionError for what it leaves empty."""
 
     def __init__(self, module):
@@ -124,15 +112,17 @@ class Emulated:
 
     def __getattr__(self, name: str):
         function = getattr(self._module, name)
-        return functools.partial(self._call, name, function) if name in pointers() else function
+        return functools.partial(self._call, name, function) if name in self._module.launchers else function
 
-    def _call(self, name: str, function, *arguments) -> None:
+    def _call(self, name: str, function, **arguments) -> None:
         try:
-            for pointer, address in zip(pointers()[name], arguments, strict=True):
-                if pointer and address:
-                    assert isinstance(address, Address), f"{name}: {pointer[0]} is not what data_ptr() of a tensor gave"
-                    self.lend(pointer[0], address.tensor, writable=pointer[1])
-            function(*arguments)
+            for parameter, kind in self._module.launchers[name]:
+                value = arguments.get(parameter)
+                address = value[0] if kind == "p" else value
+                if kind in ("r", "w", "p") and address:
+                    assert isinstance(address, Address), f"{name}: {parameter} is not what data_ptr() of a tensor gave"
+                    self.lend(parameter, address.tensor, writable=kind == "w")
+            function(**arguments)
             empty = set(self.unwritten()) - WRITTEN_IN_PART
             assert not empty, f"{name}: not all of {', '.join(sorted(empty))} was written"
         finally:

@@ -102,8 +102,11 @@ def test_the_line_is_named(emulated):
 def test_operators_lend_exactly_their_tensors(emulated):
     x, index = torch.randn(5, 8), torch.tensor([4, 0])
 
-    def gather(y, x=x, index=index, kept=2):
-        emulated.gather_rows(y.data_ptr(), x.data_ptr(), index.data_ptr(), True, kept, 5, 32, 0, 0)
+    here = {"wide_index": True, "row_bytes": 32, "device": 0, "stream": 0}
+
+    def gather(y, x=x, index=index, kept=2, skipped=0):
+        at = x.data_ptr() + skipped if skipped else x.data_ptr()
+        emulated.gather_rows(y=y.data_ptr(), x=at, index=index.data_ptr(), kept=kept, rows=5, **here)
 
     y = torch.zeros(4, 8)[1:3]
     gather(y)
@@ -117,7 +120,7 @@ def test_operators_lend_exactly_their_tensors(emulated):
     with pytest.raises(AssertionError, match="gather_rows: not all of y was written"):
         gather(y, kept=1)
     with pytest.raises(AssertionError, match="gather_rows: x is not what data_ptr"):
-        emulated.gather_rows(y.data_ptr(), x.data_ptr() + 32, index.data_ptr(), True, 2, 5, 32, 0, 0)
+        gather(y, skipped=32)
     wide = torch.randn(5, 16)
     with pytest.raises(RuntimeError, match="a read outside"):
         gather(y, wide[:, :8], torch.tensor([0, 3]))  # 96 bytes on: between the first halves of two rows
@@ -125,9 +128,10 @@ def test_operators_lend_exactly_their_tensors(emulated):
     with pytest.raises(
         RuntimeError, match=r"scatter_rows: a write outside .*: 20 bytes at inverse \+ 0 bytes \(of 16\)"
     ):
-        emulated.scatter_rows(
-            torch.empty(5, 8).data_ptr(), inverse.data_ptr(), y.data_ptr(), index.data_ptr(), True, 0, 2, 5, 32, 0, 0
-        )
+        out = torch.empty(5, 8)
+        pointers = {"y": out, "inverse": inverse, "x": y, "index": index}
+        pointers = {name: tensor.data_ptr() for name, tensor in pointers.items()}
+        emulated.scatter_rows(**pointers, fill=0, kept=2, rows=5, **here)
 
 
 def test_half_and_bfloat_are_those_of_torch(emulated):

@@ -8,12 +8,12 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
-from mimo_kernels import collect_env
+from mimo_kernels.core.operators import OPERATORS
 from mimo_kernels.core.register import SAMPLES
 from mimo_kernels.ops.guidance import guided_step
 from mimo_kernels.ops.rope import qk_norm_rope_cache
 
-for family in {*collect_env.OPS.values(), "attention.triton.operator"}:
+for family in {*(operator.family for operator in OPERATORS), "attention.triton.operator"}:
     importlib.import_module(f"mimo_kernels.{family}")
 pytestmark = pytest.mark.usefixtures("emulated")
 every_operator = pytest.mark.parametrize("name", SAMPLES)

@@ -1,4 +1,4 @@
-// The operators of csrc/ops.h, run by the block emulator, as a Python module with the names of mimo_kernels._C.
+// The launchers of csrc, run by the block emulator, as a Python module with the names of mimo_kernels._C.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -9,7 +9,7 @@
 #include "emulate.h"
 #include "faulty.h"
 #include "machine.h"
-#include "ops.h"
+#include "launcher.h"
 
 namespace mimo {
 
