@@ -3,7 +3,6 @@
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -96,43 +95,19 @@ def demo(
         interval: take every n-th frame of real clips.
     """
     started = time.monotonic()
-    model_config, sample_config = MiMoConfig.from_preset("mimo-tiny"), SampleConfig.from_preset("mimo-tiny")
-    train_config = user_input(replace, TrainConfig.from_preset("mimo-tiny"), seed=seed, preview_every=0)
-    if steps is not None:
-        train_config = replace(train_config, steps=steps, warmup=min(train_config.warmup, steps // 4))
-    frames, height, width = model_config.video_shape
-    if data is None:
-        dataset: Any = ShapesDataset(num_frames=frames, height=height, width=width, **SHAPES)
-        # Training draws its clips from 64-bit seeds: these few are not among them.
-        tests = [dataset.sample(index, seed=0) for index in range(TEST_CLIPS)]
-    else:
-        dataset = read_windows(data, frames, height, width, interval)
-        tests = dataset.test_windows(TEST_CLIPS)
-        model_config = replace(model_config, num_actions=dataset.num_actions)
-    trainer = Trainer(model_config, train_config, sample_config, dataset)
+    trainer, tests = _begin(data, steps, interval, seed)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     print(
-        f"mimo-tiny, {parameters / 1e6:.2f} M parameters, on {trainer.device}: {train_config.steps} steps on {dataset}"
+        f"mimo-tiny, {parameters / 1e6:.2f} M parameters, on {trainer.device}: {trainer.config.steps} steps on "
+        f"{trainer.dataset}"
     )
     records = train(trainer)
     first, last = records[0], records[-1]
     for name in ("diffusion", "mask"):
         print(f"{name} loss: {first[name]:.4f} until step {first['step']}, {last[name]:.4f} at the end")
-
-    truth = torch.from_numpy(np.stack([test["video"] for test in tests]))
-    actions = torch.from_numpy(np.stack([test["actions"] for test in tests])) if model_config.num_actions else None
-    predicted = generate(
-        Sampler(trainer.averaged(), sample_config), context=truth, actions=actions, seed=seed, progress=True
-    )
-    context = sample_config.context_frames
-    copied = truth[:, context - 1 : context].expand(-1, frames - context, -1, -1, -1)
-    psnr_model, psnr_copy = psnr(predicted[:, context:], truth[:, context:]), psnr(copied, truth[:, context:])
-    better = int((psnr_model > psnr_copy).sum())
     unseen = "unseen clips" if data is None else "windows of the training clips' ends, which training did not see"
-    print(
-        f"PSNR of {frames - context} predicted frames, mean of {TEST_CLIPS} {unseen}: {psnr_model.mean():.2f} dB, "
-        f"{psnr_copy.mean():.2f} dB for copying the last context frame (better on {better} clips)"
-    )
+    truth, predicted, scores = _predict(trainer, tests, unseen, seed)
+    context = trainer.sample_config.context_frames
     paths = write_results(out, records, truth[:SHOWN_CLIPS].numpy(), predicted[:SHOWN_CLIPS].numpy(), context)
     trainer.save(out / "run")
     for path in paths:
@@ -140,12 +115,46 @@ def demo(
     print(
         f"took {duration(time.monotonic() - started)}; for more: mimo sample --checkpoint {out / 'run'} --out samples"
     )
-    return {
-        "psnr": float(psnr_model.mean()),
-        "psnr_copy": float(psnr_copy.mean()),
-        "first": first,
-        "last": last,
-    }
+    return scores | {"first": first, "last": last}
+
+
+def _begin(
+    data: Path | None, steps: int | None, interval: int, seed: int
+) -> tuple[Trainer, list[dict[str, np.ndarray]]]:
+    """The trainer, and the clips to predict."""
+    model_config, sample_config = MiMoConfig.from_preset("mimo-tiny"), SampleConfig.from_preset("mimo-tiny")
+    train_config = user_input(replace, TrainConfig.from_preset("mimo-tiny"), seed=seed, preview_every=0)
+    if steps is not None:
+        train_config = replace(train_config, steps=steps, warmup=min(train_config.warmup, steps // 4))
+    frames, height, width = model_config.video_shape
+    if data is None:
+        shapes = ShapesDataset(num_frames=frames, height=height, width=width, **SHAPES)
+        # Training draws its clips from 64-bit seeds: these few are not among them.
+        tests = [shapes.sample(index, seed=0) for index in range(TEST_CLIPS)]
+        return Trainer(model_config, train_config, sample_config, shapes), tests
+    windows = read_windows(data, frames, height, width, interval)
+    model_config = replace(model_config, num_actions=windows.num_actions)
+    return Trainer(model_config, train_config, sample_config, windows), windows.test_windows(TEST_CLIPS)
+
+
+def _predict(
+    trainer: Trainer, tests: list[dict[str, np.ndarray]], unseen: str, seed: int
+) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """Truth and prediction, uint8 [B, F, H, W, 3], and their PSNR beside that of copying the last context frame."""
+    config = trainer.sample_config
+    truth = torch.from_numpy(np.stack([test["video"] for test in tests]))
+    told = trainer.model_config.num_actions
+    actions = torch.from_numpy(np.stack([test["actions"] for test in tests])) if told else None
+    predicted = generate(Sampler(trainer.averaged(), config), context=truth, actions=actions, seed=seed, progress=True)
+    context, frames = config.context_frames, truth.shape[1]
+    copied = truth[:, context - 1 : context].expand(-1, frames - context, -1, -1, -1)
+    psnr_model, psnr_copy = psnr(predicted[:, context:], truth[:, context:]), psnr(copied, truth[:, context:])
+    better = int((psnr_model > psnr_copy).sum())
+    print(
+        f"PSNR of {frames - context} predicted frames, mean of {TEST_CLIPS} {unseen}: {psnr_model.mean():.2f} dB, "
+        f"{psnr_copy.mean():.2f} dB for copying the last context frame (better on {better} clips)"
+    )
+    return truth, predicted, {"psnr": float(psnr_model.mean()), "psnr_copy": float(psnr_copy.mean())}
 
 
 def read_windows(data: Path, num_frames: int, height: int, width: int, interval: int) -> Windows:

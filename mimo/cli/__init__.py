@@ -94,8 +94,8 @@ def general_answer(argv: Sequence[str]) -> str | None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. Faults of ours are raised, and Python exits with 1."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    # Before torch loads its OpenMP: threads that spin for long while they wait make a CPU step several times slower as soon
-    # as anything else wants a core; ones that never spin make it 40% slower when nothing does.
+    # Before torch loads its OpenMP: threads that spin for long while they wait make a CPU step several times slower as
+    # soon as anything else wants a core; ones that never spin make it 40% slower when nothing does.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     with surviving_streams() as streams:
         logging.basicConfig(level=logging.WARNING, format="%(message)s")

@@ -17,16 +17,16 @@ from mimo.errors import user_input
 class Encode(Clips):
     """Put a dataset through a tokenizer once, into latent shards that `mimo train --data OUT` reads.
 
-    Several processes (torchrun, or RANK and WORLD_SIZE) share the work. Run it again to continue one that was stopped, or
-    to check one that is finished.
+    Several processes (torchrun, or RANK and WORLD_SIZE) share the work. Run it again to continue one that was stopped,
+    or to check one that is finished.
 
     Args:
         preset: which values --model.* and --interval start from; without it --help shows those of mimo-tiny.
         out: folder for the shards.
         model: the network that will be trained: what it says of the tokenizer and the clips is used.
         encoding: how the dataset is encoded.
-        interval: take every n-th frame of a video, or every frame if it is too short for that; a pair LOW HIGH draws n per
-            clip.
+        interval: take every n-th frame of a video, or every frame if it is too short for that; a pair LOW HIGH draws n
+            per clip.
         flip: mirror half of the clips.
         tokenizer_weights: what the tokenizer reads: a folder or file, for dcae also a hub id; "dct" has none.
         trust_pickle: read tokenizer weights that hold pickled objects, which can run any code.

@@ -23,10 +23,10 @@ class Clips:
     """Which clips a command reads.
 
     Args:
-        data: a folder of videos or npz trajectories, one such file, an annotation (.json), "shapes" for procedural clips,
-            or (for `mimo train`) a folder that `mimo encode` wrote.
-        layout: read the folder as a paper did: kinetics600, ucf101, minecraft, dmlab or bair; what is given besides holds
-            against the layout.
+        data: a folder of videos or npz trajectories, one such file, an annotation (.json), "shapes" for procedural
+            clips, or (for `mimo train`) a folder that `mimo encode` wrote.
+        layout: read the folder as a paper did: kinetics600, ucf101, minecraft, dmlab or bair; what is given besides
+            holds against the layout.
         annotation: JSON list of {"video_path": ..., "label": ..., "action_path": ...}; paths are relative to --data.
         allow_outside: take files that an annotation or an index names in other folders than its own and --data.
         split: a subfolder of --data to use alone.
@@ -45,7 +45,7 @@ class Clips:
     frame_memory: int = 512
 
     def open(self, *, encoded: bool = False, **options):
-        """The dataset. `encoded`: latents may take the place of videos. `options`: of `open_dataset`; None says nothing."""
+        """The dataset. encoded: latents may stand for videos. options: of `open_dataset`; None says nothing."""
         from mimo.data import open_dataset
         from mimo.data.latents import is_latents
 
@@ -78,7 +78,7 @@ def clip_options(config: MiMoConfig) -> dict:
 
 
 def changed(config: Config, **options) -> Config:
-    """The config with the values of options that bear the names of its fields; what is wrong with one is said of --option."""
+    """The config with other values of some fields, given as options: what is wrong with one is said of --option."""
     try:
         return replace(config, **options)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What a command says must not decide what becomes of its work: a lost reader or a full disk under a log costs the words alone."""
+"""Where a command's words go: a reader that has left, or a full disk under a log, costs the words and not the work."""
 
 import errno
 import io
@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 
 class _Survivor(io.FileIO):
-    """A file descriptor that takes every write. What the system refuses is dropped, and the first refusal kept in `refused`:
-    the next write is tried again, as a full disk may have room by then."""
+    """A file descriptor that takes every write. What the system refuses is dropped, and the first refusal kept in
+    `refused`: the next write is tried again, as a full disk may have room by then."""
 
     refused: OSError | None = None
 
@@ -23,7 +23,7 @@ class _Survivor(io.FileIO):
 
 
 class Streams:
-    """sys.stdout and sys.stderr of a command, each with a `_Survivor` at its bottom; others' (a test's) stay as they are."""
+    """sys.stdout and sys.stderr of a command, each with a `_Survivor` at its bottom; a test's stay as they are."""
 
     def __init__(self) -> None:
         self.before = {name: getattr(sys, name) for name in ("stdout", "stderr")}

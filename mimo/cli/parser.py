@@ -32,7 +32,7 @@ def read_command(command: type[Command], name: str, arguments: Sequence[str]) ->
 
 
 def given(option: str, arguments: Sequence[str]) -> str | None:
-    """The value of --option among the words, as far as it can be told before the parser knows all options; None without."""
+    """The value of --option among the words, as far as it can be told before they are parsed; None without."""
     for number, argument in enumerate(arguments):
         key, equals, value = argument.partition("=")
         if key == f"--{option}":

@@ -22,8 +22,8 @@ class Sample:
         context: a video or npz trajectory whose first frames are continued; without it the video starts from nothing.
         context_frames: how many frames of --context are given to the model.
         start: first frame of --context that is used.
-        interval: take every n-th frame of --context, and tell n to a model that was trained with --model.max-interval; it
-            must have occurred in training. The default is the smallest of training.
+        interval: take every n-th frame of --context, and tell n to a model that was trained with --model.max-interval;
+            it must have occurred in training. The default is the smallest of training.
         actions: npz file with the actions of the video; without it those of the context, in it or in an npz beside it.
         label: class of the video, 0 .. number of classes - 1.
         frames: frames of the result, context included.
@@ -37,8 +37,8 @@ class Sample:
         sink: the first frames, which stay visible beside the window.
         temperature: factor on the noise that the first and the last frame start from, linear in between; 1 is none. Not
             VideoMAR's, which scales noise inside its token diffusion.
-        history_noise: standard deviation of the noise on the first and the last frame as the history of later ones; 0 is
-            none. Not MAGI's, which adds noise in training and tells the network its level.
+        history_noise: standard deviation of the noise on the first and the last frame as the history of later ones; 0
+            is none. Not MAGI's, which adds noise in training and tells the network its level.
         weights: the averaged weights, or those of the last step.
         tokenizer_weights: where the tokenizer's weights lie, if not where they lay when the model was trained.
         trust_pickle: read tokenizer weights that hold pickled objects, which can run any code.

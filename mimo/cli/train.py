@@ -16,11 +16,12 @@ from mimo.errors import InputError, user_input
 class Train(Clips):
     """Train a model; RUN holds checkpoints, log.jsonl, TensorBoard files and previews.
 
-    On several GPUs or machines: torchrun --nproc-per-node 8 -m mimo train ... (see --train.strategy). The batch is that of
-    all of them, and how many there are changes neither the data nor the noise: a run may be resumed on another number.
+    On several GPUs or machines: torchrun --nproc-per-node 8 -m mimo train ... (see --train.strategy). The batch is that
+    of all of them, and how many there are changes neither the data nor the noise: a run may be resumed on another
+    number.
 
-    SIGTERM and Ctrl-C end it with a checkpoint, and exit status 0 and 130: `mimo train --out RUN --resume` continues from
-    there. The run remembers what it was told; what is told anew is changed, and what follows from it is said.
+    SIGTERM and Ctrl-C end it with a checkpoint, and exit status 0 and 130: `mimo train --out RUN --resume` continues
+    from there. The run remembers what it was told; what is told anew is changed, and what follows from it is said.
 
     Every field of the preset can be overridden: --model.* is the network and its objective, --train.* the optimisation,
     --sample.* how previews (and later samples) are drawn.
@@ -154,7 +155,7 @@ class Train(Clips):
             resume=self.resume,
             keep_every=self.keep_every,
             preview=preview,
-            heading=f"{f'{self.preset} ' if self.preset else ''}on {where}, parameters:\n{trainer.model.parameter_report()}",
+            heading=f"{self.preset} on {where}, parameters:\n{trainer.model.parameter_report()}".lstrip(),
         )
 
 

@@ -15,6 +15,8 @@ Weights, their names, gradients and optimiser state stay as they are, so checkpo
 passes over an operand, which torch.compile fuses with what made it. `python benchmarks/fp8_check.py` is the check that says
 whether a network may use it on a machine, and on a GPU what it saves.
 
+It lies with the network, whose blocks are made of `Projection`; training only switches it on.
+
 Letters: R rows, K inputs, N outputs of a projection.
 """
 

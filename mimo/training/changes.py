@@ -67,7 +67,7 @@ def require_same_run(there: Configs, here: Configs, source: Any) -> None:
 
 
 def changes(there: Configs, here: Configs, step: int) -> list[str]:
-    """One line for everything in which a run that goes on at `step` differs from what it was, and what follows from it."""
+    """A line for all in which a run that goes on at `step` differs from what it was, and what follows from it."""
     lines = []
     for part in ("train", "sample"):
         then, now = (_KINDS[part].from_dict(configs[part]) for configs in (there, here))

@@ -1,4 +1,4 @@
-"""Whether clips and a network fit: the network is told what it asks for, and nothing that clips carry is passed over unsaid."""
+"""Whether clips and a network fit: it is told what it asks for, and nothing that clips carry is passed over unsaid."""
 
 from collections.abc import Collection
 
@@ -20,14 +20,14 @@ def check_places(dataset: Clips, config: MiMoConfig, ignore: Collection[str]) ->
     for name, field in PLACES.items():
         if carried[name] and not getattr(config, field) and name not in ignore:
             raise InputError(
-                f"{field}=0, but the clips have {name}: expected --model.{field.replace('_', '-')} with their number, or "
-                f"--ignore-{name}"
+                f"{field}=0, but the clips have {name}: expected --model.{field.replace('_', '-')} with their number, "
+                f"or --ignore-{name}"
             )
 
 
 def check_interval(config: MiMoConfig, training: TrainConfig) -> None:
-    """ValueError unless the clips' intervals are drawn and known where the network is told them. A network that is not told
-    may still train on drawn ones: MAGI's ablation."""
+    """ValueError unless the clips' intervals are drawn and known where the network is told them. A network that is not
+    told may still train on drawn ones: MAGI's ablation."""
     if not config.max_interval:
         return
     if isinstance(training.interval, int):
@@ -40,7 +40,7 @@ def check_interval(config: MiMoConfig, training: TrainConfig) -> None:
 
 
 def check_conditions(batch: dict[str, Tensor], config: MiMoConfig) -> None:
-    """InputError for a batch of the loader that lacks what the network is conditioned on, or holds values out of range."""
+    """InputError for a batch that lacks what the network is conditioned on, or holds values out of range."""
     for condition, field, first in (
         ("label", "num_classes", 0),
         ("actions", "num_actions", 0),

@@ -1,11 +1,12 @@
 """Many processes that train one model: who they are, how they agree, and how they share the model.
 
     ddp     every rank holds the whole model; gradients are averaged while the backward still runs
-    fsdp    every rank holds a part of every parameter, of its average and of its optimizer state (FSDP2, `fully_shard`);
+    fsdp    every rank holds a part of every parameter, of its average and of its optimizer state (FSDP2,
+            `fully_shard`);
             a block is gathered when it runs, and its gradient leaves as a part again
 
-Hosts talk over gloo, GPUs over nccl, in one process group: whatever the hosts agree on, they agree on without waiting for
-a GPU. Everything here also works for a process alone, where it does nothing.
+Hosts talk over gloo, GPUs over nccl, in one process group: whatever the hosts agree on, they agree on without waiting
+for a GPU. Everything here also works for a process alone, where it does nothing.
 """
 
 from __future__ import annotations
@@ -132,10 +133,10 @@ def distribute(
     """`module` on `device`, as all ranks train it together: what its forward is called through from now on.
 
     With "fsdp" no device holds the whole network for training. It holds its shards: 4 bytes per parameter, and as much
-    again for the average, for each of AdamW's moments and for the gradient, all over the number of ranks. Besides them it
-    holds what belongs to no block, and one block whole while that is sharded, two while it trains (the next is gathered
-    ahead). Each process's host memory holds the whole network until it is sharded: every rank draws all weights, as one
-    process alone draws them, and keeps its part.
+    again for the average, for each of AdamW's moments and for the gradient, all over the number of ranks. Besides them
+    it holds what belongs to no block, and one block whole while that is sharded, two while it trains (the next is
+    gathered ahead). Each process's host memory holds the whole network until it is sharded: every rank draws all
+    weights, as one process alone draws them, and keeps its part.
 
     Args:
         module: in the host's memory, the same on every rank. "fsdp" turns its parameters into DTensors, in place.
@@ -148,8 +149,8 @@ def distribute(
         return module.to(device)
     if not dist.is_initialized():
         raise InputError(f"strategy={strategy!r}: expected processes that torchrun has started")
-    # A group of their own, as they outlive `process_group` where an exception holds them: if they were the last to hold the
-    # group that ranks agree in, its threads would end when the interpreter does, and may then wait for each other.
+    # A group of their own, as they outlive `process_group` where an exception holds them: if they were the last to hold
+    # the group that ranks agree in, its threads would end when the interpreter does, and may then wait for each other.
     group = dist.new_group()
     if strategy == "ddp":
         options = {"find_unused_parameters": varies, "gradient_as_bucket_view": not varies}
@@ -189,8 +190,8 @@ def whole(tensor: Tensor) -> Tensor:
 class StopRequest:
     """Turns SIGTERM or SIGINT into `signal`. A second SIGINT acts as usual, and so does every signal if not enabled.
 
-    In a group no second one acts: torchrun repeats to its processes what a terminal or a scheduler has told them already,
-    and has its own limit (--shutdown-timeout) for how long they may take.
+    In a group no second one acts: torchrun repeats to its processes what a terminal or a scheduler has told them
+    already, and has its own limit (--shutdown-timeout) for how long they may take.
     """
 
     def __init__(self, *, enabled: bool, world: World) -> None:

@@ -27,11 +27,11 @@ log = logging.getLogger("mimo.train")
 
 
 class RunLog:
-    """Progress of steps start..steps; `write` one record per interval. With out=None nothing is written to disk, and unless
-    `shown` nothing to the terminal.
+    """Progress of steps start..steps; `write` one record per interval. With out=None nothing is written to disk, and
+    unless `shown` nothing to the terminal.
 
-    RUN/log.jsonl holds one JSON object per line; rows of steps that a resumed run will repeat are removed first. A damaged
-    one is kept beside it, and what can be read of it is in the new one.
+    RUN/log.jsonl holds one JSON object per line; rows of steps that a resumed run will repeat are removed first. A
+    damaged one is kept beside it, and what can be read of it is in the new one.
     """
 
     def __init__(self, out: Path | None, steps: int, *, start: int, device: torch.device, shown: bool = True):
@@ -81,7 +81,8 @@ class RunLog:
         self.say(
             f"step {step}/{self.steps}  diffusion {means['diffusion']:.4f}  mask {means['mask']:.4f}  "
             f"grad norm {means['grad_norm']:.3f}  lr {lr:.2e}  {record['tokens_per_second']:,.0f} tokens/s  "
-            f"data {record['data_wait']:.1%}  {record['memory_gib']:.2f} GiB  ETA {duration(per_step * (self.steps - step))}"
+            f"data {record['data_wait']:.1%}  {record['memory_gib']:.2f} GiB  "
+            f"ETA {duration(per_step * (self.steps - step))}"
             + (f"  skipped {means['skipped']} (gradient not finite)" if means["skipped"] else "")
         )
         if self.file is not None:
@@ -155,19 +156,20 @@ class Sums:
         return bad.float()
 
     def require_finite(self) -> None:
-        """Raises InputError naming the step if more bad steps came in a row than are borne: on every rank, and its words on
-        one of them (see `World.agree`)."""
+        """Raises InputError naming the step if more bad steps came in a row than are borne: on every rank, and its
+        words on one of them (see `World.agree`)."""
         if self.over.item():
             step, diffusion, mask, grad_norm = self.world.mean(self.first_bad).tolist()
             after = f", nor is it finite in the {self.max_skipped} steps after it" if self.max_skipped else ""
             diverged = InputError(
                 f"training diverged at step {step:.0f}: diffusion loss {diffusion:g}, mask loss {mask:g}, gradient "
-                f"norm {grad_norm:g}{after}; nothing after the last checkpoint is kept (a smaller learning rate may help)"
+                f"norm {grad_norm:g}{after}; nothing after the last checkpoint is kept (a smaller learning rate may "
+                "help)"
             )
             self.world.agree(error=diverged)
 
     def take(self) -> tuple[dict[str, float | int], int]:
-        """Means over the ranks and the steps since the last call, how many steps were skipped, and the tokens of all."""
+        """Means over ranks and steps since the last call, how many steps were skipped, and the tokens of all."""
         # A part that a step did not compute is exactly 0: the mean is over the steps that did.
         means = self.world.mean(self.total / self.counted.clamp(min=1)).tolist()
         record = dict(zip(("diffusion", "mask", "grad_norm"), means, strict=True)) | {"skipped": self.skipped.item()}
@@ -177,8 +179,8 @@ class Sums:
 
 
 def only_process_in(run: Path) -> TextIO:
-    """An open file that keeps other processes from training in this folder until it is closed or this process ends, however
-    it ends; InputError if one does."""
+    """An open file that keeps other processes from training in this folder until it is closed or this process ends,
+    however it ends; InputError if one does."""
     file = (run / "lock").open("a+")
     try:  # lockf, not flock: the lock is of this process alone, and workers that outlive it do not have it
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

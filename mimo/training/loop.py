@@ -26,7 +26,8 @@ def train(
 ) -> list[dict[str, float]]:
     """Train to config.steps and return the records of the log, one per interval.
 
-    With a run folder, SIGTERM and SIGINT end training early, with a checkpoint; SIGINT then goes on as KeyboardInterrupt.
+    With a run folder, SIGTERM and SIGINT end training early, with a checkpoint; SIGINT then goes on as
+    KeyboardInterrupt.
 
     Args:
         out: run folder for checkpoints, log.jsonl and TensorBoard; None writes nothing.

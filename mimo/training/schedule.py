@@ -6,7 +6,7 @@ from mimo.config import TrainConfig
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Rate of step 0, 1, ...: linear from lr / warmup to lr over `warmup` steps, then half a cosine to lr_end, or lr."""
+    """Rate of step 0, 1, ...: from lr / warmup to lr over `warmup` steps, then half a cosine to lr_end, or lr."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     if config.lr_schedule == "constant":

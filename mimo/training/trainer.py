@@ -1,8 +1,8 @@
 """One training step and its state: AdamW, accumulation, clipping, EMA, checkpoints.
 
 Whatever is random in step i is drawn from (seed, i), and so is its batch. A run resumed at step i therefore needs no
-stored generator state to continue exactly as if it had never stopped. All ranks and micro batches of step i draw the same
-numbers and use their own part: how a global batch is split changes nothing but the order of sums.
+stored generator state to continue exactly as if it had never stopped. All ranks and micro batches of step i draw the
+same numbers and use their own part: how a global batch is split changes nothing but the order of sums.
 """
 
 import time
@@ -41,7 +41,8 @@ class Trainer:
         device: None picks this process's GPU, or the CPU.
         compile: run the network through torch.compile; not with strategy "fsdp".
         ignore: "labels", "actions": what the clips may have though the network has no place for it.
-        told: what else decides the run, for checkpoints to remember: plain values, by the names of `mimo train`'s options.
+        told: what else decides the run, for checkpoints to remember: plain values, by the names of `mimo train`'s
+            options.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class Trainer:
         )
 
     def fetch(self) -> list[dict[str, Tensor]]:
-        """This rank's micro batches of the step, as the loader gives them; InputError if they do not fit the network."""
+        """This rank's micro batches of the step, from the loader; InputError if they do not fit the network."""
         start = time.monotonic()
         micro_batches = [next(self.stream) for _ in range(self.config.accumulate)]
         self.waited += time.monotonic() - start
@@ -172,15 +173,15 @@ class Trainer:
             self.sums.add(loss.diffusion, loss.mask, config.accumulate, latents.shape[:4].numel() * world.size)
         grad_norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip))
         self.step += 1
-        # A step with found_inf set changes neither weights, moments and their counts nor the average. All of them read it on
-        # the device, so that nobody waits for the norm.
+        # A step with found_inf set changes neither weights, moments and their counts nor the average. All of them read
+        # it on the device, so that nobody waits for the norm.
         self.optimizer.found_inf = self.sums.end_step(self.step, grad_norm).to(grad_norm.device)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update(self.model, self.optimizer.found_inf)
 
     def averaged(self) -> MiMo | None:
-        """A network with the averaged weights, whole, to sample from: all ranks have to call it, the first one gets it."""
+        """A network with the averaged weights, whole, to sample from: all ranks call it, the first one gets it."""
         tensors = {}
         for name, average in self.ema.tensors.items():
             tensor = whole(average)  # what the other ranks gather they let go again, one by one
@@ -209,8 +210,8 @@ class Trainer:
         return checkpoint.save(run, self.step, tensors, state, world=self.world, **keep)
 
     def load(self, folder: Path) -> list[str]:
-        """Continue from a step folder of the same run (see mimo.training.changes), made by however many ranks. Returns a
-        line for everything that is different from here on."""
+        """Continue from a step folder of the same run (see mimo.training.changes), made by however many ranks. Returns
+        a line for everything that is different from here on."""
         state = checkpoint.read_state(folder)
         require_same_run(state["configs"], self.configs, folder)
         shards = {"state": state, "like": dict(self.model.named_parameters()), "world": self.world}

@@ -167,7 +167,8 @@ def test_version_and_empty_command_line(capsys):
         ("train --preset mimo-tiny --data shapes --out y --model.tokenizer vq", "unknown tokenizer 'vq'"),
         (
             "train --preset mimo-tiny --data shapes --out y --model.frames 5",
-            "error: frames=5: expected 8, as the tokenizer 'dct' makes of clips of video_frames=8 frames, 48 x 48 pixels\n",
+            "error: frames=5: expected 8, as the tokenizer 'dct' makes of clips of video_frames=8 frames, 48 x 48 "
+            "pixels\n",
         ),
         ("sample --out y", "--checkpoint"),
         ("demo --steps 0", "--steps 0: expected at least 1"),

@@ -1,4 +1,5 @@
-"""Several processes (gloo, on the CPU) train what one trains: curves, averages, checkpoints, signals, kills, bad input."""
+"""Several processes (gloo, on the CPU) train what one trains: curves, averages, checkpoints, signals, kills,
+bad input."""
 
 import functools
 import json
@@ -418,7 +419,7 @@ def kill(ranks, numbers) -> None:
 
 @pytest.mark.parametrize(("strategy", "in_training", "in_checkpoint"), [("fsdp", [1], [0, 1]), ("ddp", [0, 1], [0])])
 def test_killed_ranks_lose_nothing(tmp_path, strategy, in_training, in_checkpoint):
-    """Ranks killed in the middle of training, then in the middle of a checkpoint; the end is that of an undisturbed run."""
+    """Ranks killed in the middle of training, then in the middle of a checkpoint; the end is an undisturbed run's."""
     options = {"strategy": strategy, "steps": 30, "save_every": 2, "lr": 1e-3}
     quiet, run = tmp_path / "undisturbed", tmp_path / "disturbed"
     undisturbed = start_ranks(2, command(quiet, **options))
@@ -471,8 +472,8 @@ def test_sigterm_to_one_rank_stops_all_with_a_checkpoint(tmp_path):
 
 
 def test_the_slurm_example_stops_in_time_and_is_queued_again(tmp_path):
-    """With torchrun itself, and stand-ins for SLURM's commands: srun runs its command here, scontrol writes down what it
-    is asked."""
+    """With torchrun itself, and stand-ins for SLURM's commands: srun runs its command here, scontrol writes down what
+    it is asked."""
     script = Path(__file__).parents[2] / "examples" / "slurm.sh"
     run, commands = tmp_path / "run", tmp_path / "bin"
     commands.mkdir()

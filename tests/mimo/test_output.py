@@ -18,7 +18,8 @@ TINY = (
 )
 TRAINING = (
     "--train.batch-size 2 --train.warmup 0 --train.precision fp32 --train.workers 0 --train.preview-every 0 "
-    "--train.log-every 1 --train.save-every 2 --sample.steps 2 --sample.context-frames 1 --sample.num-frames 3 --steps 5"
+    "--train.log-every 1 --train.save-every 2 --sample.steps 2 --sample.context-frames 1 --sample.num-frames 3 "
+    "--steps 5"
 )
 LOST = {
     "reader gone": None,

@@ -189,7 +189,7 @@ def test_learning_rate_warms_up_then_follows_a_cosine():
 
 
 def test_the_average_by_hand_and_of_a_short_run():
-    """Update n keeps min(decay, (1 + n) / (10 + n)) of what was there; a skipped step leaves all as it is."""
+    """Update n keeps min(decay, (n + 1) / (n + 18)) of what was there; a skipped step leaves all as it is."""
     model, skips = torch.nn.Linear(1, 1, bias=False), {4, 7}
     average, expected, updates = EMA(model, decay=0.6), None, 0
     for step in range(40):
@@ -197,7 +197,7 @@ def test_the_average_by_hand_and_of_a_short_run():
         torch.nn.init.constant_(model.weight, value)
         average.update(model, torch.tensor(1.0 if step in skips else 0.0))
         if step not in skips:
-            decay = min(0.6, (1 + updates) / (10 + updates)) if updates else 0
+            decay = min(0.6, (updates + 1) / (updates + 18)) if updates else 0
             expected = value if expected is None else decay * expected + (1 - decay) * value
             updates += 1
         assert average.tensors["weight"].item() == pytest.approx(expected, abs=1e-6)
