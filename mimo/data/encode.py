@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import os
 import re
 import shutil
@@ -37,6 +38,8 @@ from mimo.data.writing import atomic_path
 from mimo.errors import InputError
 from mimo.tokenizers.protocols import Tokenizer
 from mimo.tokenizers.weights import checksum
+
+log = logging.getLogger("mimo.encode")
 
 _END = 1 << 16  # bytes of a source file that are looked at, at its start and at its end
 # What a process that was killed leaves: our temporary shard, and safetensors' own.
@@ -90,6 +93,8 @@ def write_shards(
     total = len(dataset) * config.passes
     ranges = [range(first, min(first + config.shard_clips, total)) for first in range(0, total, config.shard_clips)]
     todo = [s for s in range(rank, len(ranges), world_size) if not _is_whole(shard_file(out, s), plan, ranges[s])]
+    for file in filter(Path.exists, (shard_file(out, s) for s in todo)):
+        log.warning("%s: is damaged, and made anew", file)
     if todo:  # what was finished once is not whole any more
         (out / "index.json").unlink(missing_ok=True)
     tokenizer = tokenizer.to(device)
@@ -198,9 +203,11 @@ def _begin(out: Path, plan: dict, dataset) -> None:
     there = [path.name for path in out.iterdir()] if out.exists() else []
     if (out / "plan.json").exists():
         begun = records.read(out / "plan.json", dict[str, Any], error=DataError)
-        for key, value in json.loads(json.dumps(plan)).items():
-            if begun.get(key) != value:
-                raise DataError(f"{out}: was begun with {key} {begun.get(key)!r}, not {value!r}: take another --out")
+        wanted = json.loads(json.dumps(plan))
+        for key in wanted | begun:
+            if begun.get(key) != wanted.get(key) or key not in wanted:
+                there, here = (repr(some.get(key)) for some in (begun, wanted))
+                raise DataError(f"{out}: was begun with {key} {there}, not {here}: take another --out")
         _compare_files(out, dataset)
         return
     # files.json and names with a dot are of another process that is just beginning too, or was killed doing so.
