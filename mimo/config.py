@@ -30,6 +30,11 @@ def _require_finite(record) -> None:
         _require(finite, field.name, value, "finite numbers" if len(numbers) > 1 else "a finite number")
 
 
+def _require_workers(workers: int | None) -> None:
+    whole = workers is None or (type(workers) is int and 0 <= workers < 2**15)
+    _require(whole, "workers", workers, "a number of processes, 0 or more, or None")
+
+
 class _Record:
     """What the three configs share: presets, dictionaries, and the checks that follow from a field's type."""
 
@@ -261,7 +266,9 @@ class TrainConfig(_Record):
             dynamic interval training); --model.max-interval tells the network n, and needs two.
         flip: mirror half of the clips.
         seed: of everything random.
-        workers: processes that decode videos; 0 decodes in the training process.
+        posterior: which latents of a tokenizer that gives a distribution: its "mean", or a "sample" of it, as DFoT trains.
+        workers: processes that decode videos; 0 decodes in the training process. None, the default, takes as many as pay:
+            see mimo.data.loader.default_workers.
         log_every: steps between status lines.
         save_every: steps between checkpoints.
         keep: newest checkpoints kept.
@@ -288,7 +295,8 @@ class TrainConfig(_Record):
     interval: int | tuple[int, int] = 1
     flip: bool = False
     seed: int = 0
-    workers: int = 2
+    posterior: Literal["mean", "sample"] = "mean"
+    workers: int | None = None
     log_every: int = 50
     save_every: int = 5_000
     keep: int = 2
@@ -296,7 +304,7 @@ class TrainConfig(_Record):
 
     _MAY_BE_ZERO = (
         *("lr_end", "warmup", "weight_decay", "ema_decay", "unmasked_steps", "seed"),
-        *("max_skipped", "workers", "preview_every"),
+        *("max_skipped", "preview_every"),
     )
 
     def _check(self) -> None:
@@ -305,6 +313,7 @@ class TrainConfig(_Record):
         sharded = self.strategy == "fsdp" or not self.cpu_offload
         _require(sharded, "cpu_offload", self.cpu_offload, "False unless strategy is 'fsdp'")
         _require(self.ema_decay < 1, "ema_decay", self.ema_decay, "less than 1")
+        _require_workers(self.workers)
         unit = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         _require(unit, "betas", self.betas, "two numbers in [0, 1)")
         bounds = self.interval if isinstance(self.interval, tuple) else (self.interval, self.interval)
@@ -366,7 +375,8 @@ class Encoding:
         batch_size: clips that go through the tokenizer at once.
         dtype: of the stored latents: "fp16", "bf16" or "fp32".
         seed: of the random starts, crops and flips.
-        workers: processes that decode videos.
+        workers: processes that decode videos; None takes as many as pay.
+        posterior: which latents of a tokenizer that gives a distribution: its "mean", or a "sample" of it, as DFoT trains.
     """
 
     passes: int = 1
@@ -374,13 +384,17 @@ class Encoding:
     batch_size: int = 8
     dtype: str = "fp16"
     seed: int = 0
-    workers: int = 2
+    workers: int | None = None
+    posterior: Literal["mean", "sample"] = "mean"
 
     def __post_init__(self) -> None:
         if min(self.passes, self.shard_clips, self.batch_size) < 1 or self.seed < 0:
             raise InputError(f"passes, shard_clips and batch_size must be >= 1 and seed >= 0: {self}")
         if self.dtype not in ("fp16", "bf16", "fp32"):
             raise InputError(f"dtype {self.dtype!r}, expected one of fp16, bf16, fp32")
+        if self.posterior not in ("mean", "sample"):
+            raise InputError(f"posterior {self.posterior!r}, expected 'mean' or 'sample'")
+        user_input(_require_workers, self.workers)
 
 
 @dataclass(frozen=True)
@@ -404,7 +418,7 @@ class TokenizerTraining:
         disc_start: step from which the discriminator takes part and the encoder stands still.
         precision: "bf16" (autocast, fp32 weights) or "fp32".
         seed: of the weights and of the order of the data.
-        workers: processes that decode videos.
+        workers: processes that decode videos; None takes as many as pay.
         log_every: steps between status lines.
         save_every: steps between checkpoints.
     """
@@ -425,7 +439,7 @@ class TokenizerTraining:
     disc_start: int = 100_000
     precision: str = "bf16"
     seed: int = 0
-    workers: int = 2
+    workers: int | None = None
     log_every: int = 100
     save_every: int = 5_000
 
@@ -437,6 +451,7 @@ class TokenizerTraining:
             raise InputError(f"frames, batch_size, steps, width and the intervals must be >= 1: {self}")
         if self.precision not in ("bf16", "fp32"):
             raise InputError(f"precision {self.precision!r}, expected 'bf16' or 'fp32'")
+        _require_workers(self.workers)
 
 
 MiMoConfig._PRESETS, TrainConfig._PRESETS, SampleConfig._PRESETS = presets.NETWORK, presets.TRAINING, presets.SAMPLING

@@ -40,6 +40,7 @@ class Windows:
 
     num_classes = None
     has_labels = False
+    decodes = False
 
     def __init__(self, clips: list[tuple[str, np.ndarray, np.ndarray | None]], num_frames: int):
         self.clips, self.num_frames = clips, num_frames

@@ -47,7 +47,6 @@ UCF101_TRAINING = {"batch_size": 128, "steps": 180_000, "lr": 4e-4, "ema_decay":
 # Table 8, the rest (AdamW, weight decay, clipping, EMA of the B network) is MiMo's Table 10.
 MINECRAFT_TRAINING = {"batch_size": 32, "steps": 100_000, "lr": 1e-4, "lr_schedule": "constant", "ema_decay": 0.999}
 TINY_TRAINING = {"batch_size": 4, "steps": 1000, "lr": 5e-3, "warmup": 30, "ema_decay": 0.99, "precision": "fp32"} | {
-    "workers": 0,
     "log_every": 20,
     "save_every": 100,
     "preview_every": 100,

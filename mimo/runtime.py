@@ -57,14 +57,19 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def to_latents(
-    batch: dict[str, Tensor], tokenizer: nn.Module, config: MiMoConfig, device: torch.device
+    batch: dict[str, Tensor], tokenizer: nn.Module, config: MiMoConfig, device: torch.device, posterior: str = "mean"
 ) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """A batch of the loader -> latents [B, T, H, W, C] and what the network is conditioned on, all on the device."""
+    """A batch of the loader -> latents [B, T, H, W, C] and what the network is conditioned on, all on the device.
+
+    posterior: "mean", or "sample" for latents drawn with the batch's `noise_seed`.
+    """
     if "latents" in batch:
         latents = batch["latents"].to(device, non_blocking=True)
     else:
         with torch.no_grad():
-            latents = tokenizer.encode(to_float(batch["video"].to(device, non_blocking=True)))
+            video = to_float(batch["video"].to(device, non_blocking=True))
+            drawn = posterior == "sample"
+            latents = tokenizer.draw(video, batch["noise_seed"]) if drawn else tokenizer.encode(video)
     labels = batch["label"].to(device) if config.num_classes else None
     actions = batch["actions"].to(device) if config.num_actions else None
     intervals = batch["interval"].to(device) if config.max_interval else None

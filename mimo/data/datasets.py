@@ -63,6 +63,7 @@ class _ClipFiles:
 
     kind: str
     suffixes: tuple[str, ...]
+    decodes = True
 
     def __init__(
         self,
@@ -268,6 +269,7 @@ class ShapesDataset:
     num_actions = None
     has_labels = False
     has_actions = False
+    decodes = False
 
     def __init__(
         self,

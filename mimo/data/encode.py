@@ -15,10 +15,11 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,12 +32,12 @@ from mimo import records
 from mimo.config import Encoding
 from mimo.data.errors import DataError, OutOfRange, UnreadableVideo
 from mimo.data.latents import FORMAT, LatentShards, sha256
-from mimo.data.loader import report
+from mimo.data.loader import default_workers, report
 from mimo.data.protocols import VideoDataset
 from mimo.data.video import to_float
 from mimo.data.writing import atomic_path
 from mimo.errors import InputError
-from mimo.tokenizers.protocols import Tokenizer
+from mimo.tokenizers.protocols import Tokenizer, require_posterior
 from mimo.tokenizers.weights import checksum
 
 log = logging.getLogger("mimo.encode")
@@ -48,22 +49,40 @@ Likeness = tuple[int | None, str]  # of a source file: see `_likeness`
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-class _Walk(Dataset):
-    """Position -> (index, pass, sample or None, what is wrong or None, {file: what of it is used}). Positions run through
-    the clips, pass after pass."""
+class _Drawn(NamedTuple):
+    """Clip `index` of pass `turn`: its sample, or what is wrong with it.
 
-    def __init__(self, dataset, seed: int):
+    Args:
+        noise_seed: of the latents, where they are drawn from a distribution.
+        shortened: {file: what of it is used}, of the damaged videos met so far.
+    """
+
+    index: int
+    turn: int
+    noise_seed: int
+    sample: dict[str, np.ndarray] | None
+    failure: UnreadableVideo | None = None
+    shortened: Mapping[str, str] = {}
+
+
+class _Walk(Dataset):
+    """Map from a position to _Drawn. Positions run through the clips, pass after pass."""
+
+    def __init__(self, dataset: VideoDataset, seed: int):
         self.dataset, self.seed = dataset, seed
 
-    def __getitem__(self, position: int):
+    def __getitem__(self, position: int) -> _Drawn:
         turn, index = divmod(position, len(self.dataset))
-        seed = int(np.random.SeedSequence((self.seed, turn)).generate_state(1, np.uint64)[0])
+        seed, noise_seed = (
+            int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+            for entropy in ((self.seed, turn), (self.seed, turn, index))
+        )
         sample = failure = None
         try:
             sample = self.dataset.sample(index, seed)
         except UnreadableVideo as error:  # handed over: what is raised in a worker reaches the user as a traceback
             failure = error
-        return index, turn, sample, failure, dict(getattr(self.dataset, "shortened", {}))
+        return _Drawn(index, turn, noise_seed >> 1, sample, failure, dict(getattr(self.dataset, "shortened", {})))
 
 
 def write_shards(
@@ -88,6 +107,7 @@ def write_shards(
     Raises: DataError when `out` was begun with other settings or another dataset, or when no clip can be read.
     """
     out = Path(out)
+    require_posterior(tokenizer, tokenizer_name, config.posterior)
     plan = _plan(dataset, tokenizer, config, tokenizer_name)
     _begin(out, plan, dataset)
     total = len(dataset) * config.passes
@@ -100,7 +120,7 @@ def write_shards(
     tokenizer = tokenizer.to(device)
     began, share = time.monotonic(), f" of process {rank}" if world_size > 1 else ""
     with tqdm(total=sum(len(ranges[s]) for s in todo), unit="clip", desc="encode", disable=None) as bar:
-        encoded = _encoded_shards(dataset, tokenizer, config, [ranges[s] for s in todo], device, bar)
+        encoded = _encoded_shards(dataset, tokenizer, config, plan, [ranges[s] for s in todo], device, bar)
         for number, (s, rows) in enumerate(zip(todo, encoded, strict=True), 1):
             _write_shard(shard_file(out, s), rows, plan, ranges[s])
             eta = tqdm.format_interval((time.monotonic() - began) / number * (len(todo) - number))
@@ -138,27 +158,32 @@ def _plan(dataset: VideoDataset, tokenizer: Tokenizer, config: Encoding, tokeniz
         "shard_clips": config.shard_clips,
         "dtype": config.dtype,
         "seed": config.seed,
-    }
+    } | ({} if config.posterior == "mean" else {"posterior": config.posterior})  # shards of before know no such choice
 
 
-def _encoded_shards(dataset, tokenizer, config: Encoding, ranges: list[range], device, bar: tqdm) -> Iterator[list]:
+def _encoded_shards(
+    dataset, tokenizer, config: Encoding, plan: Mapping, ranges: list[range], device, bar: tqdm
+) -> Iterator[list]:
     """The rows of each range of the walk, one range after the other. Clips that cannot be used are named and left out."""
     batches = [
         covered[i : i + config.batch_size] for covered in ranges for i in range(0, len(covered), config.batch_size)
     ]
-    walk, generator = _Walk(dataset, config.seed), torch.Generator()
-    loader = DataLoader(walk, batch_sampler=batches, collate_fn=list, num_workers=config.workers, generator=generator)
+    walk, generator, workers = _Walk(dataset, config.seed), torch.Generator(), config.workers
+    if workers is None:
+        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = default_workers(dataset, gpu=torch.device(device).type == "cuda", processes=sharing)
+    loader = DataLoader(walk, batch_sampler=batches, collate_fn=list, num_workers=workers, generator=generator)
     decoded, reported = iter(loader), set()
     for covered in ranges:
         rows, done = [], 0
         while done < len(covered):
             batch = next(decoded)
             done += len(batch)
-            for *_, failure, shortened in batch:
-                if isinstance(failure, OutOfRange):
-                    raise DataError(str(failure))
-                report(reported, [] if failure is None else [(failure.path, failure.why)], shortened)
-            rows += _encode_batch([entry for entry in batch if entry[2] is not None], tokenizer, device, config.dtype)
+            for clip in batch:
+                if isinstance(clip.failure, OutOfRange):
+                    raise DataError(str(clip.failure))
+                report(reported, [(clip.failure.path, clip.failure.why)] if clip.failure else [], clip.shortened)
+            rows += _encode_batch(batch, tokenizer, device, plan)
             bar.update(len(batch))
         yield rows
 
@@ -190,7 +215,7 @@ def verify(
     if dataset is not None and tokenizer is not None:
         chosen = np.random.default_rng(index.seed).permutation(len(places))[:clips]
         for file, row in (places[i] for i in chosen):
-            _compare_clip(file, row, _Walk(dataset, index.seed), tokenizer, device, index.dtype)
+            _compare_clip(file, row, _Walk(dataset, index.seed), tokenizer, device, asdict(index))
     return len(places)
 
 
@@ -261,18 +286,24 @@ def _describe(likeness: Likeness | None) -> str:
 
 
 @torch.no_grad()
-def _encode_batch(entries: list, tokenizer, device, dtype: str) -> list[dict[str, torch.Tensor]]:
-    """Entries of _Walk -> rows of a shard."""
-    if not entries:
+def _encode_batch(
+    clips: list[_Drawn], tokenizer: Tokenizer, device: torch.device | str, plan: Mapping
+) -> list[dict[str, torch.Tensor]]:
+    """The rows of a shard, of those clips that have a sample."""
+    clips = [clip for clip in clips if clip.sample is not None]
+    if not clips:
         return []
-    video = torch.stack([torch.from_numpy(sample["video"]) for _, _, sample, *_ in entries])
-    latents = tokenizer.encode(to_float(video.to(device))).to(_DTYPES[dtype]).cpu()
+    video = to_float(torch.stack([torch.from_numpy(clip.sample["video"]) for clip in clips]).to(device))
+    if plan.get("posterior") == "sample":
+        latents = tokenizer.draw(video, torch.tensor([clip.noise_seed for clip in clips]))
+    else:
+        latents = tokenizer.encode(video)
     rows = []
-    for z, (index, turn, sample, *_) in zip(latents, entries, strict=True):
+    for z, clip in zip(latents.to(_DTYPES[plan["dtype"]]).cpu(), clips, strict=True):
         if not torch.isfinite(z).all():
-            raise DataError(f"clip {index}, pass {turn}: its latents are not finite in {dtype}")
-        row = {"latents": z, "index": torch.tensor(index), "pass": torch.tensor(turn)}
-        row |= {key: torch.as_tensor(value) for key, value in sample.items() if key != "video"}
+            raise DataError(f"clip {clip.index}, pass {clip.turn}: its latents are not finite in {plan['dtype']}")
+        row = {"latents": z, "index": torch.tensor(clip.index), "pass": torch.tensor(clip.turn)}
+        row |= {key: torch.as_tensor(value) for key, value in clip.sample.items() if key != "video"}
         rows.append(row)
     return rows
 
@@ -338,13 +369,15 @@ def _finish(out: Path, plan: dict, shards: int) -> None:
             left.unlink(missing_ok=True)
 
 
-def _compare_clip(file: Path, row: int, walk: _Walk, tokenizer, device, dtype: str) -> None:
+def _compare_clip(file: Path, row: int, walk: _Walk, tokenizer: Tokenizer, device, plan: Mapping) -> None:
     stored = {key: value[row] for key, value in load_file(file).items()}
     index, turn = int(stored["index"]), int(stored["pass"])
-    *_, sample, failure, _ = walk[turn * len(walk.dataset) + index]
-    if failure is not None:
-        raise DataError(f"{file}: clip {row} came from {failure.path}, which cannot be read any more: {failure.why}")
-    (fresh,) = _encode_batch([(index, turn, sample, None, {})], tokenizer, device, dtype)
+    clip = walk[turn * len(walk.dataset) + index]
+    if clip.failure is not None:
+        raise DataError(
+            f"{file}: clip {row} came from {clip.failure.path}, which cannot be read any more: {clip.failure.why}"
+        )
+    (fresh,) = _encode_batch([clip], tokenizer, device, plan)
     z, again = stored["latents"].float(), fresh["latents"].float()
     error = ((z - again).square().mean() / again.square().mean().clamp_min(1e-12)).sqrt().item()
     if error > 0.02:  # batch size and device change the last bits, another tokenizer or clip changes everything

@@ -123,6 +123,8 @@ class LatentShards:
         allow_outside: shards may be links that lead out of the folder.
     """
 
+    decodes = False
+
     def __init__(
         self,
         path: str | Path,
@@ -231,17 +233,25 @@ class LatentShards:
         return self.__dict__ | {"_open": {}}  # open files stay in their process
 
     def require_made_by(
-        self, name: str, tokenizer, checksum: str, *, interval: int | tuple[int, int], flip: bool
+        self,
+        name: str,
+        tokenizer,
+        checksum: str,
+        *,
+        interval: int | tuple[int, int],
+        flip: bool,
+        posterior: str = "mean",
     ) -> None:
         """Raises DataError unless these are the latents that training would make of its clips itself.
 
         Args:
             name, tokenizer, checksum: the tokenizer of the network, and what `tokenizers.weights.checksum` says of it.
             interval, flip: how training would cut a clip; procedural clips know neither.
+            posterior: "mean" or "sample", which latents training would take.
         """
         here = {"tokenizer": name, "compression": list(tokenizer.compression)}
         here |= {"latent_shape": list(tokenizer.latent_shape(self.num_frames, self.height, self.width))}
-        here |= {"tokenizer_sha256": checksum}
+        here |= {"tokenizer_sha256": checksum, "posterior": posterior}
         there = {key: list(value) if isinstance(value := getattr(self.index, key), tuple) else value for key in here}
         drawn = not isinstance(interval, int)
         cut = {"interval": list(interval) if drawn else [interval, interval], "dynamic": drawn, "flip": flip}

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 
@@ -77,6 +78,7 @@ class _Batches(Dataset):
                 return {
                     **self.dataset.sample(int(index), seed),
                     "index": np.int64(index),
+                    "noise_seed": np.int64(seed >> 1),
                 }
             except OutOfRange as error:
                 raise DataError(str(error)) from None
@@ -95,25 +97,40 @@ class _From:
         return itertools.count(self.start)
 
 
+def default_workers(dataset: Clips, *, gpu: bool, processes: int = 1) -> int:
+    """How many worker processes pay, on this machine, for one of `processes` that share its cores.
+
+    Where samples are decoded from files, a quarter of the cores and at least one (with a GPU, whose process needs little of
+    them, half, at most 8): the core that a worker takes from a CPU's training is worth less there than its decoding. Where
+    they are made or only read, none, but two beside a GPU, so that it does not wait for Python.
+    """
+    cores = len(os.sched_getaffinity(0)) // max(1, processes)
+    if dataset.decodes:
+        return min(8, max(1, cores // 2)) if gpu else max(int(cores > 1), cores // 4)
+    return 2 if gpu else 0
+
+
 def batches(
     dataset: Clips,
     batch_size: int,
     *,
     seed: int,
     start_step: int = 0,
-    num_workers: int = 0,
+    num_workers: int | None = 0,
     rank: int = 0,
     world_size: int = 1,
     pin_memory: bool = False,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Endless batches from number `start_step` on: the samples' arrays stacked, and `index` int64 [B] of the clips.
+    """Endless batches from number `start_step` on: the samples' arrays stacked, `index` int64 [B] of the clips and
+    `noise_seed` int64 [B], of whatever else is drawn for a clip.
 
     Args:
         dataset: any of mimo.data.datasets.
         batch_size: clips per batch of this rank; with accumulation, of one micro batch.
         start_step: number of the first batch. With accumulation a step has `accumulate` batches, so that micro batch m of
             step i is number i * accumulate + m.
-        num_workers: processes that decode ahead; the batches are the same for every number.
+        num_workers: processes that decode ahead; the batches are the same for every number. None: see `default_workers`.
+        pin_memory: for a GPU.
         rank, world_size: this process among those that share the dataset.
 
     A clip that cannot be read is replaced by the next readable one of the epoch, and logged once under "mimo.data" with
@@ -123,6 +140,9 @@ def batches(
         raise ValueError(
             f"batch_size {batch_size} must be >= 1, start_step {start_step} and seed {seed} >= 0, rank {rank} in 0..{world_size - 1}"
         )
+    if num_workers is None:
+        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))  # torchrun says how many are on this machine
+        num_workers = default_workers(dataset, gpu=pin_memory, processes=sharing)
     source = _Batches(dataset, batch_size, seed, rank, world_size)
     loader = DataLoader(
         source,

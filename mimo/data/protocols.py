@@ -22,10 +22,12 @@ class Clips(Protocol):
     Attributes:
         num_classes, num_actions: labels and actions lie below; None where nothing says so.
         has_labels, has_actions: whether samples hold them.
+        decodes: whether samples are decoded from files, which takes a core's time.
     """
 
     num_classes: int | None
     num_actions: int | None
+    decodes: bool
 
     @property
     def has_labels(self) -> bool: ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from torch import nn
 
 from mimo.errors import InputError
@@ -84,18 +85,18 @@ class DCAETokenizer(nn.Module):
         """[B, F, 3, H, W] in [-1, 1] -> latents fp32 [B, F, H/f, W/f, C]."""
         batch, frames, _, height, width = video.shape
         self.latent_shape(frames, height, width)
-        x = video.flatten(0, 1).to(self.model.dtype)
+        x = rearrange(video, "b f c h w -> (b f) c h w").to(self.model.dtype)
         z = torch.cat([self.model.encode(part).latent for part in x.split(self.frames)])
-        return z.movedim(1, -1).unflatten(0, (batch, frames)).float() * self.scale
+        return rearrange(z, "(b f) c h w -> b f h w c", b=batch).float() * self.scale
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents [B, T, H, W, C] -> video fp32 [B, T, 3, H f, W f], about in [-1, 1], not clamped."""
         if latents.shape[-1] != self.channels:
             raise ValueError(f"dcae: latents {list(latents.shape)}: expected {self.channels} channels")
-        z = (latents / self.scale).flatten(0, 1).movedim(-1, 1).to(self.model.dtype)
+        z = rearrange(latents / self.scale, "b f h w c -> (b f) c h w").to(self.model.dtype)
         x = torch.cat([self.model.decode(part).sample for part in z.split(self.frames)])
-        return x.unflatten(0, latents.shape[:2]).float()
+        return rearrange(x, "(b f) c h w -> b f c h w", b=len(latents)).float()
 
     def save(self, folder: str | Path) -> None:
         """Writes diffusers' own layout, config.json and diffusion_pytorch_model.safetensors."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import nn
 
 from mimo.errors import InputError
@@ -83,21 +84,20 @@ class DCTTokenizer(nn.Module):
 
     def encode(self, video: torch.Tensor) -> torch.Tensor:
         """[B, F, 3, H, W] in [-1, 1] -> latents fp32 [B, T, H/h, W/w, C]."""
-        batch, frames, _, height, width = video.shape
-        T, H, W, _ = self.latent_shape(frames, height, width)
+        _, frames, _, height, width = video.shape
+        self.latent_shape(frames, height, width)
         t, h, w = self.compression
         video = torch.cat([video[:, :1].expand(-1, t - 1, -1, -1, -1), video], dim=1).float()
-        patches = video.view(batch, T, t, 3, H, h, W, w).permute(0, 1, 4, 6, 2, 5, 7, 3)
+        patches = rearrange(video, "b (T t) c (H h) (W w) -> b T H W (t h w c)", t=t, h=h, w=w)
         with torch.autocast(video.device.type, enabled=False):  # exactness is the point
-            return patches.reshape(batch, T, H, W, -1) @ self.basis.T * self.scale
+            return patches @ self.basis.T * self.scale
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents [B, T, H, W, C] -> video fp32 [B, F, 3, H h, W w], about in [-1, 1], not clamped."""
-        batch, T, H, W, channels = latents.shape
-        if channels != self.channels:
+        if latents.shape[-1] != self.channels:
             raise ValueError(f"dct: latents {list(latents.shape)}: expected {self.channels} channels")
         t, h, w = self.compression
         with torch.autocast(latents.device.type, enabled=False):
             patches = (latents.float() / self.scale) @ self.basis
-        video = patches.view(batch, T, H, W, t, h, w, 3).permute(0, 1, 4, 7, 2, 5, 3, 6)
-        return video.reshape(batch, T * t, 3, H * h, W * w)[:, t - 1 :]
+        video = rearrange(patches, "b T H W (t h w c) -> b (T t) c (H h) (W w)", t=t, h=h, w=w)
+        return video[:, t - 1 :]

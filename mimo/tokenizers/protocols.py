@@ -6,6 +6,8 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
+from mimo.errors import InputError
+
 
 @runtime_checkable
 class Tokenizer(Protocol):
@@ -34,3 +36,18 @@ class Tokenizer(Protocol):
     def num_frames(self, latent_frames: int) -> int:
         """Video frames that so many latent frames decode to; ValueError when none do."""
         ...
+
+
+@runtime_checkable
+class VariationalTokenizer(Tokenizer, Protocol):
+    """A tokenizer whose encoder gives a distribution: `encode` its means, `draw` values drawn from it."""
+
+    def draw(self, video: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+        """As `encode`; seeds int64 [B] are those of the clips' noise."""
+        ...
+
+
+def require_posterior(tokenizer: Tokenizer, name: str, posterior: str) -> None:
+    """InputError when latents are to be drawn from a distribution that the tokenizer called `name` does not give."""
+    if posterior == "sample" and not isinstance(tokenizer, VariationalTokenizer):
+        raise InputError(f"posterior={posterior!r}: expected 'mean', as the tokenizer {name!r} gives no distribution")

@@ -140,7 +140,14 @@ def train_tokenizer(
     if newest is not None:
         trainer.load(newest)
     checkpoint.delete_unfinished(out)
-    stream = batches(dataset, config.batch_size, seed=config.seed, start_step=trainer.step, num_workers=config.workers)
+    stream = batches(
+        dataset,
+        config.batch_size,
+        seed=config.seed,
+        start_step=trainer.step,
+        num_workers=config.workers,
+        pin_memory=trainer.device.type == "cuda",
+    )
     began, first = time.monotonic(), trainer.step
     while trainer.step < config.steps:
         parts = trainer.train_step(next(stream)["video"])

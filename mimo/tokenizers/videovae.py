@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from safetensors.torch import save_file
 from torch import nn
 
@@ -30,17 +31,18 @@ K600_STD = (5.591, 5.257, 7.033, 6.401, 6.091, 11.233, 5.608, 7.5) + (
 
 @dataclass(frozen=True)
 class VideoVAEConfig:
-    """The fields of a checkpoint's `model_cfg`. The defaults are the released Kinetics-600 model."""
+    """The fields of a checkpoint's `model_cfg`. A field that is missing there has the default of DFoT's class, which is not
+    what the released Kinetics-600 model has: see `kinetics600`."""
 
     hidden_size: int = 128
-    z_channels: int = 16
+    z_channels: int = 4
     hidden_size_mult: tuple[int, ...] = (1, 2, 4, 4)
     attn_resolutions: tuple[int, ...] = ()
     dropout: float = 0.0
-    resolution: int = 128
-    temporal_length: int = 4
+    resolution: int = 256
+    temporal_length: int = 17
     double_z: bool = True
-    embed_dim: int = 16
+    embed_dim: int = 4
     num_res_blocks: int = 2
     q_conv: str = "PaddedConv3D"
     encoder_conv_in: str = "Conv2d"
@@ -58,8 +60,14 @@ class VideoVAEConfig:
     decoder_temporal_upsample: tuple[str, ...] = ("", "", "", "")
     decoder_mid_resnet: str = "ResnetBlock3D"
     use_quant_layer: bool = True
-    is_causal: bool = False
-    first_padding_mode: str = "zero"
+    is_causal: bool = True
+    first_padding_mode: str = "same"
+
+    @classmethod
+    def kinetics600(cls, **changes) -> VideoVAEConfig:
+        """The released Kinetics-600 model, or one that differs from it in some fields."""
+        released = {"z_channels": 16, "embed_dim": 16, "resolution": 128, "temporal_length": 4, "is_causal": False}
+        return cls(**released | {"first_padding_mode": "zero"} | changes)
 
     @classmethod
     def from_dict(cls, values: dict) -> VideoVAEConfig:
@@ -81,6 +89,8 @@ class VideoVAEConfig:
         if self.temporal_length % self.time_factor != (1 if self.is_causal else 0):
             form = f"{self.time_factor} k + 1" if self.is_causal else f"{self.time_factor} k"
             raise InputError(f"videovae: temporal_length {self.temporal_length}, expected {form}")
+        if self.first_padding_mode not in ("zero", "same"):
+            raise InputError(f"videovae: first_padding_mode {self.first_padding_mode!r}, expected 'zero' or 'same'")
 
     @property
     def time_factor(self) -> int:
@@ -101,8 +111,8 @@ class VideoVAEConfig:
 
 def _per_frame(module, x: torch.Tensor) -> torch.Tensor:
     """Applies an image module to every frame of [B, C, T, H, W]."""
-    y = module(x.transpose(1, 2).flatten(0, 1))
-    return y.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+    y = module(rearrange(x, "b c t h w -> (b t) c h w"))
+    return rearrange(y, "(b t) c h w -> b c t h w", b=len(x))
 
 
 class Conv2d(nn.Conv2d):
@@ -398,7 +408,11 @@ class VideoVAETokenizer(nn.Module):
     A non-causal model sees chunks of `temporal_length` frames alone. In front of a clip of k chunks and one frame more,
     temporal_length - 1 frames are added (zeros, mid-grey, or copies of the first frame, as the model was trained), so
     frame 0 is a chunk of its own: 17 frames give 5 latents, and frames 1-4 decide latent 1. A causal model takes a whole
-    clip. Latents are the means of the posterior.
+    clip.
+
+    `encode` gives the means of the posterior, `draw` values drawn from it, as DFoT's training takes them. The statistics of
+    Kinetics-600 are DFoT's and belong to its stored latents, which are draws: the means vary a little less, by the posterior's
+    own variance. Which of them a network was trained on is recorded with it and with encoded clips.
 
     Args:
         model: the network.
@@ -441,17 +455,36 @@ class VideoVAETokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, video: torch.Tensor) -> torch.Tensor:
         """[B, F, 3, H, W] in [-1, 1] -> latents fp32 [B, T, H/s, W/s, C], mean 0 and variance 1 per channel."""
+        mean, _ = self._posterior(video)
+        return (mean - self.mean) / self.std
+
+    @torch.no_grad()
+    def draw(self, video: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+        """As `encode`, but mean + exp(log variance / 2) * noise, the log variance clamped to [-30, 20].
+
+        Args:
+            seeds: int64 [B], each of a clip's noise: it does not depend on the other clips of the batch, nor on the device.
+        """
+        mean, log_variance = self._posterior(video)
+        if not log_variance.shape[-1]:
+            raise InputError("videovae: a model with double_z=False has no posterior to draw from")
+        noises = [torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds.tolist()]
+        deviation = (0.5 * log_variance.clamp(-30.0, 20.0)).exp()
+        return (mean + deviation * torch.stack(noises).to(mean.device) - self.mean) / self.std
+
+    def _posterior(self, video: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log variance of the latents, fp32 [B, T, H/s, W/s, C] each, before they are normalised."""
         batch, frames, _, height, width = video.shape
-        T, *_ = self.latent_shape(frames, height, width)
-        x = video.transpose(1, 2).to(next(self.model.parameters()).dtype)
+        self.latent_shape(frames, height, width)
+        x = rearrange(video, "b f c h w -> b c f h w").to(next(self.model.parameters()).dtype)
         if not self.config.is_causal:
             length = self.config.temporal_length
             first = torch.zeros_like(x[:, :, :1]) if self.config.first_padding_mode == "zero" else x[:, :, :1]
             x = torch.cat([first.expand(-1, -1, length - 1, -1, -1), x], dim=2)
-            x = x.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)  # [B * chunks, 3, length, H, W]
-        z = torch.cat([self.model.moments(part)[:, : self.channels] for part in x.split(self.chunks)])
-        z = z.permute(0, 2, 3, 4, 1).reshape(batch, T, *z.shape[3:], self.channels).float()
-        return (z - self.mean) / self.std
+            x = rearrange(x, "b c (chunks f) h w -> (b chunks) c f h w", f=length)
+        moments = torch.cat([self.model.moments(part) for part in x.split(self.chunks)])
+        moments = rearrange(moments, "(b chunks) c t h w -> b (chunks t) h w c", b=batch).float()
+        return moments[..., : self.channels], moments[..., self.channels :]
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -462,9 +495,9 @@ class VideoVAETokenizer(nn.Module):
         frames = self.num_frames(T)
         z = (latents * self.std + self.mean).to(next(self.model.parameters()).dtype)
         per_chunk = T if self.config.is_causal else self.config.temporal_length // self.compression[0]
-        z = z.view(batch * (T // per_chunk), per_chunk, *z.shape[2:]).permute(0, 4, 1, 2, 3)
-        x = torch.cat([self.model.decode(part) for part in z.split(self.chunks)])  # [B * chunks, 3, length, H, W]
-        x = x.transpose(1, 2).reshape(batch, -1, 3, *x.shape[3:])
+        z = rearrange(z, "b (chunks t) h w c -> (b chunks) c t h w", t=per_chunk)
+        x = torch.cat([self.model.decode(part) for part in z.split(self.chunks)])
+        x = rearrange(x, "(b chunks) c f h w -> b (chunks f) c h w", b=batch)
         return x[:, x.shape[1] - frames :].float()
 
     def save(self, folder: str | Path) -> None:

@@ -48,6 +48,8 @@ MAY_CHANGE: dict[str, str | Callable[[TrainConfig, TrainConfig, int], str]] = {
 }
 _TOLD = {  # and whatever else was told says which clips there are
     **dict.fromkeys(("ignore_labels", "ignore_actions"), "the network never sees them"),
+    "frame_memory": "the batches stay the same",
+    "allow_outside": "the same files, wherever they lie",
     "tokenizer_weights": "the same weights, from there",
     "keep_every": "from the next save on",
     "compile": "the same arithmetic, rounded otherwise",

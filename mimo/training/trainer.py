@@ -22,6 +22,7 @@ from mimo.network.network import MiMo
 from mimo.recipes import build_recipe
 from mimo.recipes.base import Objective, step_generator
 from mimo.runtime import autocast, best_device, config_tokenizer, to_latents
+from mimo.tokenizers.protocols import require_posterior
 from mimo.tokenizers.weights import checksum
 from mimo.training.average import EMA
 from mimo.training.changes import changes, require_same_run
@@ -105,9 +106,10 @@ class Trainer:
         check_interval(model_config, config)
         self.micro_batch = config.batch_size // shares
         self.tokenizer = config_tokenizer(model_config, tokenizer_weights, trust_pickle=trust_pickle)
+        require_posterior(self.tokenizer, model_config.tokenizer, config.posterior)
         sha256 = checksum(self.tokenizer)
         if isinstance(dataset, LatentShards):
-            cut = {"interval": config.interval, "flip": config.flip}
+            cut = {"interval": config.interval, "flip": config.flip, "posterior": config.posterior}
             dataset.require_made_by(model_config.tokenizer, self.tokenizer, sha256, **cut)
         self.configs = {
             "model": model_config.to_dict(),
@@ -165,7 +167,7 @@ class Trainer:
                 "first": (micro * world.size + world.rank) * self.micro_batch,  # as mimo.data.loader deals out clips
                 "total": config.batch_size,
             }
-            latents, conditions = to_latents(batch, self.tokenizer, self.model_config, self.device)
+            latents, conditions = to_latents(batch, self.tokenizer, self.model_config, self.device, config.posterior)
             with reducing(self.shared, last=micro + 1 == config.accumulate):
                 with autocast(self.device, config.precision):
                     loss = self.shared(latents, **conditions, **place)

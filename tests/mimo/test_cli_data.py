@@ -86,7 +86,7 @@ def weights(tmp_path_factory):
     """Folders of tokenizer weights by name: "videovae", "dcae32", "dcae16"."""
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
-    vae = VideoVAEConfig(hidden_size=32, hidden_size_mult=(1, 1, 1, 1), num_res_blocks=1)
+    vae = VideoVAEConfig.kinetics600(hidden_size=32, hidden_size_mult=(1, 1, 1, 1), num_res_blocks=1)
     VideoVAETokenizer(VideoVAE(vae)).save(folder / "videovae")
     for factor in (16, 32):
         small_dcae(factor).save(folder / f"dcae{factor}")
@@ -363,6 +363,8 @@ def test_data_check(tmp_path, videos, refused, capsys):
     assert "--allow-outside" in refused("data", "check", folder / "list.json")
     done("data", "check", folder / "list.json", "--allow-outside")
     assert "--allow-outside" in refused(*train(folder / "list.json", tmp_path / "run"))
+    drawn = refused(*train(videos, tmp_path / "run", "--train.posterior", "sample"))
+    assert "posterior='sample': expected 'mean', as the tokenizer 'dct' gives no distribution" in drawn
     assert "--frame-memory -1" in refused(*train(videos, tmp_path / "run", "--frame-memory", -1))
     done(*train(folder / "list.json", tmp_path / "run", "--allow-outside", "--frame-memory", 1))
     (tmp_path / "bad").mkdir()

@@ -18,6 +18,7 @@ from mimo.data import (
     open_dataset,
     write_video,
 )
+from mimo.data.loader import default_workers
 
 SMALL = {"num_frames": 3, "height": 16, "width": 16}
 
@@ -231,3 +232,23 @@ def test_the_memory_for_frames_is_shared_by_the_workers(tmp_path):
     dataset = Telling(small_videos(tmp_path, 12), num_frames=3, height=96, width=128, frame_memory=4)
     used = torch.cat([batch["used"] for batch in take(40, dataset, 2, seed=0, num_workers=2)])
     assert 2**20 < used.max() <= 2 * 2**20
+
+
+def test_workers_are_taken_where_they_pay(tmp_path, monkeypatch):
+    shapes, files = ShapesDataset(**SMALL), VideoFolder(small_videos(tmp_path, 1), **SMALL)
+    for cores, on_cpu, on_gpu in ((1, 0, 1), (2, 1, 1), (4, 1, 2), (16, 4, 8), (64, 16, 8)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        assert default_workers(files, gpu=False) == on_cpu and default_workers(files, gpu=True) == on_gpu
+        assert default_workers(shapes, gpu=False) == 0 and default_workers(shapes, gpu=True) == 2
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    assert default_workers(files, gpu=True, processes=8) == 1
+    assert equal(take(3, files, 2, seed=0, num_workers=None), take(3, files, 2, seed=0))
+
+
+def test_the_seed_of_a_clips_noise_does_not_depend_on_the_split():
+    whole = take(3, Recorder(), 4, seed=1)
+    halves = [take(3, Recorder(), 2, seed=1, rank=rank, world_size=2) for rank in range(2)]
+    for step in range(3):
+        seeds = torch.cat([halves[rank][step]["noise_seed"] for rank in range(2)])
+        assert torch.equal(whole[step]["noise_seed"], seeds)
+    assert torch.cat([batch["noise_seed"] for batch in whole]).unique().numel() == 12

@@ -9,8 +9,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from mimo.config import MiMoConfig
+from mimo.data import to_float
 from mimo.errors import InputError
-from mimo.tokenizers import build_tokenizer
+from mimo.runtime import to_latents
+from mimo.tokenizers import DCTTokenizer, build_tokenizer
+from mimo.tokenizers.protocols import VariationalTokenizer
 from mimo.tokenizers.videovae import K600_MEAN, K600_STD, VideoVAE, VideoVAEConfig, VideoVAETokenizer
 
 # A quarter of the width at every level, everything else as released.
@@ -98,7 +102,7 @@ def expected_names():
 
 def test_names_and_their_order_are_those_of_the_released_network():
     with torch.device("meta"):
-        released = VideoVAE(VideoVAEConfig())
+        released = VideoVAE(VideoVAEConfig.kinetics600())
     assert [name for name, _ in released.named_parameters()] == expected_names() == list(released.state_dict())
     shapes = {name: tuple(parameter.shape) for name, parameter in released.named_parameters()}
     assert shapes["encoder.conv_in.weight"] == (128, 3, 3, 3)
@@ -296,6 +300,54 @@ def test_causal_model():
     assert latents.shape[1] == 5 and tokenizer.decode(latents).shape == x.shape
     with pytest.raises(ValueError, match="at most 17"):
         tokenizer.latent_shape(21, 16, 16)
+
+
+def test_missing_fields_have_the_defaults_of_the_class():
+    """As DFoT's constructor has them: a causal model that repeats the first frame, which the released one is not."""
+    config = VideoVAEConfig.from_dict({})
+    assert (config.z_channels, config.embed_dim, config.resolution, config.temporal_length) == (4, 4, 256, 17)
+    assert config.is_causal and config.first_padding_mode == "same"
+    released = VideoVAEConfig.kinetics600()
+    assert (released.z_channels, released.embed_dim, released.resolution, released.temporal_length) == (16, 16, 128, 4)
+    assert not released.is_causal and released.first_padding_mode == "zero"
+    without = {key: value for key, value in SMALL.items() if key != "first_padding_mode"}
+    torch.manual_seed(0)
+    tokenizer = VideoVAETokenizer(VideoVAE(VideoVAEConfig.from_dict(without)))
+    bright, same = torch.ones(1, 5, 3, 16, 16), torch.ones(1, 1, 3, 16, 16).expand(-1, 8, -1, -1, -1)
+    chunks = tokenizer.model.moments(same[:, :4].transpose(1, 2))[:, :16]
+    expected = (chunks.permute(0, 2, 3, 4, 1) - tokenizer.mean) / tokenizer.std
+    assert torch.allclose(tokenizer.encode(bright)[:, :1], expected, atol=1e-6), "latent 0 sees copies of frame 0"
+
+
+def test_draws_are_of_the_posterior(tokenizer):
+    """(z - mean) / deviation is the noise of the clip's own seed, whatever the batch."""
+    x, seeds = video(9, batch=3), torch.tensor([7, 8, 7])
+    drawn, means = tokenizer.draw(x, seeds), tokenizer.encode(x)
+    padded = torch.cat([torch.zeros(3, 3, 3, 16, 16), x], dim=1).transpose(1, 2)  # 12 frames
+    with torch.no_grad():
+        moments = [tokenizer.model.moments(padded[:, :, first : first + 4]) for first in (0, 4, 8)]
+    log_variance = torch.cat(moments, dim=2)[:, 16:].permute(0, 2, 3, 4, 1)
+    noise = (drawn - means) * tokenizer.std / (0.5 * log_variance.clamp(-30, 20)).exp()
+    for clip, seed in enumerate(seeds.tolist()):
+        expected = torch.randn(noise.shape[1:], generator=torch.Generator().manual_seed(seed))
+        assert torch.allclose(noise[clip], expected, atol=1e-3)
+    assert torch.allclose(tokenizer.draw(x[1:2], seeds[1:2]), drawn[1:2], atol=1e-5)
+    assert isinstance(tokenizer, VariationalTokenizer) and not isinstance(DCTTokenizer(), VariationalTokenizer)
+    with torch.no_grad():  # an extreme log variance is clamped
+        model = VideoVAE(tokenizer.config)
+        model.quant_conv.conv.weight.zero_(), model.quant_conv.conv.bias.fill_(1000.0)
+    assert VideoVAETokenizer(model).draw(x[:1], seeds[:1]).isfinite().all()
+
+
+def test_training_takes_what_it_is_told_to(tokenizer):
+    config, device = MiMoConfig.from_preset("mimo-b-k600"), torch.device("cpu")
+    clips = (torch.rand(2, 5, 16, 16, 3, generator=torch.Generator().manual_seed(0)) * 255).byte()
+    batch = {"video": clips, "noise_seed": torch.tensor([3, 4])}
+    x = to_float(clips)
+    means, _ = to_latents(batch, tokenizer, config, device)
+    drawn, _ = to_latents(batch, tokenizer, config, device, "sample")
+    assert torch.equal(means, tokenizer.encode(x)) and torch.equal(drawn, tokenizer.draw(x, torch.tensor([3, 4])))
+    assert not torch.equal(means, drawn)
 
 
 def test_tokenizer_is_frozen(tokenizer):
