@@ -1,6 +1,6 @@
 """`mimo sample`: the options; mimo.sampling does the work."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,7 +12,7 @@ from mimo.errors import InputError
 
 @dataclass
 class Sample:
-    """Draw videos from a checkpoint; writes mp4, GIF and a contact sheet.
+    """Draw videos from a checkpoint; writes mp4, GIF and a contact sheet, and on request every pixel.
 
     What is not given is taken from the configuration in the checkpoint.
 
@@ -43,6 +43,9 @@ class Sample:
         tokenizer_weights: where the tokenizer's weights lie, if not where they lay when the model was trained.
         trust_pickle: read tokenizer weights that hold pickled objects, which can run any code.
         fps: frame rate of the results.
+        format: an mp4 and a GIF are always written, to look at. "npz" adds `video` uint8 [F, H, W, 3], which every command
+            reads as a clip, "png" a folder of frames: both at the network's own size with every pixel as it is.
+        overwrite: replace results that are there.
         save_every: latent frames after which the unfinished run is saved in OUT/unfinished.
         resume: continue the run in OUT/unfinished that was interrupted; the other options are to be the same.
         device: where to sample; "auto" takes a GPU if there is one.
@@ -71,13 +74,15 @@ class Sample:
     tokenizer_weights: Path | None = None
     trust_pickle: bool = False
     fps: float = 10.0
+    format: Literal["mp4", "png", "npz"] = "mp4"
+    overwrite: bool = False
     save_every: int | None = None
     resume: bool = False
     device: Device = "auto"
 
     def run(self) -> None:
         from mimo.sampling.loading import load
-        from mimo.sampling.request import sample
+        from mimo.sampling.request import UNFINISHED, Request, sample
 
         require_folder(self.out)
         loaded = load(
@@ -101,11 +106,10 @@ class Sample:
         if chosen.get("class_guidance", 1) != 1 and self.label is None and not loaded.model.config.num_actions:
             raise InputError(f"--class-guidance {self.class_guidance:g}: expected a --class to guide to")
         config = changed(loaded.sample_config, **chosen)
-        names = ("context", "context_frames", "start", "interval", "actions", "label", "frames", "count", "seed", "fps")
-        names += ("save_every", "resume")
+        request = Request(**{field.name: getattr(self, field.name) for field in fields(Request)})
         try:
-            sample(loaded, config, self.out, **{name: getattr(self, name) for name in names})
+            sample(loaded, config, self.out, request)
         except KeyboardInterrupt:
-            if (self.save_every or self.resume) and (saved := self.out / "unfinished").exists():
+            if (self.save_every or self.resume) and (saved := self.out / UNFINISHED).exists():
                 raise KeyboardInterrupt(f": --resume continues the run in {saved}") from None
             raise

@@ -21,6 +21,8 @@ from mimo.data.fitting import ONE_THREAD
 from mimo.data.video import VIDEO_SUFFIXES
 from mimo.errors import InputError
 
+_UNDATED = {"fflags": "+bitexact"}  # of a container: neither the time nor the muxer is noted
+
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
@@ -73,6 +75,9 @@ def write_video(
 ) -> Path:
     """Writes frames uint8 [F, H, W, 3] as yuv420p video; an odd side repeats its last row or column.
 
+    The same frames make the same file, bit for bit, with the same release of PyAV on the same kind of processor: one thread
+    encodes (how many cores there are would decide what is encoded together), and neither the time nor the muxer is noted.
+
     Args:
         min_side: tiny clips are magnified by whole factors until their shorter side has so many pixels.
         quality: constant rate factor of H.264 (0 lossless, 51 worst).
@@ -94,13 +99,15 @@ def write_video(
         if codec is None:
             raise ValueError(f"cannot write {path}: this PyAV has none of the encoders {', '.join(preferred)}")
     rate = Fraction(fps).limit_denominator(1001)
-    with atomic_path(path) as temporary, av.open(f"file:{temporary.absolute()}", "w") as container:
+    with atomic_path(path) as temporary, av.open(f"file:{temporary.absolute()}", "w", options=_UNDATED) as container:
         stream = container.add_stream(codec, rate=rate)
+        stream.codec_context.thread_count = 1
+        stream.options = {"flags": "+bitexact"}
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         if codec == "mpeg4":
             stream.bit_rate = int(frames.shape[1] * frames.shape[2] * rate * 4)
         else:
-            stream.options = {"crf": str(quality)}
+            stream.options |= {"crf": str(quality)}
         # swscale converts RGB with BT.601 coefficients in the limited range: say so, or players guess.
         stream.codec_context.colorspace, stream.codec_context.color_range = 6, 1
         reformatter = VideoReformatter()

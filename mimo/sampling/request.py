@@ -1,129 +1,129 @@
 """The request of `mimo sample`: what is asked, checked against the network, its context, its actions and this machine."""
 
-from dataclasses import replace
+import hashlib
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mimo.config import SampleConfig
-from mimo.data import contact_sheet, write_gif, write_video
+from mimo.config import MiMoConfig, SampleConfig
+from mimo.data.errors import UnreadableVideo
 from mimo.data.fitting import clip_span
+from mimo.data.local import local_file
 from mimo.data.npz import load_actions
 from mimo.data.video import open_clip
 from mimo.data.writing import check_fps
 from mimo.errors import InputError, user_input
 from mimo.folders import NotOurs
+from mimo.runtime import autocast, memory_of
 from mimo.sampling.loading import Loaded, round_weights
 from mimo.sampling.sampler import Sampler
 from mimo.sampling.saving import Saving, delete_folder
-from mimo.sampling.videos import MIN_SIDE, generate
+from mimo.sampling.videos import Format, generate, require_replaceable, video_paths, write_videos
+from mimo.tokenizers.protocols import Tokenizer
+
+UNFINISHED = "unfinished"  # the folder in OUT where a run saves itself
 
 
-def sample(
-    loaded: Loaded,
-    config: SampleConfig,
-    out: Path,
-    *,
-    context: Path | None = None,
-    context_frames: int | None = None,
-    start: int = 0,
-    interval: int | None = None,
-    label: int | None = None,
-    actions: Path | None = None,
-    frames: int | None = None,
-    count: int = 1,
-    seed: int = 0,
-    fps: float = 10.0,
-    save_every: int | None = None,
-    resume: bool = False,
-) -> list[Path]:
-    """`mimo sample`: draw `count` videos, write mp4, GIF and one contact sheet, print and return their paths.
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What `mimo sample` is asked for, beside the checkpoint and how its network is sampled.
 
-    context_frames and frames count video frames; None takes what the checkpoint's configuration says. interval: see
-    `_interval`. actions: an npz file; None takes those of the context, in it or in an npz of the same name beside it.
-    save_every: latent frames after which the unfinished run is saved in OUT/unfinished; resume: continue that run.
+    Args:
+        context: a clip to continue. context_frames, frames: of the clip and of the result, in video frames; None takes what
+            the checkpoint's configuration says. start, interval: which frames of the clip, see `_interval`.
+        label: the class. actions: an npz file; None takes those of the context, in it or in an npz of its name beside it.
+        count, seed: how many videos, of which noise.
+        fps, format: of the files, see `write_videos`. overwrite: files that are there may be replaced.
+        save_every: latent frames after which the unfinished run is saved. resume: continue that run.
     """
-    c = loaded.model.config
-    _require(count >= 1, f"--count {count}: expected at least 1")
-    _require(label is None or c.num_classes, f"--class {label}: this model has no classes")
-    _require(label is None or 0 <= label < c.num_classes, f"--class {label}: expected 0..{c.num_classes - 1}")
-    _require(context is not None or context_frames is None, f"--context-frames {context_frames}: expected a --context")
-    _require(0 <= seed < 2**63, f"--seed {seed}: expected 0 to 2**63 - 1")
-    _require(start >= 0, f"--start {start}: expected 0 or more")
-    _require(actions is None or c.num_actions, f"--actions {actions}: this model has no actions")
-    _require(save_every is None or save_every >= 1, f"--save-every {save_every}: expected at least 1")
+
+    context: Path | None = None
+    context_frames: int | None = None
+    start: int = 0
+    interval: int | None = None
+    label: int | None = None
+    actions: Path | None = None
+    frames: int | None = None
+    count: int = 1
+    seed: int = 0
+    fps: float = 10.0
+    format: Format = "mp4"
+    overwrite: bool = False
+    save_every: int | None = None
+    resume: bool = False
+
+
+class Lengths(NamedTuple):
+    """Latent frames of the context and of the whole result, and the video frames that they decode to."""
+
+    context: int
+    total: int
+    context_shown: int
+    total_shown: int
+
+
+def sample(loaded: Loaded, config: SampleConfig, out: Path, request: Request) -> list[Path]:
+    """Draw the videos, write them and one contact sheet, print and return the paths."""
+    c, tokenizer = loaded.model.config, loaded.tokenizer
+    _check(c, config, request)
+    unfinished = out / UNFINISHED
     _require(
-        config.history_guidance == 1 or c.history_dropout > 0,
-        f"--history-guidance {config.history_guidance:g}: this model was trained with --model.history-dropout 0 and has not "
-        "learned to do without history",
+        not request.resume or unfinished.exists(), f"--resume: {out} holds no run to continue (no {UNFINISHED} folder)"
     )
-    _require(not config.sink or config.window, f"--sink {config.sink}: expected a --window beside it")
-    unfinished = out / "unfinished"
-    _require(
-        not resume or unfinished.exists(), f"--resume: {out} holds no run to continue (no {unfinished.name} folder)"
-    )
-    user_input(check_fps, fps)
-    interval = _interval(loaded, interval)
-    tokenizer = loaded.tokenizer
-    height, width = c.video_shape[1:]
-    total = config.num_frames if frames is None else _latents("--frames", frames, tokenizer)
-    clip, given, shown = None, 0, 0
-    if context is not None:
-        given = (
-            config.context_frames if context_frames is None else _latents("--context-frames", context_frames, tokenizer)
-        )
-        _require(
-            given > 0, "--context: this model is sampled from nothing by default: say how many --context-frames to use"
-        )
-        length, shown = tokenizer.num_frames(total), tokenizer.num_frames(given)
-        _require(given < total, f"--frames {length}: the context is part of them, expected more than its {shown}")
-        clip = read_context(context, shown, start, interval, (height, width))
-        clip = clip.expand(count, -1, -1, -1, -1)
-    told = None  # the actions
-    if c.num_actions and (context or actions):
-        told = read_actions(context, actions, total, start, interval, c.num_actions).expand(count, -1)
-    config = user_input(replace, config, context_frames=given, num_frames=total)
-    labels = None if label is None else torch.full((count,), label)
-    saving = None
-    if resume or save_every is not None:
-        request = {"context": context, "actions": actions, "start": start, "interval": interval, "class": label}
-        request |= {"context_frames": given, "frames": total, "count": count, "seed": seed}
-        request = {name: str(value) if isinstance(value, Path) else value for name, value in request.items()}
-        saving = Saving(unfinished, save_every or Saving.every, request)
+    lengths, interval = _lengths(config, request, tokenizer), _interval(loaded, request.interval)
+    config = user_input(replace, config, context_frames=lengths.context, num_frames=lengths.total)
+    sampler = user_input(Sampler, loaded.model, config)
     # bf16 saves time on a GPU; a CPU computes in fp32, whatever the training did.
     precision = loaded.train_config.precision if next(loaded.model.parameters()).device.type == "cuda" else "fp32"
+    _require_memory(sampler, request, lengths, precision)
+    _require_free(video_paths(out, request.count, request.format), request)
+    clip = actions = None
+    if request.context is not None:
+        size = c.video_shape[1:]
+        clip = read_context(request.context, lengths.context_shown, request.start, interval, size)
+    if c.num_actions and (request.context or request.actions):
+        asked = request.context, request.actions, lengths.total, request.start, interval, c.num_actions
+        actions = read_actions(*asked)
+    saving = None
+    if request.resume or request.save_every is not None:
+        saving = Saving(
+            unfinished, request.save_every or Saving.every, _recorded(request, lengths, interval, clip, actions)
+        )
     if precision != "fp32":
         round_weights(loaded.model)
     videos = generate(
-        user_input(Sampler, loaded.model, config),
+        sampler,
         tokenizer=tokenizer,
-        context=clip,
-        labels=labels,
-        actions=told,
-        intervals=torch.full((count,), interval) if c.max_interval else None,
-        count=count,
-        seed=seed,
+        context=None if clip is None else clip.expand(request.count, -1, -1, -1, -1),
+        labels=None if request.label is None else torch.full((request.count,), request.label),
+        actions=None if actions is None else actions.expand(request.count, -1),
+        intervals=torch.full((request.count,), interval) if c.max_interval else None,
+        count=request.count,
+        seed=request.seed,
         precision=precision,
         progress=True,
         saving=saving,
-        resume=resume,
-    ).numpy()
-    paths = []
-    for number, video in enumerate(videos):
-        stem = out / ("sample" if count == 1 else f"sample_{number}")
-        paths += [
-            write_video(stem.with_suffix(".mp4"), video, fps, min_side=MIN_SIDE),
-            write_gif(stem.with_suffix(".gif"), video, fps, min_side=MIN_SIDE),
-        ]
-    rows = {f"sample {number}, seed {seed}": video for number, video in enumerate(videos)}
-    paths.append(contact_sheet(out / "contact_sheet.png", rows, shown))
+        resume=request.resume,
+    )
+    paths = write_videos(
+        out,
+        videos.numpy(),
+        [f"sample {number}, seed {request.seed}" for number in range(request.count)],
+        kind=request.format,
+        fps=request.fps,
+        context=lengths.context_shown,
+        actions=None if actions is None else actions.expand(request.count, -1).numpy(),
+    )
     if saving is not None:
         try:
             delete_folder(saving.folder)
-        except NotOurs as stranger:  # the videos are there all the same
-            print(stranger)
+        except NotOurs as kept:  # the videos are written all the same
+            print(kept)
     for path in paths:
         print(path)
     return paths
@@ -134,8 +134,7 @@ def read_context(path: Path, num_frames: int, start: int, interval: int, size: t
 
     Raises InputError when the clip cannot be read or is shorter than asked.
     """
-    _require(path.exists(), f"--context {path}: no such file")
-    _require(path.is_file(), f"--context {path}: is a folder, expected a video or an npz trajectory")
+    _require_file("--context", path, "a video or an npz trajectory")
     with open_clip(path) as reader:
         span = clip_span(num_frames, interval)
         there = max(0, reader.num_frames - start)
@@ -157,26 +156,66 @@ def read_actions(
     Raises InputError when there are none, too few, or others than 0..num_actions - 1.
     """
     known, where = None, f"--actions {file}" if file is not None else f"--context {context}"
-    if file is None:
+    if file is not None:
+        _require_file("--actions", file, "an npz with 'actions'")
+    else:
         with open_clip(context) as reader:
             known = reader.actions
         file = context.with_suffix(".npz")
-    if known is None:
         _require(
-            file.is_file(),
+            known is not None or file.is_file(),
             f"{where}: this model needs actions, and {file} does not exist: name their npz with --actions",
         )
+    if known is None:
         known = load_actions(file)
     wanted = known[start : start + clip_span(num_frames, interval) : interval]
     _require(
         len(wanted) == num_frames,
-        f"{where}: {num_frames} actions from frame {start} on, {interval} apart, are asked for, {file.name} holds {len(known)}",
+        f"{where}: {num_frames} actions from frame {start} on, {interval} apart, are asked for, {file.name} holds "
+        f"{len(known)}",
     )
     low, high = wanted.min(), wanted.max()
     _require(
         0 <= low and high < num_actions, f"{where}: actions reach from {low} to {high}, expected 0..{num_actions - 1}"
     )
     return torch.from_numpy(wanted.astype(np.int64))[None]
+
+
+def _check(c: MiMoConfig, config: SampleConfig, request: Request) -> None:
+    """What can be wrong with the words alone."""
+    r = request
+    _require(r.count >= 1, f"--count {r.count}: expected at least 1")
+    _require(r.label is None or c.num_classes, f"--class {r.label}: this model has no classes")
+    _require(r.label is None or 0 <= r.label < c.num_classes, f"--class {r.label}: expected 0..{c.num_classes - 1}")
+    _require(
+        r.context is not None or r.context_frames is None, f"--context-frames {r.context_frames}: expected a --context"
+    )
+    _require(0 <= r.seed < 2**63, f"--seed {r.seed}: expected 0 to 2**63 - 1")
+    _require(r.start >= 0, f"--start {r.start}: expected 0 or more")
+    _require(r.actions is None or c.num_actions, f"--actions {r.actions}: this model has no actions")
+    _require(r.save_every is None or r.save_every >= 1, f"--save-every {r.save_every}: expected at least 1")
+    _require(
+        config.history_guidance == 1 or c.history_dropout > 0,
+        f"--history-guidance {config.history_guidance:g}: this model was trained with --model.history-dropout 0 and has "
+        "not learned to do without history",
+    )
+    _require(not config.sink or config.window, f"--sink {config.sink}: expected a --window beside it")
+    user_input(check_fps, r.fps)
+
+
+def _lengths(config: SampleConfig, request: Request, tokenizer: Tokenizer) -> Lengths:
+    total = config.num_frames if request.frames is None else _latents("--frames", request.frames, tokenizer)
+    total_shown, given, shown = tokenizer.num_frames(total), 0, 0
+    if request.context is not None:
+        given, asked = config.context_frames, request.context_frames
+        if asked is not None:
+            given = _latents("--context-frames", asked, tokenizer)
+        _require(
+            given > 0, "--context: this model is sampled from nothing by default: say how many --context-frames to use"
+        )
+        shown = tokenizer.num_frames(given)
+        _require(given < total, f"--frames {total_shown}: the context is part of them, expected more than its {shown}")
+    return Lengths(given, total, shown, total_shown)
 
 
 def _interval(loaded: Loaded, asked: int | None) -> int:
@@ -191,16 +230,111 @@ def _interval(loaded: Loaded, asked: int | None) -> int:
     return asked
 
 
-def _latents(option: str, frames: int, tokenizer) -> int:
+def _latents(option: str, frames: int, tokenizer: Tokenizer) -> int:
     """Latent frames that cover so many video frames exactly."""
     _require(frames >= 1, f"{option} {frames}: expected at least 1")
-    latents = 1
-    while tokenizer.num_frames(latents) < frames:
-        latents += 1
-    covered = tokenizer.num_frames(latents)
-    nearest = f"{tokenizer.num_frames(latents - 1)} or {covered}" if latents > 1 else str(covered)
-    _require(covered == frames, f"{option} {frames}: this model's latents cover {nearest} frames")
-    return latents
+    # Latent frames come in chunks, of one where each stands for itself, and every chunk but the first covers as many frames.
+    chunk = next(n for n in range(1, 1025) if _covered(n, tokenizer))
+    first, second = (_covered(n * chunk, tokenizer) for n in (1, 2))
+    before = max(0, frames - first) // (second - first)
+    low, high = (_covered((before + n) * chunk, tokenizer) for n in (1, 2))
+    if frames != low:
+        nearest = f"{low} or {high}" if frames > low else f"{low}"
+        raise InputError(f"{option} {frames}: this model's latents cover {nearest} frames")
+    return (before + 1) * chunk
+
+
+def _covered(latents: int, tokenizer: Tokenizer) -> int:
+    """Video frames that so many latent frames decode to, 0 if they do not."""
+    try:
+        return tokenizer.num_frames(latents)
+    except ValueError:
+        return 0
+
+
+def _require_memory(sampler: Sampler, request: Request, lengths: Lengths, precision: str) -> None:
+    """Refuse what this machine cannot hold, before anything is made: the cache, and the video as it comes out of the
+    tokenizer. That is what is needed at least."""
+    c, device = sampler.model.config, next(sampler.model.parameters()).device
+    told = {"labels": request.label is not None}
+    told |= {"actions": bool(c.num_actions and (request.context or request.actions))}
+    with autocast(device, precision):
+        cache = sampler.cache_bytes(request.count, lengths.context, lengths.total, **told)
+    pixels = request.count * lengths.total_shown * c.video_shape[1] * c.video_shape[2] * 3
+    latents = request.count * lengths.total * c.tokens * c.channels
+    needed = {
+        "the cache": cache,
+        "latents": 8 * latents,
+        "the video": 4 * pixels,
+        "the steps": 24 * sampler.config.steps,
+    }
+    if device.type == "cpu":
+        needed["the video"] += pixels
+    elif (there := memory_of(torch.device("cpu"))) < pixels:
+        raise InputError(
+            f"{_asked(request, lengths, sampler)} needs {_size(pixels)} for the video, the host has {_size(there)}"
+        )
+    total, there = sum(needed.values()), memory_of(device)
+    if total > there:
+        largest = max(needed, key=needed.get)
+        where = "this machine" if device.type == "cpu" else f"{device}"
+        raise InputError(
+            f"{_asked(request, lengths, sampler)} needs at least {_size(total)} of memory, {_size(needed[largest])} of it "
+            f"for {largest}; {where} has {_size(there)}"
+        )
+
+
+def _asked(request: Request, lengths: Lengths, sampler: Sampler) -> str:
+    return f"--frames {lengths.total_shown} --count {request.count} --steps {sampler.config.steps}"
+
+
+def _size(count: int) -> str:
+    """Bytes in words."""
+    size, units = float(count), ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"]
+    while size >= 1024 and len(units) > 1:
+        size /= 1024
+        units.pop(0)
+    return f"{size:,.4g} {units[0]}" if size < 1e6 else f"{size:.1e} {units[0]}"
+
+
+def _require_free(paths: list[Path], request: Request) -> None:
+    there = [path for path in paths if os.path.lexists(path)]
+    if there and not request.overwrite:
+        more = f" and {len(there) - 1} more" if len(there) > 1 else ""
+        raise InputError(f"{there[0]}{more}: exists already: expected another --out, or --overwrite")
+    for path in there:
+        require_replaceable(path)
+
+
+def _recorded(
+    request: Request, lengths: Lengths, interval: int, clip: Tensor | None, actions: Tensor | None
+) -> dict[str, str | int | None]:
+    """What a continued run has to be asked for alike, and what it has to find in the files it was given."""
+    paths = {"context": request.context, "actions": request.actions}
+    read = {"context": clip, "actions": actions}
+    return {
+        **{name: None if path is None else str(path) for name, path in paths.items()},
+        **{f"{name}_sha256": None if x is None else _sha256(x) for name, x in read.items()},
+        "start": request.start,
+        "interval": interval,
+        "class": request.label,
+        "context_frames": lengths.context,
+        "frames": lengths.total,
+        "count": request.count,
+        "seed": request.seed,
+    }
+
+
+def _sha256(x: Tensor) -> str:
+    return hashlib.sha256(x.contiguous().numpy().tobytes()).hexdigest()
+
+
+def _require_file(option: str, path: Path, expected: str) -> None:
+    try:
+        local_file(path)
+    except UnreadableVideo as error:
+        why = error.why[:1].lower() + error.why[1:]
+        raise InputError(f"{option} {path}: {why}, expected {expected}") from None
 
 
 def _require(condition: object, message: str) -> None:

@@ -36,7 +36,7 @@ from mimo.sampling.guidance import Conditions, RunKey, guidance_branches
 from mimo.sampling.history import CachedHistory, CachePolicy, History, RecomputedHistory
 from mimo.sampling.saving import Progress, Saver, Saving, begin_folder, load_frames, load_run
 from mimo.tokenizers.weights import checksum
-from mimo_kernels import guided_step
+from mimo_kernels import FrameCache, guided_step
 
 MODULATION_BYTES = 2**28  # memory for what the norms are told in all steps of a frame
 SCHEDULES = {"ddim": VPredictionSchedule, "euler": FlowSchedule}
@@ -363,17 +363,27 @@ class Sampler:
         network = self.model.config.to_dict()
         return {"network": network, "weights": checksum(self.model), "sampling": sampling, "request": request}
 
-    def _run(self, clips, trajectories, context_frames, num_frames, labels: bool, actions: bool) -> Run:
-        """The latest run, if it was of the same size, or a new one."""
-        c = self.model.config
-        if self.model.rope is not None:
-            self.model.rope.tables_on(self._device, max(num_frames, c.height, c.width))
+    def cache_bytes(self, count: int, context_frames: int, num_frames: int, *, labels: bool, actions: bool) -> int:
+        """What the cache of `stream` takes for so many clips: all of it before the run, however far the run comes."""
+        c, key = self.model.config, self._key(count, 1, context_frames, num_frames, labels, actions)
+        pages = self.policy.pages_of_run(key, c.tokens, self.page_size)
+        return FrameCache.bytes(
+            c.depth, c.heads, c.head_dim, num_pages=pages, page_size=self.page_size, dtype=key.dtype
+        )
+
+    def _key(self, clips, trajectories, context_frames, num_frames, labels: bool, actions: bool) -> RunKey:
         given = {name for name, there in (("labels", labels), ("actions", actions)) if there}
         # Without a condition its null branch would be the same rows twice.
         class_guidance = self.config.class_guidance if given else 1.0
         own_history = not given.isdisjoint(self.model.history_conditions)
         branches = guidance_branches(self.config.history_guidance, class_guidance, own_history=own_history)
-        key = RunKey(clips, trajectories, context_frames, num_frames, labels, actions, self._dtype, tuple(branches))
+        return RunKey(clips, trajectories, context_frames, num_frames, labels, actions, self._dtype, tuple(branches))
+
+    def _run(self, *asked: int | bool) -> Run:
+        """The latest run, if it was of the same size, or a new one. asked: as `RunKey.asked`."""
+        c, key = self.model.config, self._key(*asked)
+        if self.model.rope is not None:
+            self.model.rope.tables_on(self._device, max(key.num_frames, c.height, c.width))
         run = self._idle.pop(key, None)
         self._idle.clear()  # before memory is taken for another one
         return run or self._new_run(key)

@@ -1,17 +1,28 @@
 """From tokens to videos: the frames that a sampler makes, decoded, and the files they are written to."""
 
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mimo.data import to_float, to_uint8
+from mimo import folders
+from mimo.data import atomic_path, contact_sheet, to_float, to_uint8, write_gif, write_video
+from mimo.errors import InputError
 from mimo.runtime import autocast, config_tokenizer
-from mimo.sampling.sampler import Sampler
+from mimo.sampling.sampler import Sampler, Stream
 from mimo.sampling.saving import Saving
 
 MIN_SIDE = 128  # small videos are written magnified until their shorter side has this many pixels
+Format = Literal["mp4", "png", "npz"]
+_PICTURES = ("frame_*.png",)  # all that lies in a folder of frames; see mimo.folders
+_SECONDS = 10.0  # between two lines about the progress, where there is no terminal
 
 
 @torch.no_grad()
@@ -42,6 +53,7 @@ def generate(
         count: B where there is no context.
         seed: of the noise: the same seed, on the same device, gives the same videos.
         precision: see `autocast`; a network trained in fp8 is sampled in bf16.
+        progress: say on stderr how far it is and how long the rest will take.
         saving: where the run saves itself; with `resume`, where the run lies that is continued.
     """
     model, config = sampler.model, sampler.config
@@ -65,10 +77,7 @@ def generate(
             batch = None if latents is not None else count
             options = {"batch": batch, "generator": generator, "saving": saving}
             frames = sampler.stream(latents, config.num_frames, **options, **conditions)
-        # The bar counts frames; tqdm's disable=None shows it on a terminal only.
-        new = config.num_frames - (0 if latents is None else latents.shape[1])
-        bar = {"total": new, "initial": frames.progress.done, "unit": "frame", "desc": "sampling", "leave": False}
-        made = list(tqdm(frames, **bar, disable=None if progress else True))
+        made = list(_shown(frames) if progress else frames)
     if resume:
         made = [frame.to(device) for frame in frames.saved()]
     latents = torch.cat([*([] if latents is None else [latents]), torch.stack(made, dim=1)], dim=1)
@@ -77,3 +86,99 @@ def generate(
     if context is not None and not context.is_floating_point():
         video[:, : context.shape[1]] = context  # not what the tokenizer made of it
     return video
+
+
+def _shown(frames: Stream) -> Iterator[Tensor]:
+    """The frames; how many are done and how long the rest will take is said on stderr: as a bar on a terminal, elsewhere in
+    a line every few seconds."""
+    now, begun, said = frames.progress, time.monotonic(), float("-inf")
+    before = now.done  # an interruption
+    with tqdm(total=now.total, initial=before, unit="frame", desc="sampling", leave=False, disable=None) as bar:
+        for frame in frames:
+            yield frame
+            if frame.is_cuda and len(frames.latencies) > 1:
+                frames.latencies[-2]()  # waits for the frame before: the host is never more than a frame ahead
+            bar.update()
+            passed, last = time.monotonic() - begun, now.done == now.total
+            if bar.disable and (last or time.monotonic() - said >= _SECONDS):
+                said = time.monotonic()
+                left = tqdm.format_interval(passed / (now.done - before) * (now.total - now.done))
+                spent = tqdm.format_interval(passed)
+                rest = "" if last else f", about {left} left"
+                print(f"sampling: frame {now.done} of {now.total}, {spent} spent{rest}", file=sys.stderr)
+
+
+def video_paths(out: Path, count: int, kind: Format) -> list[Path]:
+    """Every file and folder that `write_videos` makes."""
+    return [*(path for stem in _stems(out, count) for path in _paths(stem, kind).values()), out / "contact_sheet.png"]
+
+
+def require_replaceable(path: Path) -> None:
+    """NotOurs for a folder in the place of our pictures that holds anything else."""
+    if path.is_dir():
+        if not folders.is_ours(path):
+            raise folders.NotOurs(path, path, "was not written by mimo")
+        for _ in folders.ours(path, _PICTURES):
+            pass
+
+
+def _stems(out: Path, count: int) -> list[Path]:
+    return [out / "sample"] if count == 1 else [out / f"sample_{number}" for number in range(count)]
+
+
+def _paths(stem: Path, kind: Format) -> dict[str, Path]:
+    """What is written of one video."""
+    looked_at = {"mp4": stem.with_suffix(".mp4"), "gif": stem.with_suffix(".gif")}
+    return looked_at | {"mp4": {}, "png": {"png": stem}, "npz": {"npz": stem.with_suffix(".npz")}}[kind]
+
+
+def write_videos(
+    out: Path,
+    videos: np.ndarray,
+    labels: list[str],
+    *,
+    kind: Format,
+    fps: float,
+    context: int,
+    actions: np.ndarray | None = None,
+) -> list[Path]:
+    """Write `video_paths`: of every video an mp4 and a GIF to look at, and what keeps every pixel, if `kind` asks for it.
+
+    Args:
+        videos: uint8 [B, F, H, W, 3].
+        labels: of the rows of the contact sheet.
+        kind: "npz" writes `video` uint8 [F, H, W, 3], which every command of mimo reads as a clip, with `actions`; "png" a
+            folder of frames at their own size; "mp4" neither.
+        context: frames of each video that were given.
+        actions: int64 [B, F].
+    """
+    for number, (stem, video) in enumerate(zip(_stems(out, len(videos)), videos, strict=True)):
+        paths = _paths(stem, kind)
+        write_video(paths["mp4"], video, fps, min_side=MIN_SIDE)
+        write_gif(paths["gif"], video, fps, min_side=MIN_SIDE)
+        if kind == "npz":
+            _write_npz(paths["npz"], video, None if actions is None else actions[number])
+        if kind == "png":
+            _write_frames(paths["png"], video)
+    contact_sheet(out / "contact_sheet.png", dict(zip(labels, videos, strict=True)), context)
+    return video_paths(out, len(videos), kind)
+
+
+def _write_npz(path: Path, video: np.ndarray, actions: np.ndarray | None) -> None:
+    with atomic_path(path) as temporary:
+        np.savez(temporary, video=video, **({} if actions is None else {"actions": actions}))
+
+
+def _write_frames(folder: Path, video: np.ndarray) -> None:
+    """A folder of pictures, whole or not at all; takes the place of one that we wrote."""
+    temporary = folder.with_name(f".{folder.name}.unfinished")
+    folders.remove(temporary, _PICTURES)
+    folders.claim(temporary)
+    try:
+        for number, frame in enumerate(video):
+            Image.fromarray(frame).save(temporary / f"frame_{number:06d}.png", format="PNG")
+        folders.remove(folder, _PICTURES)
+        temporary.rename(folder)
+    except OSError as error:
+        folders.remove(temporary, _PICTURES)
+        raise InputError(f"cannot write {folder}: {error.strerror or error}") from None
