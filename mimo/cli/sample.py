@@ -81,6 +81,7 @@ class Sample:
     device: Device = "auto"
 
     def run(self) -> None:
+        from mimo.checkpoint import step_folders
         from mimo.sampling.loading import load
         from mimo.sampling.request import UNFINISHED, Request, sample
 
@@ -110,6 +111,6 @@ class Sample:
         try:
             sample(loaded, config, self.out, request)
         except KeyboardInterrupt:
-            if (self.save_every or self.resume) and (saved := self.out / UNFINISHED).exists():
+            if (self.save_every or self.resume) and step_folders(saved := self.out / UNFINISHED):
                 raise KeyboardInterrupt(f": --resume continues the run in {saved}") from None
             raise

@@ -263,7 +263,7 @@ def test_an_interruption_is_said_once(run, tmp_path, monkeypatch, capsys):
     def stopped(*args, **kwargs):
         raise KeyboardInterrupt
 
-    (tmp_path / "unfinished").mkdir()  # of an earlier run
+    checkpoint.step_folder(tmp_path / "unfinished", 1).mkdir(parents=True)  # of an earlier run
     command = ["sample", "--checkpoint", str(run), "--out", str(tmp_path)]
     monkeypatch.setattr("mimo.sampling.request.sample", stopped)
     assert main(command) == 130 and capsys.readouterr().err == "interrupted\n"
