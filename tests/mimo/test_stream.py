@@ -352,7 +352,10 @@ def test_command_line_continues_an_interrupted_video(tmp_path, monkeypatch, caps
     assert sample("--resume") == 2 and "out holds no run to continue" in capsys.readouterr().err
     (out / "unfinished").mkdir()
     (out / "unfinished" / "thesis.txt").write_text("mine")
-    assert sample("--save-every", "2") == 2 and "thesis.txt was not written by mimo" in capsys.readouterr().err
+    assert (
+        sample("--save-every", "2", "--overwrite") == 2
+        and "thesis.txt was not written by mimo" in capsys.readouterr().err
+    )
     assert (out / "unfinished" / "thesis.txt").read_text() == "mine"
     assert sample("--save-every", "0") == 2 and "--save-every 0: expected at least 1" in capsys.readouterr().err
     assert sample("--save-every", "3", to=tmp_path / "again") == 0
