@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from mimo import presets
+from mimo import presets, records
 from mimo.errors import InputError, user_input
 from mimo.recipes import RECIPES
 
@@ -77,12 +77,9 @@ class _Record:
 
     @classmethod
     def from_dict(cls, values: dict):
-        """The inverse of `to_dict`. Missing fields take their defaults; an unknown key is a ValueError."""
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise ValueError(f"{cls.__name__}: unknown field {unknown[0]!r}: known fields are {', '.join(known)}")
-        return cls(**values)
+        """The inverse of `to_dict`. Missing fields take their defaults; an unknown key is a ValueError, and so is a value of
+        another type."""
+        return records.convert(values, cls, cls.__name__)
 
     def to_dict(self) -> dict:
         """Plain values; survives JSON (tuples come back as lists and `from_dict` restores them)."""

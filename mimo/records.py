@@ -150,7 +150,7 @@ def _convert(value: Any, kind: Any, place: str) -> Any:
         item = arguments[1] if arguments else Any
         return {name: _convert(inner, item, f"{place}[{_shown(name)}]") for name, inner in value.items()}
     if origin in (list, tuple) or kind in (list, tuple):
-        _require(isinstance(value, list), value, kind, place)
+        _require(isinstance(value, (list, tuple)), value, kind, place)  # a tuple is of Python, JSON has none
         many = (origin or kind) is list or not arguments or arguments[-1] is Ellipsis
         items = [arguments[0] if arguments else Any] * len(value) if many else arguments
         _require(len(items) == len(value), value, kind, place)
@@ -227,9 +227,9 @@ def _name(kind: Any) -> str:
 
 def _shown(value: Any) -> str:
     """A value as JSON would have it, cut to what fits in a line. Containers are not walked: they may be deep."""
-    if isinstance(value, (dict, list)):
+    if isinstance(value, (dict, list, tuple)):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 128:
         return f"a number of {math.ceil(value.bit_length() * math.log10(2))} digits"
-    text = json.dumps(value)
+    text = json.dumps(value, default=repr)
     return text if len(text) <= 60 else f"{text[:57]}..."

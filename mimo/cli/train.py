@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import tyro
 
+from mimo import records
 from mimo.cli.options import Clips, Device, Preset, changed, clip_options, find_device
 from mimo.cli.parser import HELP, find_preset, given
 from mimo.config import MiMoConfig, SampleConfig, TrainConfig
@@ -84,12 +85,15 @@ class Train(Clips):
     def _of_run(cls, configs: dict[str, Any], out: Path, preset: str | None) -> "Train":
         """What the run in `out` was told, and `preset` again if at all."""
         told = dict(configs.get("told") or {})  # without, it is of before it was remembered
+        known = {field.name: field for field in fields(cls)}
+        paths = {name for name, field in known.items() if field.type in (Path, Path | None)}
+        kinds = get_type_hints(cls) | dict.fromkeys(paths, str | None) | {"preset": str}
+        for name in sorted(known.keys() & told.keys()):
+            records.convert(told[name], kinds[name], f"{out}: the {name} that it was told")
         if preset is not None and preset != told.setdefault("preset", preset):
             raise InputError(f"--preset {preset}: {out} was begun with {told['preset']}, and a run keeps its network")
         told.setdefault("preset", "")
         told.setdefault("data", tyro.MISSING)
-        known = {field.name: field for field in fields(cls)}
-        paths = {name for name, field in known.items() if field.type in (Path, Path | None)}
         options = {
             name: Path(value) if name in paths and value is not None else value
             for name, value in told.items()
@@ -162,6 +166,7 @@ class Train(Clips):
 def remembered(out: Path) -> dict[str, Any] | None:
     """The configurations in the newest checkpoint of a run whose state can be read; None where there is none."""
     from mimo import checkpoint
+    from mimo.run_state import read_run_state
 
     newest, _ = checkpoint.latest(out, parts=())
-    return None if newest is None else checkpoint.read_state(newest)["configs"]
+    return None if newest is None else read_run_state(newest)["configs"]

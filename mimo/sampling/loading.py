@@ -11,6 +11,7 @@ from mimo import checkpoint
 from mimo.config import MiMoConfig, SampleConfig, TrainConfig
 from mimo.errors import InputError
 from mimo.network.network import MiMo
+from mimo.run_state import KINDS, read_run_state
 from mimo.runtime import best_device, config_tokenizer, recorded_tokenizer
 from mimo.tokenizers.weights import checksum
 
@@ -45,14 +46,13 @@ def load(
     folder, passed_over = checkpoint.find(path, parts=[weights])
     for reason in passed_over:
         print(f"passed over: {reason}")
-    state = checkpoint.read_state(folder)
+    state = read_run_state(folder)
+    configs = state["configs"]
+    model_config, train_config, sample_config = (kind.from_dict(configs[part]) for part, kind in KINDS.items())
     try:
-        configs = state["configs"]
-        model_config = MiMoConfig.from_dict(configs["model"])
-        train_config, sample_config = TrainConfig.from_dict(configs["train"]), SampleConfig.from_dict(configs["sample"])
         with torch.device("meta"):  # drawing weights and throwing them away takes longer than reading them
             model = MiMo(model_config)
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise InputError(f"checkpoint {folder}: its configuration does not fit this version: {error}") from None
     training_only = _strip(model)
     tensors = checkpoint.read_tensors(folder, weights, state, skip=training_only)

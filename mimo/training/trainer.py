@@ -21,6 +21,7 @@ from mimo.network.fp8 import use_float8
 from mimo.network.network import MiMo
 from mimo.recipes import build_recipe
 from mimo.recipes.base import Objective, step_generator
+from mimo.run_state import read_run_state
 from mimo.runtime import autocast, best_device, config_tokenizer, to_latents
 from mimo.tokenizers.protocols import require_posterior
 from mimo.tokenizers.weights import checksum
@@ -214,7 +215,7 @@ class Trainer:
     def load(self, folder: Path) -> list[str]:
         """Continue from a step folder of the same run (see mimo.training.changes), made by however many ranks. Returns
         a line for everything that is different from here on."""
-        state = checkpoint.read_state(folder)
+        state = read_run_state(folder)
         require_same_run(state["configs"], self.configs, folder)
         shards = {"state": state, "like": dict(self.model.named_parameters()), "world": self.world}
         checkpoint.load_module(self.model, checkpoint.read_tensors(folder, "model", **shards), folder)

@@ -1,0 +1,53 @@
+"""What a checkpoint of a training run says besides its tensors, read as typed records."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from mimo import checkpoint, records
+from mimo.config import MiMoConfig, SampleConfig, TrainConfig
+from mimo.errors import InputError
+
+KINDS = {"model": MiMoConfig, "train": TrainConfig, "sample": SampleConfig}
+
+
+@dataclass
+class _Tokenizer:
+    weights: str | None = None
+    sha256: str | None = None
+
+
+@dataclass
+class _Configs:
+    """model, train, sample: of a mimo.config record each. data: the dataset in words. told: see mimo.training.changes."""
+
+    model: dict[str, Any]
+    train: dict[str, Any]
+    sample: dict[str, Any]
+    data: str
+    tokenizer: _Tokenizer = field(default_factory=_Tokenizer)  # not in checkpoints of before it was recorded, like told
+    told: dict[str, bool | int | float | str | None] = field(default_factory=dict)
+    OTHER_KEYS: ClassVar[bool] = True
+
+
+@dataclass
+class _RunState:
+    configs: _Configs
+    ema_updates: int
+    OTHER_KEYS: ClassVar[bool] = True
+
+
+def read_run_state(folder: Path) -> dict[str, Any]:
+    """state.json of a checkpoint that a training run has written.
+
+    Raises: InputError naming what in it is missing, of another type, or no configuration of this version.
+    """
+    state, source = checkpoint.read_state(folder), f"checkpoint {folder}: state.json"
+    records.convert(state, _RunState, source)
+    for part, kind in KINDS.items():
+        try:
+            kind.from_dict(state["configs"][part])
+        except ValueError as error:
+            words = " ".join(str(error).split())
+            raise InputError(f"{source}: its configuration does not fit this version: {words}") from None
+    return state
