@@ -1,13 +1,16 @@
-"""Part of train_bench.py: clips per second through each stage of the data pipeline, and how long a training step waits for its batch.
+"""Part of train_bench.py: clips per second through each stage of the data pipeline, and how long a training step waits
+for its batch.
 
     videos decoded      video files through the training loader: seek, decode, resize, crop, collate
     videos encoded      `mimo encode` from start to end, its own verification included
     shards read         latent shards through the training loader
-    training            `mimo.training.loop.train`, from shards and from videos: its demand, and the share of its time spent in `next(batches)`
+    training            `mimo.training.loop.train`, from shards and from videos: its demand, and the share of its time
+                        spent in `next(batches)`
 
-Waiting is measured in the process that trains, from asking for a batch to having it. The GPU may still be busy with the step before then, so the
-share is an upper bound of what a faster pipeline could save. Videos are H.264, made here with `write_video` from moving shapes, unless there is a
-folder of real ones. All files are as fresh in the page cache as their number allows: a slow disk is not measured.
+Waiting is measured in the process that trains, from asking for a batch to having it. The GPU may still be busy with the
+step before then, so the share is an upper bound of what a faster pipeline could save. Videos are H.264, made here with
+`write_video` from moving shapes, unless there is a folder of real ones. All files are as fresh in the page cache as
+their number allows: a slow disk is not measured.
 """
 
 import itertools
@@ -37,7 +40,8 @@ from mimo.training.trainer import Trainer
 WAIT_GOAL = 2.0  # percent of the step, from shards
 
 COLUMNS = {
-    "what": "what", "source": "source", "workers": "workers", "clips_per_s": "clips/s", "p20": "20%", "p80": "80%", "ms_per_step": "ms/step",
+    "what": "what", "source": "source", "workers": "workers",
+    "clips_per_s": "clips/s", "p20": "20%", "p80": "80%", "ms_per_step": "ms/step",
     "wait_percent": "waiting %", "first_batch_s": "first batch s",
 }  # fmt: skip
 PLOT = {"group": "source", "bar": "workers", "value": "clips_per_s", "panel": "what", "unit": "clips per second"}
@@ -168,7 +172,7 @@ class Waiting(Trainer):
 
 
 def _train(source: str, dataset, size: Size, workers: int, device: torch.device, unmeasured: int = 2) -> dict:
-    """Demand and waiting of the training loop itself; the first steps, which start workers and kernels, are left out."""
+    """Demand and waiting of the training loop itself, without the first steps, which start workers and kernels."""
     precision = "bf16" if device.type == "cuda" else "fp32"
     config = TrainConfig(
         batch_size=size.clips, steps=size.steps, warmup=0, workers=workers, precision=precision, log_every=size.steps

@@ -87,8 +87,8 @@ def check(
     decode_all: bool = False,
     workers: int | None = None,
 ) -> list[Report]:
-    """Opens every clip and decodes its first and last frame, or with `decode_all` every frame. Of latent shards it compares
-    sizes and checksums, and with `decode_all` looks for clips that are not finite.
+    """Opens every clip and decodes its first and last frame, or with `decode_all` every frame. Of latent shards it
+    compares sizes and checksums, and with `decode_all` looks for clips that are not finite.
 
     Args:
         path, layout, annotation, allow_outside, split: as for `open_dataset`; a folder may hold several kinds here.
@@ -138,7 +138,7 @@ def _check_clips(dataset, kind: str, num_frames: int, decode_all: bool, workers:
 
 
 class _Looks(Dataset):
-    """Map from a clip's number to (frames, damage, size, rate, actions counted), or the UnreadableVideo that it raised."""
+    """Map from a clip's number to (frames, damage, size, rate, actions counted), or the UnreadableVideo it raised."""
 
     def __init__(self, dataset, decode_all: bool):
         self.dataset, self.decode_all = dataset, decode_all
@@ -194,8 +194,8 @@ def _check_latents(dataset: LatentShards, decode_all: bool) -> Report:
 
 
 def run(path: str | Path, *, strict: bool = False, **options) -> None:
-    """Prints the reports of `check`; raises DataError when nothing at all can be read, or, if `strict`, when anything is
-    unreadable, damaged or too short."""
+    """Prints the reports of `check`; raises DataError when nothing at all can be read, or, if `strict`, when anything
+    is unreadable, damaged or too short."""
     reports = check(path, **options)
     for report in reports:
         print(report, flush=True)

@@ -8,9 +8,9 @@ All share one interface. `len(dataset)` clips; `dataset.sample(index, seed)` giv
     interval  int64, when the frame interval is drawn per clip
 
 and is a pure function of (index, seed). A file that cannot be used raises UnreadableVideo with its name; the loader
-reports it and goes on. What is wrong for all of a dataset (a missing folder, a bad annotation) raises DataError at once.
-Labels and actions that the network has no place for stop it as well: without those clips it would train on others than
-were meant.
+reports it and goes on. What is wrong for all of a dataset (a missing folder, a bad annotation) raises DataError at
+once. Labels and actions that the network has no place for stop it as well: without those clips it would train on others
+than were meant.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class _ClipFiles:
 
     Args:
         path: a folder, searched recursively, or one file.
-        num_frames, height, width: shape of a sample. Frames are resized to cover height x width, then cropped. A clip with
-            fewer frames counts as unreadable.
-        interval: distance of the frames in the source; a clip too short for it falls back to 1. A pair (low, high) draws
-            the interval of every sample uniformly, as far as the clip reaches (MAGI, dynamic interval training), and
-            samples gain `interval`.
+        num_frames, height, width: shape of a sample. Frames are resized to cover height x width, then cropped. A clip
+            with fewer frames counts as unreadable.
+        interval: distance of the frames in the source; a clip too short for it falls back to 1. A pair (low, high)
+            draws the interval of every sample uniformly, as far as the clip reaches (MAGI, dynamic interval training),
+            and samples gain `interval`.
         annotation: JSON list of {"video_path": ..., "label": ..., "action_path": ...}, the last two optional; see
             mimo.data.annotation.
         allow_outside: what the annotation names may lie elsewhere than in `path` and the annotation's folder.
@@ -176,7 +176,8 @@ class _ClipFiles:
         return low + int(uniform * (high - low + 1)) if high >= low else 1
 
     def actions_of(self, clip: ClipFile, reader: VideoReader | NpzReader) -> np.ndarray | None:
-        """int64 [F of the file, or more]; UnreadableVideo when they do not fit the video, OutOfRange when not num_actions."""
+        """int64 [F of the file, or more]; UnreadableVideo when they do not fit the video, OutOfRange beyond
+        num_actions."""
         if not self.use_actions:
             return None
         actions = reader.actions if clip.actions is None else load_actions(clip.actions, self.kept)
@@ -231,7 +232,7 @@ class _ClipFiles:
 
 
 class VideoFolder(_ClipFiles):
-    """Videos (mp4, avi, mkv, webm, mov, m4v). An npz of the same name beside each video holds its actions, as in TECO."""
+    """Videos (mp4, avi, mkv, webm, mov, m4v). An npz of the same name beside each holds its actions, as in TECO."""
 
     kind = "videos"
     suffixes = VIDEO_SUFFIXES
@@ -332,12 +333,13 @@ LAYOUTS = {
 
 
 def open_dataset(path: str | Path, *, layout: str | None = None, **options):
-    """The dataset that `path` holds: "shapes", a folder of videos, of npz trajectories or of latent shards, one such file,
-    or an annotation (.json).
+    """The dataset that `path` holds: "shapes", a folder of videos, of npz trajectories or of latent shards, one such
+    file, or an annotation (.json).
 
     Args:
         layout: a name in LAYOUTS, whose options hold where `options` says nothing else.
-        options: num_frames, height, width, and what VideoFolder and NpzTrajectories, or for "shapes" ShapesDataset, take.
+        options: num_frames, height, width, and what VideoFolder and NpzTrajectories take, or for "shapes"
+            ShapesDataset.
 
     Raises: DataError when there is nothing there, nothing in it, two kinds in it, or not one readable file.
     """
@@ -437,6 +439,7 @@ def _attach_actions(clips: list[ClipFile]) -> list[ClipFile]:
         return clips
     if not all(there):
         raise DataError(
-            f"{beside[there.index(False)]}: missing, though {sum(there)} of the {len(there)} videos have actions beside them"
+            f"{beside[there.index(False)]}: missing, though {sum(there)} of the {len(there)} videos have actions beside"
+            " them"
         )
     return [ClipFile(clip.path, clip.label, actions) for clip, actions in zip(clips, beside, strict=True)]

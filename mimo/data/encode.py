@@ -1,8 +1,8 @@
 """`mimo encode`: a dataset through a tokenizer into latent shards (see mimo.data.latents), once for many trainings.
 
-Clip `index` of pass p is `dataset.sample(index, seed of p)`. Shard s holds a fixed range of clips and passes, so several
-processes share the work (process r takes shards r, r + R, ...), a process that was stopped skips its whole shards, and
-encoding again gives the same bytes.
+Clip `index` of pass p is `dataset.sample(index, seed of p)`. Shard s holds a fixed range of clips and passes, so
+several processes share the work (process r takes shards r, r + R, ...), a process that was stopped skips its whole
+shards, and encoding again gives the same bytes.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def _plan(dataset: VideoDataset, tokenizer: Tokenizer, config: Encoding, tokeniz
 def _encoded_shards(
     dataset, tokenizer, config: Encoding, plan: Mapping, ranges: list[range], device, bar: tqdm
 ) -> Iterator[list]:
-    """The rows of each range of the walk, one range after the other. Clips that cannot be used are named and left out."""
+    """The rows of each range of the walk, one after the other. Clips that cannot be used are named and left out."""
     batches = [
         covered[i : i + config.batch_size] for covered in ranges for i in range(0, len(covered), config.batch_size)
     ]
@@ -194,7 +194,8 @@ def verify(
     """Reads every shard back and returns the number of clips.
 
     Checks sizes, checksums, shapes and that all latents are finite; with `dataset`, that its files are those that were
-    encoded; with `tokenizer` too, that `clips` clips encoded anew give what is stored. Raises DataError at the first fault.
+    encoded; with `tokenizer` too, that `clips` clips encoded anew give what is stored. Raises DataError at the first
+    fault.
     """
     path = Path(path)
     shards = LatentShards(path, allow_outside=True)
@@ -273,8 +274,8 @@ def _compare_files(out: Path, dataset) -> None:
     if changed:
         what = [_describe(some.get(changed[0])) for some in (then, now)]
         raise DataError(
-            f"{out}: the dataset has changed since it was encoded: {len(changed)} of {len(then)} files, first {changed[0]}:"
-            f" {what[0]} then, {what[1]} now"
+            f"{out}: the dataset has changed since it was encoded: {len(changed)} of {len(then)} files, first"
+            f" {changed[0]}: {what[0]} then, {what[1]} now"
         )
 
 

@@ -8,13 +8,13 @@ from av.video.reformatter import VideoReformatter
 
 from mimo.data.errors import UnreadableVideo
 
-# Decoding runs in many workers at once, so each takes one thread. Releases before 17 scale in one thread and have no such
-# option.
+# Decoding runs in many workers at once, so each takes one thread. Releases before 17 scale in one thread and have no
+# such option.
 ONE_THREAD = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
 
 
 class Fit:
-    """Resize to cover `size`, then crop. `crop` = (y, x) in [0, 1] places the window in the slack; (0.5, 0.5) is the centre."""
+    """Resize to cover `size`, then crop. `crop` = (y, x) in [0, 1] places the window: (0.5, 0.5) is the centre."""
 
     def __init__(self, height: int, width: int, size: tuple[int, int] | None, crop: tuple[float, float]):
         self.height, self.width = size or (height, width)

@@ -14,8 +14,8 @@ _ENTRY = 256  # bytes of an entry besides its content, about
 class KeptFrames:
     """What was read of files, by key, as long as there is room.
 
-    What is kept stays: as every clip of a dataset comes once per epoch, dropping the oldest for the newest would drop each
-    clip just before it is read again. Reading gives the same with or without it.
+    What is kept stays: as every clip of a dataset comes once per epoch, dropping the oldest for the newest would drop
+    each clip just before it is read again. Reading gives the same with or without it.
 
     Args:
         limit: bytes, of all worker processes of one loader together.

@@ -4,8 +4,8 @@
     OUT/index.json                 the same, and every shard with its size and SHA-256
     OUT/files.json                 name and size of every source file, and the SHA-256 of its first and last 64 KiB, to
                                    notice that a dataset has changed (and not that it was copied)
-    OUT/shard-00000.safetensors    latents [n, T, H, W, C], index int64 [n] (the clip), pass int64 [n], and label, actions or
-                                   interval where the clips have them
+    OUT/shard-00000.safetensors    latents [n, T, H, W, C], index int64 [n] (the clip), pass int64 [n], and label,
+                                   actions or interval where the clips have them
 
 index.json is written last: without it the folder is not finished.
 """
@@ -109,7 +109,7 @@ def sha256(path: Path) -> str:
 
 
 class LatentShards:
-    """A dataset of encoded clips. `sample` gives `latents` fp32 [T, H, W, C] in place of `video`; its seed changes nothing.
+    """Encoded clips. `sample` gives `latents` fp32 [T, H, W, C] in place of `video`; its seed changes nothing.
 
     Shards are memory-mapped, so a sample reads only itself. A shard of another size than recorded, or missing, is
     reported by name when it is opened and its clips count as unreadable; `check_readable` looks at all of them.
@@ -262,8 +262,8 @@ class LatentShards:
             raise DataError(f"{self.path}: was encoded with {'; '.join(differing)}")
 
     def check_readable(self) -> None:
-        """Raises DataError naming the first shard that is missing, cut short or changed, or clip whose label or action is
-        too high. All of it is read, once."""
+        """Raises DataError naming the first shard that is missing, cut short or changed, or clip whose label or action
+        is too high. All of it is read, once."""
         with ThreadPoolExecutor(8) as readers:
             faults = readers.map(self._fault, range(len(self._ends)))
             if (fault := next(filter(None, faults), None)) is not None:

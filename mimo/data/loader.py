@@ -1,13 +1,15 @@
 """Batches in an endless, repeatable order: batch number i is a pure function of (dataset, seed, i).
 
-The clips are walked in epochs, each a permutation drawn from (seed, epoch). Step i of a training with global batch G takes
-the places i * G .. i * G + G - 1 of that walk: clip j of step i depends on (seed, i * G + j) alone, whatever the ranks and
-accumulation that G is split over. Micro batch m of rank r, with W ranks and micro batches of b clips, is part m * W + r:
+The clips are walked in epochs, each a permutation drawn from (seed, epoch). Step i of a training with global batch G
+takes the places i * G .. i * G + G - 1 of that walk: clip j of step i depends on (seed, i * G + j) alone, whatever the
+ranks and accumulation that G is split over. Micro batch m of rank r, with W ranks and micro batches of b clips, is part
+m * W + r:
 
     G = accumulate * W * b          part = m * W + r          clips part * b .. part * b + b - 1 of the global batch
 
 So the ranks share no place of the walk, every clip comes once per epoch over all of them, any split trains on the same
-global batches in the same order, and a run resumed at step i, on as many ranks as it likes, reads nothing of earlier steps.
+global batches in the same order, and a run resumed at step i, on as many ranks as it likes, reads nothing of earlier
+steps.
 """
 
 from __future__ import annotations
@@ -100,9 +102,9 @@ class _From:
 def default_workers(dataset: Clips, *, gpu: bool, processes: int = 1) -> int:
     """How many worker processes pay, on this machine, for one of `processes` that share its cores.
 
-    Where samples are decoded from files, a quarter of the cores and at least one (with a GPU, whose process needs little of
-    them, half, at most 8): the core that a worker takes from a CPU's training is worth less there than its decoding. Where
-    they are made or only read, none, but two beside a GPU, so that it does not wait for Python.
+    Where samples are decoded from files, a quarter of the cores and at least one (with a GPU, whose process needs
+    little of them, half, at most 8): the core that a worker takes from a CPU's training is worth less there than its
+    decoding. Where they are made or only read, none, but two beside a GPU, so that it does not wait for Python.
     """
     cores = len(os.sched_getaffinity(0)) // max(1, processes)
     if dataset.decodes:
@@ -127,18 +129,21 @@ def batches(
     Args:
         dataset: any of mimo.data.datasets.
         batch_size: clips per batch of this rank; with accumulation, of one micro batch.
-        start_step: number of the first batch. With accumulation a step has `accumulate` batches, so that micro batch m of
-            step i is number i * accumulate + m.
-        num_workers: processes that decode ahead; the batches are the same for every number. None: see `default_workers`.
+        start_step: number of the first batch. With accumulation a step has `accumulate` batches, so that micro batch m
+            of step i is number i * accumulate + m.
+        num_workers: processes that decode ahead; the batches are the same for every number. None: see
+            `default_workers`.
         pin_memory: for a GPU.
         rank, world_size: this process among those that share the dataset.
 
     A clip that cannot be read is replaced by the next readable one of the epoch, and logged once under "mimo.data" with
-    its file and reason, as is a damaged one of which a part is used. Raises DataError when no clip can be read, and at one whose actions are out of range.
+    its file and reason, as is a damaged one of which a part is used. Raises DataError when no clip can be read, and at
+    one whose actions are out of range.
     """
     if batch_size < 1 or start_step < 0 or seed < 0 or not 0 <= rank < world_size:
         raise ValueError(
-            f"batch_size {batch_size} must be >= 1, start_step {start_step} and seed {seed} >= 0, rank {rank} in 0..{world_size - 1}"
+            f"batch_size {batch_size} must be >= 1, start_step {start_step} and seed {seed} >= 0,"
+            f" rank {rank} in 0..{world_size - 1}"
         )
     if num_workers is None:
         sharing = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))  # torchrun says how many are on this machine

@@ -12,7 +12,7 @@ from mimo.data.errors import DataError, UnreadableVideo
 
 
 def local_file(path: str | Path) -> tuple[Path, os.stat_result]:
-    """The absolute path of a regular file, and its status; UnreadableVideo for anything else: a folder, a pipe, a device."""
+    """The absolute path of a regular file, and its status; UnreadableVideo for a folder, a pipe or a device."""
     file = Path(os.path.abspath(path))
     try:
         status = file.stat()

@@ -1,4 +1,4 @@
-"""Npz trajectories: `video` uint8 [F, H, W, 3] and `actions` int [F], read without trusting what their headers claim."""
+"""Npz trajectories: `video` uint8 [F, H, W, 3] and `actions` int [F]; what their headers claim is not trusted."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def _read_npz(path: str | Path, names: tuple[str, ...], kept: KeptFrames | None)
 
 
 def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    """One array, read whole, so that its CRC is checked; ValueError before any memory is taken for what cannot be true."""
+    """One array, whole, so that its CRC is checked; ValueError before memory is taken for what cannot be true."""
     entry = archive.getinfo(name)
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{name!r} is packed by method {entry.compress_type}, expected one that numpy writes")

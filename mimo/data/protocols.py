@@ -1,4 +1,5 @@
-"""What a dataset has to offer: to training (`Clips`), to evaluation (`ClipDataset`) and to `mimo encode` (`VideoDataset`)."""
+"""What a dataset has to offer: to training (`Clips`), to evaluation (`ClipDataset`) and to `mimo encode`
+(`VideoDataset`)."""
 
 from __future__ import annotations
 

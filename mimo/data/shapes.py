@@ -1,7 +1,7 @@
 """Moving textured shapes: clips for machines that hold no video. Motion follows from two or three frames.
 
-Each clip has a smooth still background and a few anti-aliased shapes with their own two-colour texture. A shape keeps its
-speed and spin; it bounces off the walls or crosses the picture.
+Each clip has a smooth still background and a few anti-aliased shapes with their own two-colour texture. A shape keeps
+its speed and spin; it bounces off the walls or crosses the picture.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Video files in: exact frame access with PyAV, of local files alone.
 
-Frames are uint8 RGB arrays [F, H, W, 3] everywhere in `mimo.data`; `to_float` and `to_uint8` convert them to and from the
-network's [B, F, 3, H, W] in [-1, 1].
+Frames are uint8 RGB arrays [F, H, W, 3] everywhere in `mimo.data`; `to_float` and `to_uint8` convert them to and from
+the network's [B, F, 3, H, W] in [-1, 1].
 
 A damaged video is as long as its frames before the first one that does not decode: "28 of 50 frames used". What its
-container or its length tells is seen when it is opened; damage that only decoding meets raises DamagedVideo, and whoever
-chose the frames chooses again after `VideoReader.shorten`.
+container or its length tells is seen when it is opened; damage that only decoding meets raises DamagedVideo, and
+whoever chose the frames chooses again after `VideoReader.shorten`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from mimo.data.npz import NpzReader
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v")
 
-# What PyAV raises on damaged files: its own errors are only partly OSError and ValueError; damaged headers overflow numbers.
+# What PyAV raises on damaged files: its own errors are only partly OSError and ValueError; damaged headers overflow
+# numbers.
 _BROKEN = (av.error.FFmpegError, OSError, ValueError, ArithmeticError)
 
 # Containers that hold their pictures themselves. A playlist would lead to other files, whatever the name of its own.
@@ -47,7 +48,7 @@ class _Listing:
         total: frames that should be there; more than `count` when the file was cut short.
         timed: whether every packet has a presentation time of its own; otherwise frames are counted from the first one.
         pts: of every frame, in the order they are shown, if timed.
-        starts: indices of the key frames, where decoding can start, and of the first frame: they cut the file into runs.
+        starts: indices of the key frames, where decoding can start, and of the first frame: they begin the runs.
     """
 
     height: int
@@ -70,8 +71,8 @@ class VideoReader:
     """One video file, opened: `num_frames`, `fps`, `height`, `width`, and `read` for exact frames.
 
     The packets' time stamps are listed once without decoding, so frame i means the i-th shown frame also at a variable
-    frame rate. Every frame is decoded from the key frame at or before it, so that it does not depend on what else is read.
-    Raises UnreadableVideo for anything that is not a decodable video.
+    frame rate. Every frame is decoded from the key frame at or before it, so that it does not depend on what else is
+    read. Raises UnreadableVideo for anything that is not a decodable video.
 
     Args:
         path: a local file.
@@ -105,7 +106,8 @@ class VideoReader:
         return f"{self.num_frames} of {total} frames used, the next is damaged" if self.num_frames < total else None
 
     def shorten(self) -> int:
-        """Leaves out the first frame that does not decode and all after it. Returns `num_frames`; UnreadableVideo if none."""
+        """Leaves out the first frame that does not decode and all after it. Returns `num_frames`, which is not 0: a
+        video of which nothing decodes is UnreadableVideo."""
         whole = self._kept.get(("whole", self._identity))
         if whole is None:
             whole = self._count_whole()
@@ -237,7 +239,7 @@ class VideoReader:
         return listing
 
     def _length_in_header(self, packets: list[av.Packet]) -> int:
-        """About how many frames Matroska, which counts none, lasts for: its header says how long. 0 if that is not known."""
+        """About how many frames a Matroska file lasts for, whose header says how long but not how many; 0: unknown."""
         last, container = packets[-1], self._container
         alone = container.format.name.startswith("matroska") and len(container.streams) == 1
         if not alone or not container.duration or any(packet.pts is None for packet in packets):
@@ -256,7 +258,8 @@ class VideoReader:
         if listing.timed:
             times = None if wanted is None else {listing.pts[i] for i in wanted}
             begin = listing.pts[listing.starts[number]]
-            # A container may miss the key frame it was sent to (seek tables can be wrong): then the one before is tried.
+            # A container may miss the key frame it was sent to (seek tables can be wrong): then the one before is
+            # tried.
             for start in reversed(listing.starts[: number + 1]):
                 with suppress(av.error.FFmpegError):
                     self._container.seek(listing.pts[start], stream=self._stream)
@@ -274,7 +277,8 @@ class VideoReader:
     def _decode(self, wanted: set[int] | None) -> Iterator[av.VideoFrame]:
         """The frames from where the file stands; what is not wanted is decoded only if other frames refer to it.
 
-        At a packet that does not decode, the frames before it that wait for their turn still come, then the error is raised.
+        At a packet that does not decode, the frames before it that wait for their turn still come, then the error is
+        raised.
         """
         context = self._stream.codec_context
         try:

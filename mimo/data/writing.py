@@ -139,12 +139,8 @@ def write_gif(path: str | Path, frames: np.ndarray, fps: float = 10, *, min_side
     return Path(path)
 
 
-_PAPER, _INK, _CONTEXT, _PLAIN = (
-    (255, 255, 255),
-    (40, 40, 40),
-    (235, 120, 20),
-    (200, 200, 200),
-)
+_PAPER, _INK, _CONTEXT, _PLAIN = (255, 255, 255), (40, 40, 40), (235, 120, 20), (200, 200, 200)
+_BORDER, _GAP = 3, 4  # pixels
 
 
 def contact_sheet(
@@ -167,47 +163,32 @@ def contact_sheet(
     shown = np.unique(np.linspace(0, longest - 1, min(longest, max_columns)).round().astype(int))
     height = max(clip.shape[1] for clip in clips.values())
     width = max(clip.shape[2] for clip in clips.values())
-    border, gap = 3, 4
     font = ImageFont.load_default(max(12, height // 9))
     line = sum(font.getmetrics()) + 4
-    cell_h, cell_w = height + 2 * border + gap, width + 2 * border + gap
+    cell_h, cell_w = height + 2 * _BORDER + _GAP, width + 2 * _BORDER + _GAP
     legend = f"orange: context ({marks} frame{'s' if marks != 1 else ''})" if marks else ""
-    text_w = max(int(font.getlength(text)) for text in [*clips, legend]) + 4 * gap
-    sheet = Image.new(
-        "RGB",
-        (
-            max(cell_w * len(shown) + gap, text_w),
-            line * 2 + (cell_h + line) * len(clips) + gap,
-        ),
-        _PAPER,
-    )
+    text_w = max(int(font.getlength(text)) for text in [*clips, legend]) + 4 * _GAP
+    size = max(cell_w * len(shown) + _GAP, text_w), line * 2 + (cell_h + line) * len(clips) + _GAP
+    sheet = Image.new("RGB", size, _PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((gap, 2), legend, _CONTEXT, font)
+    draw.text((_GAP, 2), legend, _CONTEXT, font)
     for column, index in enumerate(shown):
-        draw.text(
-            (gap + column * cell_w + border, line + 2),
-            str(index),
-            _CONTEXT if index < marks else _INK,
-            font,
-        )
+        place = _GAP + column * cell_w + _BORDER, line + 2
+        draw.text(place, str(index), _CONTEXT if index < marks else _INK, font)
     for row, (label, clip) in enumerate(clips.items()):
         top = line * 2 + row * (cell_h + line)
-        draw.text((gap, top + 2), label, _INK, font)
-        for column, index in enumerate(shown):
-            if index >= len(clip):
-                continue
-            x, y = gap + column * cell_w, top + line
-            box = (
-                x,
-                y,
-                x + clip.shape[2] + 2 * border - 1,
-                y + clip.shape[1] + 2 * border - 1,
-            )
-            draw.rectangle(box, outline=_CONTEXT if index < marks else _PLAIN, width=border)
-            sheet.paste(
-                Image.fromarray(np.ascontiguousarray(clip[index])),
-                (x + border, y + border),
-            )
+        draw.text((_GAP, top + 2), label, _INK, font)
+        for column, index in enumerate(shown[shown < len(clip)]):
+            _draw_frame(sheet, draw, clip[index], _GAP + column * cell_w, top + line, index < marks)
     with atomic_path(path) as temporary:
         sheet.save(temporary, format="PNG")
     return Path(path)
+
+
+def _draw_frame(
+    sheet: Image.Image, draw: ImageDraw.ImageDraw, frame: np.ndarray, x: int, y: int, context: bool
+) -> None:
+    """A frame [H, W, 3] with its border, whose upper left corner is (x, y)."""
+    corner = x + frame.shape[1] + 2 * _BORDER - 1, y + frame.shape[0] + 2 * _BORDER - 1
+    draw.rectangle((x, y, *corner), outline=_CONTEXT if context else _PLAIN, width=_BORDER)
+    sheet.paste(Image.fromarray(np.ascontiguousarray(frame)), (x + _BORDER, y + _BORDER))

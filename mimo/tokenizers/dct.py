@@ -25,16 +25,16 @@ class DCTTokenizer(nn.Module):
 
         z = B x * s,   x = B^T z / s
 
-    x holds the P = 3 t h w values of a patch in [-1, 1] and B [C, P] the C basis functions of lowest frequency, where colour
-    differences count as higher frequencies. With C = P it inverts exactly (to fp32 rounding), and because B is orthonormal a
-    squared error of latents is the same as one of pixels.
+    x holds the P = 3 t h w values of a patch in [-1, 1] and B [C, P] the C basis functions of lowest frequency, where
+    colour differences count as higher frequencies. With C = P it inverts exactly (to fp32 rounding), and because B is
+    orthonormal a squared error of latents is the same as one of pixels.
 
-    s brings the first channel, the mean of the patch, to about unit variance; all others have less. A patch's mean adds up
-    all its pixels: were it the average channel that has unit variance, the mean would have several, and unit noise would
-    seldom hide what a frame shows. A network learns motion where noise leaves it nothing but the frames before.
+    s brings the first channel, the mean of the patch, to about unit variance; all others have less. A patch's mean adds
+    up all its pixels: were it the average channel that has unit variance, the mean would have several, and unit noise
+    would seldom hide what a frame shows. A network learns motion where noise leaves it nothing but the frames before.
 
-    With temporal patches (t > 1) the first frame is repeated t - 1 times in front, so that it is a latent frame of its own and
-    (T - 1) t + 1 frames give T latent frames; patches never look beyond their own frames.
+    With temporal patches (t > 1) the first frame is repeated t - 1 times in front, so that it is a latent frame of its
+    own and (T - 1) t + 1 frames give T latent frames; patches never look beyond their own frames.
 
     Args:
         compression: frames, rows and columns (t, h, w) of a patch.
@@ -74,7 +74,8 @@ class DCTTokenizer(nn.Module):
         if (frames - 1) % t or frames < 1 or height % h or width % w or height < 1 or width < 1:
             lengths = f"1 + a multiple of {t} frames" if t > 1 else "at least one frame"
             raise ValueError(
-                f"dct: a clip of {frames} x {height} x {width}: expected {lengths}, height a multiple of {h}, width of {w}"
+                f"dct: a clip of {frames} x {height} x {width}: expected {lengths}, height a multiple of {h},"
+                f" width of {w}"
             )
         return (frames - 1) // t + 1, height // h, width // w, self.channels
 

@@ -17,7 +17,9 @@ _VGG16 = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512
 class LPIPS(nn.Module):
     """Learned perceptual distance (Zhang et al. 2018) on VGG-16.
 
-        d(x, y) = sum_l mean_hw w_l . (f_l(x) - f_l(y))^2,   f_l the last feature map of block l, each position at unit length
+        d(x, y) = sum_l mean_hw w_l . (f_l(x) - f_l(y))^2
+
+    f_l is the last feature map of block l, each position at unit length.
 
     Args:
         vgg: torchvision's VGG-16 state dict (features.0.weight, ...).

@@ -1,4 +1,4 @@
-"""Training a DC-AE on a dataset, as FAR does: L1 + LPIPS first, then, with a frozen encoder, a patch discriminator too."""
+"""Training a DC-AE, as FAR does: L1 + LPIPS first, then, with a frozen encoder, a patch discriminator too."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """DFoT's video autoencoder (Song et al. 2025, "History-Guided Video Diffusion"): 3D convolutions, 4x time and 8x space.
 
-Shapes: x [B, C, T, H, W] inside the network. Parameter names and their order are those of the released checkpoints, whose
-EMA weights are a bare list in that order.
+Shapes: x [B, C, T, H, W] inside the network. Parameter names and their order are those of the released checkpoints,
+whose EMA weights are a bare list in that order.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ K600_STD = (5.591, 5.257, 7.033, 6.401, 6.091, 11.233, 5.608, 7.5) + (
 
 @dataclass(frozen=True)
 class VideoVAEConfig:
-    """The fields of a checkpoint's `model_cfg`. A field that is missing there has the default of DFoT's class, which is not
-    what the released Kinetics-600 model has: see `kinetics600`."""
+    """The fields of a checkpoint's `model_cfg`. A field that is missing there has the default of DFoT's class, which is
+    not what the released Kinetics-600 model has: see `kinetics600`."""
 
     hidden_size: int = 128
     z_channels: int = 4
@@ -382,7 +382,8 @@ class Decoder(_Half):
 
 
 class VideoVAE(nn.Module):
-    """Encoder and decoder for one chunk: `moments` [B, 3, t, H, W] -> [B, 2 C, t', h, w], `decode` back from [B, C, ...]."""
+    """Encoder and decoder for one chunk: `moments` [B, 3, t, H, W] -> [B, 2 C, t', h, w], `decode` back from
+    [B, C, t', h, w]."""
 
     def __init__(self, config: VideoVAEConfig):
         super().__init__()
@@ -407,12 +408,13 @@ class VideoVAETokenizer(nn.Module):
 
     A non-causal model sees chunks of `temporal_length` frames alone. In front of a clip of k chunks and one frame more,
     temporal_length - 1 frames are added (zeros, mid-grey, or copies of the first frame, as the model was trained), so
-    frame 0 is a chunk of its own: 17 frames give 5 latents, and frames 1-4 decide latent 1. A causal model takes a whole
-    clip.
+    frame 0 is a chunk of its own: 17 frames give 5 latents, and frames 1-4 decide latent 1. A causal model takes a
+    whole clip.
 
-    `encode` gives the means of the posterior, `draw` values drawn from it, as DFoT's training takes them. The statistics of
-    Kinetics-600 are DFoT's and belong to its stored latents, which are draws: the means vary a little less, by the posterior's
-    own variance. Which of them a network was trained on is recorded with it and with encoded clips.
+    `encode` gives the means of the posterior, `draw` values drawn from it, as DFoT's training takes them. The
+    statistics of Kinetics-600 are DFoT's and belong to its stored latents, which are draws: the means vary a little
+    less, by the posterior's own variance. Which of them a network was trained on is recorded with it and with encoded
+    clips.
 
     Args:
         model: the network.
@@ -463,7 +465,8 @@ class VideoVAETokenizer(nn.Module):
         """As `encode`, but mean + exp(log variance / 2) * noise, the log variance clamped to [-30, 20].
 
         Args:
-            seeds: int64 [B], each of a clip's noise: it does not depend on the other clips of the batch, nor on the device.
+            seeds: int64 [B], each of a clip's noise: it does not depend on the other clips of the batch, nor on the
+                device.
         """
         mean, log_variance = self._posterior(video)
         if not log_variance.shape[-1]:
@@ -514,9 +517,9 @@ class VideoVAETokenizer(nn.Module):
     def from_pretrained(cls, path: str | Path, *, trust_pickle: bool = False) -> VideoVAETokenizer:
         """Reads a folder that `save` wrote, or a released checkpoint.
 
-        A checkpoint is a torch file with `model_cfg` and either `optimizer_states[0]["ema"]`, a list of EMA weights in the
-        order of the network's parameters, or `state_dict` with names that start with "vae.". The released files hold
-        pickled objects besides tensors and are read only with `trust_pickle`.
+        A checkpoint is a torch file with `model_cfg` and either `optimizer_states[0]["ema"]`, a list of EMA weights in
+        the order of the network's parameters, or `state_dict` with names that start with "vae.". The released files
+        hold pickled objects besides tensors and are read only with `trust_pickle`.
         """
         path = Path(path)
         if path.is_dir():

@@ -16,9 +16,9 @@ from mimo.errors import InputError
 
 
 def checksum(tokenizer: nn.Module) -> str:
-    """SHA-256 of what decides a tokenizer's latents besides its architecture: parameters, buffers and the factor `scale`,
-    however and wherever they are stored. Of a tokenizer that is computed it is that of its `definition`, a text, as the
-    last bits of what is computed differ from machine to machine."""
+    """SHA-256 of what decides a tokenizer's latents besides its architecture: parameters, buffers and the factor
+    `scale`, however and wherever they are stored. Of a tokenizer that is computed it is that of its `definition`, a
+    text, as the last bits of what is computed differ from machine to machine."""
     if hasattr(tokenizer, "definition"):
         return hashlib.sha256(tokenizer.definition.encode()).hexdigest()
     digest = hashlib.sha256(repr(getattr(tokenizer, "scale", None)).encode())
@@ -47,8 +47,8 @@ def load_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def load_torch(path: Path, *, trust_pickle: bool = False):
-    """What torch.save wrote. A file that needs more than tensors and plain containers can run any code when it is loaded,
-    so it is refused unless `trust_pickle`."""
+    """What torch.save wrote. A file that needs more than tensors and plain containers can run any code when it is
+    loaded, so it is refused unless `trust_pickle`."""
     if not path.is_file():
         raise InputError(f"{path}: No such file")
     try:

@@ -1,4 +1,5 @@
-"""One rule for damaged videos: training, `encode`, `data check` and `demo` use the same frames of one and say so alike."""
+"""One rule for damaged videos: training, `encode`, `data check` and `demo` use the same frames of one and say so
+alike."""
 
 import itertools
 import logging

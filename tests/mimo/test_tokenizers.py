@@ -101,7 +101,8 @@ def test_first_dct_channel_of_real_clips_has_about_unit_variance(shared_data):
 
 
 def test_dct_latents_are_those_of_its_definition():
-    """Other numbers are another definition: then count `DCTTokenizer.definition` up, so that older latents are refused."""
+    """Other numbers are another definition: then count `DCTTokenizer.definition` up, so that older latents are
+    refused."""
     t, y, x = torch.meshgrid(torch.arange(5.0), torch.arange(8.0), torch.arange(8.0), indexing="ij")
     red, green, blue = (0.3 * t + 0.5 * y + 0.7 * x).sin(), (0.2 * t * y - 0.4 * x).cos(), (y - x) / 10 + t / 20 - 0.2
     clip = torch.stack([red, green, blue], dim=1)[None]
