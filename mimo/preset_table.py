@@ -25,6 +25,7 @@ def rows(name: str) -> dict[str, str]:
     told = {"classes": model.num_classes, "actions": model.num_actions}
     rope = f"theta {model.rope_theta:g}, {' '.join(map(str, model.rope_split or ['a third each']))}"
     return {
+        "Recipe": model.recipe,
         "Input shape": " x ".join(map(str, model.video_shape)),
         "Conditions": ", ".join(f"{count} {what}" for what, count in told.items() if count) or "none",
         "Compression": " x ".join(map(str, model.compression)),
@@ -48,19 +49,27 @@ def rows(name: str) -> dict[str, str]:
         "Warm-up steps": f"{train.warmup:,}",
         "LR schedule": f"cosine to {train.lr_end:g}" if train.lr_schedule == "cosine" else "constant",
         "Gradient clipping": f"{train.grad_clip:g}",
+        "Clean frames": f"{model.clean_context:g}" if model.clean_context else "none",
+        "History dropped": f"{model.history_dropout:g}" if model.history_dropout else "none",
         "lambda": f"{model.mask_weight:g}" if decodes else "none",
         "Mask ratios": "{:g} to {:g}".format(*model.mask_ratio) if model.mask_ratio[1] else "none",
         "EMA decay": f"{train.ema_decay:g}",
     }
 
 
+FAMILIES = ("mimo", "acdit", "dfot", "far", "video-dit")
+
+
 def table() -> str:
-    """The page, with a column per row of the papers' tables and a row per preset."""
-    presets = {name: rows(name) for name in PRESETS}
-    columns = list(next(iter(presets.values())))
-    lines = [["Preset", *columns], ["---"] * (1 + len(columns))]
-    lines += [[f"`{name}`", *says.values()] for name, says in presets.items()]
-    return HEADING + "\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    """The page: per family a table with the rows of the papers' tables and a column per preset."""
+    page = [HEADING]
+    for family in FAMILIES:
+        names = [name for name in PRESETS if name.startswith(family + "-")]
+        columns = [rows(name) for name in names]
+        lines = [["", *(f"`{name}`" for name in names)], ["---"] * (1 + len(names))]
+        lines += [[row, *(says[row] for says in columns)] for row in columns[0]]
+        page.append(f"## {family}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines))
+    return "\n".join(page)
 
 
 if __name__ == "__main__":

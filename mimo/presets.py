@@ -31,48 +31,76 @@ TINY = {"depth": 4, "dim": 96, "heads": 4, "decoder_depth": 1, "decoder_layer": 
     "mask_ratio": (0.1, 0.25),
 }
 
-NETWORK = {
-    "mimo-b-k600": B | K600,
-    "mimo-b-k600-l12": B | K600 | {"decoder_layer": 12},  # what Tables 3 to 9 compare with: 36.601 is l = 12
-    "mimo-xl-k600": XL | K600,
-    "mimo-xl-ucf101": XL | UCF101 | {"num_classes": 101},
-    "mimo-xl-ucf101-uncond": XL | UCF101,
-    "mimo-b-minecraft": B | MINECRAFT,
-    "mimo-tiny": TINY,
-}
+# App. E: the baselines are MiMo's network and hyper-parameters with another training strategy.
+UNMASKED = {"mask_ratio": (0.0, 0.0), "mask_weight": 0.0}
+ACDIT = UNMASKED | {"recipe": "acdit"}
+ONE_COPY = UNMASKED | {"separate_ln": False}  # there are no clean frames to have norms of their own
+DFOT = ONE_COPY | {"recipe": "dfot"}
+FAR = ONE_COPY | {"recipe": "far", "clean_context": 0.1}
+VIDEO_DIT = ONE_COPY | {"recipe": "video_dit"}
+# FAR's own experiments: sizes of its Table 1; positions are those of its published code.
+FAR_POSITIONS = {"rope_theta": 10_000.0, "rope_split": (16, 24, 24)}
+FAR_B = {"depth": 12, "dim": 768, "heads": 12} | FAR_POSITIONS
+FAR_L = {"depth": 24, "dim": 1024, "heads": 16} | FAR_POSITIONS
+FAR_XL = {"depth": 28, "dim": 1152, "heads": 18} | FAR_POSITIONS
 
 K600_TRAINING = {"batch_size": 256, "lr": 8e-4, "ema_decay": 0.999}
+K600_B_TRAINING, K600_XL_TRAINING = K600_TRAINING | {"steps": 100_000}, K600_TRAINING | {"steps": 360_000}
 UCF101_TRAINING = {"batch_size": 128, "steps": 180_000, "lr": 4e-4, "ema_decay": 0.9999, "interval": 3, "flip": True}
 # Table 12 gives the steps and nothing else, and follows FAR's experiment: batch, rate and schedule are those of FAR's
 # Table 8, the rest (AdamW, weight decay, clipping, EMA of the B network) is MiMo's Table 10.
 MINECRAFT_TRAINING = {"batch_size": 32, "steps": 100_000, "lr": 1e-4, "lr_schedule": "constant", "ema_decay": 0.999}
+# FAR's Table 8; AdamW's constants and the EMA are those of its published code.
+FAR_TRAINING = {"batch_size": 32, "steps": 400_000, "lr": 1e-4, "lr_schedule": "constant", "warmup": 0} | {
+    "betas": (0.9, 0.999),
+    "weight_decay": 0.0,
+    "ema_decay": 0.9999,
+    "interval": 3,
+    "flip": True,
+}
+FAR_ABLATION_TRAINING = FAR_TRAINING | {"steps": 200_000}  # its App. 7.1: half of the steps
 TINY_TRAINING = {"batch_size": 4, "steps": 1000, "lr": 5e-3, "warmup": 30, "ema_decay": 0.99, "precision": "fp32"} | {
     "log_every": 20,
     "save_every": 100,
     "preview_every": 100,
 }
 
-TRAINING = {
-    "mimo-b-k600": K600_TRAINING | {"steps": 100_000},
-    "mimo-b-k600-l12": K600_TRAINING | {"steps": 100_000},
-    "mimo-xl-k600": K600_TRAINING | {"steps": 360_000},
-    "mimo-xl-ucf101": UCF101_TRAINING,
-    "mimo-xl-ucf101-uncond": UCF101_TRAINING,
-    "mimo-b-minecraft": MINECRAFT_TRAINING,
-    "mimo-tiny": TINY_TRAINING,
-}
-
 K600_SAMPLING = {"sampler": "ddim", "steps": 50, "history_guidance": 1.05, "context_frames": 2, "num_frames": 5}
 UCF101_SAMPLING = {"sampler": "euler", "steps": 50, "num_frames": 16}
+UCF101_CLASS_SAMPLING = UCF101_SAMPLING | {"class_guidance": 2.0}
 MINECRAFT_SAMPLING = UCF101_SAMPLING | {"class_guidance": 1.5, "context_frames": 144, "num_frames": 300}
 TINY_SAMPLING = {"sampler": "euler", "steps": 4, "context_frames": 3, "num_frames": 8}
 
-SAMPLING = {
-    "mimo-b-k600": K600_SAMPLING,
-    "mimo-b-k600-l12": K600_SAMPLING,
-    "mimo-xl-k600": K600_SAMPLING,
-    "mimo-xl-ucf101": UCF101_SAMPLING | {"class_guidance": 2.0},
-    "mimo-xl-ucf101-uncond": UCF101_SAMPLING,
-    "mimo-b-minecraft": MINECRAFT_SAMPLING,
-    "mimo-tiny": TINY_SAMPLING,
+CLASSES = {"num_classes": 101}
+PRESETS = {  # name: network, training, sampling
+    "mimo-b-k600": (B | K600, K600_B_TRAINING, K600_SAMPLING),
+    # What Tables 3 to 9 compare with: 36.601 is l = 12.
+    "mimo-b-k600-l12": (B | K600 | {"decoder_layer": 12}, K600_B_TRAINING, K600_SAMPLING),
+    "mimo-xl-k600": (XL | K600, K600_XL_TRAINING, K600_SAMPLING),
+    "mimo-xl-ucf101": (XL | UCF101 | CLASSES, UCF101_TRAINING, UCF101_CLASS_SAMPLING),
+    "mimo-xl-ucf101-uncond": (XL | UCF101, UCF101_TRAINING, UCF101_SAMPLING),
+    "mimo-b-minecraft": (B | MINECRAFT, MINECRAFT_TRAINING, MINECRAFT_SAMPLING),
+    "mimo-tiny": (TINY, TINY_TRAINING, TINY_SAMPLING),
+    "acdit-b-k600": (B | K600 | ACDIT, K600_B_TRAINING, K600_SAMPLING),
+    "acdit-xl-k600": (XL | K600 | ACDIT, K600_XL_TRAINING, K600_SAMPLING),
+    "acdit-xl-ucf101": (XL | UCF101 | CLASSES | ACDIT, UCF101_TRAINING, UCF101_CLASS_SAMPLING),
+    "acdit-xl-ucf101-uncond": (XL | UCF101 | ACDIT, UCF101_TRAINING, UCF101_SAMPLING),
+    "acdit-b-minecraft": (B | MINECRAFT | ACDIT, MINECRAFT_TRAINING, MINECRAFT_SAMPLING),
+    "acdit-tiny": (TINY | ACDIT, TINY_TRAINING, TINY_SAMPLING),
+    "dfot-b-k600": (B | K600 | DFOT, K600_B_TRAINING, K600_SAMPLING),
+    "dfot-tiny": (TINY | DFOT, TINY_TRAINING, TINY_SAMPLING),
+    "far-b-k600": (B | K600 | FAR, K600_B_TRAINING, K600_SAMPLING),
+    "far-xl-k600": (XL | K600 | FAR, K600_XL_TRAINING, K600_SAMPLING),
+    "far-b-minecraft": (B | MINECRAFT | FAR, MINECRAFT_TRAINING, MINECRAFT_SAMPLING),
+    "far-tiny": (TINY | FAR, TINY_TRAINING, TINY_SAMPLING),
+    # FAR's own.
+    "far-b-ucf101-uncond": (FAR_B | UCF101 | FAR, FAR_ABLATION_TRAINING, UCF101_SAMPLING),
+    "far-l-ucf101": (FAR_L | UCF101 | CLASSES | FAR, FAR_TRAINING, UCF101_CLASS_SAMPLING),
+    "far-l-ucf101-uncond": (FAR_L | UCF101 | FAR, FAR_TRAINING, UCF101_SAMPLING),
+    "far-xl-ucf101": (FAR_XL | UCF101 | CLASSES | FAR, FAR_TRAINING, UCF101_CLASS_SAMPLING),
+    "far-xl-ucf101-uncond": (FAR_XL | UCF101 | FAR, FAR_TRAINING, UCF101_SAMPLING),
+    # Its Fig. 5, which does not say the size: B, beside far-b-ucf101-uncond.
+    "video-dit-b-ucf101-uncond": (FAR_B | UCF101 | VIDEO_DIT, FAR_ABLATION_TRAINING, UCF101_SAMPLING),
+    "video-dit-tiny": (TINY | VIDEO_DIT, TINY_TRAINING, TINY_SAMPLING | {"context_frames": 0}),
 }
+NETWORK, TRAINING, SAMPLING = ({name: parts[i] for name, parts in PRESETS.items()} for i in range(3))

@@ -173,14 +173,13 @@ class Recipe(ABC):
         """sum over clips and frames of weight * squared error."""
         return weighted_squared_error(velocity.float(), prepared.target.float(), prepared.weight, backend=self.backend)
 
-    def weight(self, x: Tensor, t: Tensor, *, causal: bool = True) -> Tensor:
-        """fp32 [B, T]: the mean over all elements, times (fused) min-SNR where the config says so. t: timesteps [B, T]."""
+    def weight(self, x: Tensor, snr: Tensor) -> Tensor:
+        """fp32 [B, T]: the mean over all elements, times (fused) min-SNR where the config says so. snr: fp32 [B, T]."""
         config = self.config
         weight = x.new_full(x.shape[:2], 1 / x.numel(), dtype=torch.float32)
         if config.min_snr_gamma is None:
             return weight
-        snr = self.schedule.snr(t)
-        return weight * compute_loss_weight(snr, config.min_snr_gamma, "v_prediction", config.min_snr_decay, causal)
+        return weight * compute_loss_weight(snr, config.min_snr_gamma, "v_prediction", config.min_snr_decay)
 
     def dropped_history(self, draws: Draws, frames: int) -> Tensor | None:
         """bool [B, T] on the host: the frames that see themselves alone, for history guidance."""

@@ -38,14 +38,11 @@ class DiffusionForcing(Recipe):
         drop = self.dropped_history(draws, x.shape[1])
         t = schedule.sample_timesteps((draws.total, x.shape[1]), draws.generator, x.device)[draws.ours]
         eps = draws.normal_like(x)
-        noisy, embedding, weight = self.context(
-            x, schedule.add_noise(x, eps, t), schedule.embedding(t), self.weight(x, t), draws
-        )
-        batch = noisy_alone(noisy, embedding, drop_history=drop, **told)
+        noisy, timestep, weight = self.context(x, schedule.add_noise(x, eps, t), t, draws)
+        batch = noisy_alone(noisy, timestep, drop_history=drop, **told)
         return Prepared(batch, schedule.target(x, eps, t), weight)
 
-    def context(
-        self, x: Tensor, noisy: Tensor, timestep: Tensor, weight: Tensor, draws: Draws
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """What the frames are in the end: their latents [B, T, N, C], the timesteps they are told and their weights [B, T]."""
-        return noisy, timestep, weight
+    def context(self, x: Tensor, noisy: Tensor, t: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
+        """What the frames are in the end, of the clean ones, the noisy ones [B, T, N, C] and their schedule's timesteps
+        [B, T]: their latents [B, T, N, C], the timesteps that the network is told, and their weights, [B, T] each."""
+        return noisy, self.schedule.embedding(t), self.weight(x, self.schedule.snr(t))

@@ -5,6 +5,8 @@ Source: Gu et al. 2025, arXiv 2503.19325, Sec. 4.2 (stochastic clean context) an
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -28,12 +30,12 @@ class FAR(DiffusionForcing):
     def history_policy(cls, config: MiMoConfig) -> HistoryPolicy:
         return HistoryPolicy(CLEAN, conditions_of(config))
 
-    def context(
-        self, x: Tensor, noisy: Tensor, timestep: Tensor, weight: Tensor, draws: Draws
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def context(self, x: Tensor, noisy: Tensor, t: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
         frames = x.shape[1]
         clean = draws.uniform(frames) < self.config.clean_context
+        snr = self.schedule.snr(t).masked_fill(clean, math.inf)  # what fused min-SNR makes of the frames behind it
         # A clip of clean frames alone has no loss, and no division by zero.
         share = frames / (frames - clean.sum(1, keepdim=True)).clamp(min=1)
-        weight = torch.where(clean, 0.0, weight * share)
-        return torch.where(clean[..., None, None], x, noisy), timestep.masked_fill(clean, CLEAN), weight
+        weight = torch.where(clean, 0.0, self.weight(x, snr) * share)
+        timestep = self.schedule.embedding(t).masked_fill(clean, CLEAN)
+        return torch.where(clean[..., None, None], x, noisy), timestep, weight

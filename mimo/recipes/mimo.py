@@ -70,7 +70,7 @@ class MaskedHistory(Recipe):
             **given,
         )
         target = self.schedule.target(x, eps, t)
-        return Prepared(batch, target, self.weight(x, t), x, keep, reconstruct=with_mask)
+        return Prepared(batch, target, self.weight(x, self.schedule.snr(t)), x, keep, reconstruct=with_mask)
 
     def loss_of(self, output, prepared: Prepared) -> LossParts:
         zero = prepared.latents.new_zeros((), dtype=torch.float32)
