@@ -49,22 +49,37 @@ def gradients(out, lse, inputs, seed=1):
     return torch.autograd.grad([out, lse], inputs, [dout, dlse])
 
 
+YARDSTICK_HEADS = 64
+
+
+def plain_and_exact(inputs, mask, scale=None):
+    """(out, lse, dq, dk, dv) by plain PyTorch in the dtype of the inputs, and in double precision."""
+    results = []
+    for same in (inputs, [x.detach().double().requires_grad_() for x in inputs]):
+        out, lse = dense_attention(*same, mask, scale)
+        results.append([out, lse, *gradients(out, lse, same)])
+    return results
+
+
+def compare(results, inputs, mask, scale=None):
+    """In half precision plain PyTorch's errors are those over many heads besides: the largest of a few is luck."""
+    plain, exact = plain_and_exact(inputs, mask, scale)
+    more = [None] * len(plain)
+    if inputs[0].dtype != torch.float32:
+        wide = tensors(mask, YARDSTICK_HEADS, inputs[0].shape[-1], inputs[0].dtype, seed=2)
+        more = list(zip(*plain_and_exact(wide, mask, scale)))
+    for name, *result, further in zip(("out", "lse", "dq", "dk", "dv"), results, plain, exact, more):
+        assert_within_budget(*result, name=name, more=further)
+
+
 def check(mask, heads=2, head_dim=16, dtype=torch.float32, batch=None, scale=None):
-    """In half precision with more heads where the rows are few: the largest error of plain PyTorch is luck in a small sample."""
     inputs = tensors(mask, heads, head_dim, dtype, batch)
     with poisoned_memory():
         fenced = [between_nans(x) for x in inputs]
         out, lse = frame_attention(*fenced, mask, scale=scale, backend="reference", return_lse=True)
         results = [out, lse, *gradients(out, lse, fenced)]
     assert out.shape == inputs[0].shape and out.dtype == dtype and lse.dtype == torch.float32
-
-    doubles = [x.detach().double().requires_grad_() for x in inputs]
-    exact = dense_attention(*doubles, mask, scale)
-    exact = [*exact, *gradients(*exact, doubles)]
-    plain = dense_attention(*inputs, mask, scale)
-    plain = [*plain, *gradients(*plain, inputs)]
-    for name, result, ordinary, truth in zip(("out", "lse", "dq", "dk", "dv"), results, plain, exact):
-        assert_within_budget(result, ordinary, truth, name=name)
+    compare(results, inputs, mask, scale)
 
 
 @settings(max_examples=40, deadline=None)
@@ -72,7 +87,7 @@ def check(mask, heads=2, head_dim=16, dtype=torch.float32, batch=None, scale=Non
     cases(),
     st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     st.sampled_from([8, 24, 72]),
-    st.sampled_from([5, 8]),
+    st.sampled_from([1, 2, 5]),
 )
 def test_equals_dense_attention(case, dtype, head_dim, heads):
     check(case.mask, heads, head_dim, dtype)
@@ -81,7 +96,7 @@ def test_equals_dense_attention(case, dtype, head_dim, heads):
 @settings(max_examples=15, deadline=None)
 @given(tables(), st.integers(1, 3), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_rows_without_keys_and_batches(table, batch, dtype):
-    check(FrameMask.from_table(table), heads=8, batch=batch, dtype=dtype)
+    check(FrameMask.from_table(table), batch=batch, dtype=dtype)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
