@@ -111,13 +111,12 @@ def paged_frame_attention(
 
     Returns: ``[S, N, heads, head_dim]``, contiguous.
 
-    Raises ValueError for shapes, dtypes or a view that do not match the cache, for a backend that cannot serve, and where
+    Raises ValueError for shapes, dtypes or a view that do not match the cache, for a view that is older than it, for a backend that cannot serve, and where
     a gradient would be lost.
     """
     if not hasattr(view, "seqs"):
         raise ValueError(f"view is a {type(view).__name__}, expected what cache.view(seqs) returns")
-    if view.cache is not cache:
-        raise ValueError("the view belongs to another cache")
+    cache.check_view(view)
     expected = (len(view.seqs), q.shape[1] if q.ndim == 4 else "N", cache.num_heads, cache.head_dim)
     for name, x in (("q", q), ("k_self", k_self), ("v_self", v_self)):
         if x.shape != expected or x.dtype != cache.dtype or x.device.type != cache.device.type:

@@ -11,47 +11,37 @@ a page table per sequence (``CacheView``), uploaded once per frame into buffers 
 rows that a new frame is written to (``FrameSlot``). Nothing is ever read back from the device.
 """
 
+import operator
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from mimo_kernels.cache.book import Book, Frame
 from mimo_kernels.cache.view import CacheView, ViewHead, upload
 
 __all__ = ["CacheView", "FrameCache", "FrameSlot", "ViewHead"]
 
-_NO_PAGES = torch.zeros(2, 0, dtype=torch.int32)
-
-
-@dataclass(frozen=True)
-class _Frame:
-    index: int  # frames appended to its sequence before it: the absolute time of the frame
-    pages: tuple[int, ...]
-    num_tokens: int
-    coarse: bool = False
-
-
-@dataclass
-class _Sequence:
-    frames: list[_Frame]
-    table: Tensor  # int32 [2, pages], host: page numbers and rows in use per page; replaced, never written to
-    appended: int  # frames ever appended
-    open: bool = False  # a frame is reserved and not yet committed
+MAX_HEAD_DIM = 256
 
 
 @dataclass(eq=False)
 class FrameSlot:
     """Pages reserved for one more frame in each of some sequences, until `FrameCache.commit` or `FrameCache.cancel`.
 
-    ``rows`` (int64 ``[sequences * num_tokens]``, on the device) are the pool rows of the frame's tokens.
+    ``rows`` (int64 ``[sequences * num_tokens]``, on the device) are the pool rows of the frame's tokens. They go over to
+    the slot that reuses this one.
     """
 
     seqs: tuple[int, ...]
     num_tokens: int
     rows: Tensor
+    book: Book
     pages: list[tuple[int, ...]] = field(default_factory=list)
     open: bool = True
+    reused: bool = False
 
 
 class FrameCache:
@@ -60,13 +50,13 @@ class FrameCache:
     Keys are stored as attention uses them: after QK-norm and RoPE at absolute positions.
 
     Args:
-        num_layers, num_heads, head_dim: of the network.
+        num_layers, num_heads, head_dim: of the network; head_dim is a multiple of 8 up to 256, as attention wants it.
         num_pages: pages in the pool; `pages_for` counts what a run needs.
         page_size: tokens per page. Best equal to the tokens of a frame, or a divisor of them, up to 64 or 128.
         dtype: float32, float16 or bfloat16. device: where the pool lives.
-        budget: bytes that the pool may take; default: on a GPU what is free there, elsewhere no limit.
+        budget: bytes that the pool may take; default: on a GPU what is free there, on the CPU the machine's memory.
 
-    Raises ValueError when the pool does not fit into the budget. All methods raise ValueError for a sequence that is
+    Raises ValueError when the pool does not fit into the budget, and for a device that is not there. All methods raise ValueError for a sequence that is
     not there (never made, or freed), and leave the cache as it was whenever they raise; `compress` may have compressed
     some frames by then.
     """
@@ -85,20 +75,16 @@ class FrameCache:
     ):
         self.num_layers, self.num_heads, self.head_dim = num_layers, num_heads, head_dim
         self.num_pages, self.page_size = num_pages, page_size
-        self.dtype, self.device = dtype, torch.device(device)
+        self.dtype, self.device = dtype, _device(device)
         need = self.bytes(num_layers, num_heads, head_dim, num_pages=num_pages, page_size=page_size, dtype=dtype)
-        if budget is None and self.device.type == "cuda":
-            unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-            budget = torch.cuda.mem_get_info(self.device)[0] + unused
+        if budget is None:
+            budget = _memory(self.device)
         if budget is not None and need > budget:
             raise ValueError(f"the cache needs {_size(need)} for {num_pages} pages, the budget is {_size(budget)}")
         # Zeroed, so that what `state_dict` saves of a partly used page is the same every time.
         shape = (num_layers, 2, num_pages, page_size, num_heads, head_dim)
         self.pool = torch.zeros(shape, dtype=dtype, device=self.device)
-        self._references = [0] * num_pages
-        self._free = list(range(num_pages - 1, -1, -1))  # a stack: low numbers first, then the latest freed
-        self._sequences: dict[int, _Sequence] = {}
-        self._next_id = 0
+        self._book = Book(num_pages, page_size)
 
     @staticmethod
     def bytes(
@@ -117,8 +103,9 @@ class FrameCache:
         sizes = {"num_layers": num_layers, "num_heads": num_heads, "head_dim": head_dim, "page_size": page_size}
         sizes["num_pages"] = num_pages
         for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{name} must be positive, got {value}")
+            _positive(name, value)
+        if head_dim % 8 or head_dim > MAX_HEAD_DIM:
+            raise ValueError(f"head_dim must be a multiple of 8 from 8 to {MAX_HEAD_DIM}, got {head_dim}")
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
         return 2 * num_layers * num_pages * page_size * num_heads * head_dim * dtype.itemsize
@@ -132,54 +119,50 @@ class FrameCache:
 
     def new_sequence(self) -> int:
         """An empty sequence; its number is never used again."""
-        return self._add(_Sequence([], _NO_PAGES, 0))
+        return self._book.add()
 
     def fork(self, seq: int) -> int:
         """A new sequence with the same committed frames, in the same pages."""
-        source = self._sequence(seq)
-        self._acquire(source.frames)
-        return self._add(_Sequence(list(source.frames), source.table, source.appended))
+        source = self._book.sequence(seq)
+        return self._book.add(source.frames, source.appended)
 
     def free(self, seq: int) -> None:
         """Forget a sequence; pages that nobody else uses return to the pool."""
-        self._closed(seq, "be freed")
-        self._release(self._sequences.pop(seq).frames)
+        self._book.closed(seq, "be freed")
+        self._book.remove(seq)
 
     def evict(self, seq: int, *, window: int, sink: int = 0) -> int:
         """Keep the first `sink` and the latest `window` of the resident frames, drop the rest; returns how many.
 
         Frames are counted as they stand in the sequence now; nothing is copied or moved.
         """
-        if window < 0 or sink < 0:
-            raise ValueError(f"window and sink must not be negative, got {window} and {sink}")
-        sequence = self._sequence(seq)
-        frames = sequence.frames
+        _check_window(window, sink)
+        frames = self._book.sequence(seq).frames
         first, last = sink, max(sink, len(frames) - window)
-        dropped = frames[first:last]
+        dropped = len(frames[first:last])
         if dropped:
-            self._set_frames(sequence, frames[:first] + frames[last:])
-            self._release(dropped)
-        return len(dropped)
+            self._book.set_frames(seq, frames[:first] + frames[last:])
+        return dropped
 
     def num_frames(self, seq: int) -> int:
         """Frames that are resident now."""
-        return len(self._sequence(seq).frames)
+        return len(self._book.sequence(seq).frames)
 
     def num_tokens(self, seq: int) -> int:
         """Tokens that are resident now."""
-        return sum(frame.num_tokens for frame in self._sequence(seq).frames)
+        return sum(frame.num_tokens for frame in self._book.sequence(seq).frames)
 
     def position(self, seq: int) -> int:
         """Frames ever appended: the time of the next one."""
-        return self._sequence(seq).appended
+        return self._book.sequence(seq).appended
 
     def frame_indices(self, seq: int) -> list[int]:
         """The times of the resident frames, ascending."""
-        return [frame.index for frame in self._sequence(seq).frames]
+        return [frame.index for frame in self._book.sequence(seq).frames]
 
     @property
     def num_free_pages(self) -> int:
-        return len(self._free)
+        return len(self._book.free)
 
     # Writing
 
@@ -187,25 +170,29 @@ class FrameCache:
         """Reserve pages for one more frame of `num_tokens` tokens in each of `seqs`: in all of them or in none.
 
         `reuse`: a slot of the same size that is no longer open; its ``rows`` keep their address, so that a captured
-        CUDA graph writes the new frame.
+        CUDA graph writes the new frame. A slot is reused once: its rows are the new slot's from then on.
         """
         seqs = tuple(seqs)
-        if not seqs or num_tokens < 1:
+        if not seqs or not _is_int(num_tokens) or num_tokens < 1:
             raise ValueError(f"a frame needs a sequence and a token, got {len(seqs)} sequences, {num_tokens} tokens")
         if len(set(seqs)) != len(seqs):
             raise ValueError(f"each sequence can have one open frame, got sequences {list(seqs)}")
         for seq in seqs:
-            self._closed(seq, "begin another")
-        if reuse is not None and (reuse.open or reuse.rows.numel() != len(seqs) * num_tokens):
-            raise ValueError(
-                f"cannot reuse a slot of {len(reuse.seqs)} x {reuse.num_tokens} tokens, open: {reuse.open}, "
-                f"for {len(seqs)} x {num_tokens} tokens"
-            )
+            self._book.closed(seq, "begin another")
+        if reuse is not None:
+            self._own(reuse)
+            if reuse.open or reuse.reused or reuse.rows.numel() != len(seqs) * num_tokens:
+                raise ValueError(
+                    f"cannot reuse a slot of {len(reuse.seqs)} x {reuse.num_tokens} tokens, open: {reuse.open}, "
+                    f"reused before: {reuse.reused}, for {len(seqs)} x {num_tokens} tokens"
+                )
         pages = self._reserve(len(seqs), num_tokens)
+        rows = upload(self._book.rows_of(pages, num_tokens), self.device, None if reuse is None else reuse.rows)
         for seq in seqs:
-            self._sequences[seq].open = True
-        rows = upload(self._rows_of(pages, num_tokens), self.device, None if reuse is None else reuse.rows)
-        return FrameSlot(seqs, num_tokens, rows, pages)
+            self._book.sequences[seq].open = True
+        if reuse is not None:
+            reuse.reused = True
+        return FrameSlot(seqs, num_tokens, rows, self._book, pages)
 
     def write(self, slot: FrameSlot, layer: int, k: Tensor, v: Tensor) -> None:
         """Store one layer's keys and values of the frame: k, v ``[sequences, num_tokens, heads, head_dim]``."""
@@ -216,6 +203,7 @@ class FrameCache:
                     f"{name} must be {list(expected)} {self.dtype} on {self.device}, "
                     f"got {list(x.shape)} {x.dtype} on {x.device}"
                 )
+            _constant(name, x)
         keys, values, rows = self.place(slot, layer)
         keys.index_copy_(0, rows, k.flatten(0, 1))
         values.index_copy_(0, rows, v.flatten(0, 1))
@@ -235,21 +223,17 @@ class FrameCache:
         """Make the frame visible to views that are refreshed from now on."""
         self._opened(slot)
         for seq, pages in zip(slot.seqs, slot.pages, strict=True):
-            sequence = self._sequences[seq]
-            frame = _Frame(sequence.appended, pages, slot.num_tokens)
-            self._acquire([frame])
-            sequence.frames.append(frame)
-            sequence.table = torch.cat([sequence.table, self._table_of([frame])], 1)
-            sequence.appended += 1
+            sequence = self._book.sequences[seq]
+            self._book.append(seq, Frame(sequence.appended, pages, slot.num_tokens))
             sequence.open = False
         slot.open = False
 
     def cancel(self, slot: FrameSlot) -> None:
         """Give the reserved pages back; the sequences are as before `begin_frame`."""
         self._opened(slot)
-        for seq, pages in zip(slot.seqs, slot.pages, strict=True):
-            self._sequences[seq].open = False
-            self._free.extend(reversed(pages))
+        for seq in slot.seqs:
+            self._book.sequences[seq].open = False
+        self._book.give_back(slot.pages)
         slot.open = False
 
     def append(self, seqs: Sequence[int], k_layers: Sequence[Tensor], v_layers: Sequence[Tensor]) -> None:
@@ -274,8 +258,16 @@ class FrameCache:
         """
         seqs = tuple(seqs)
         if max_pages is None:
-            max_pages = max((self._table(seq).shape[1] for seq in seqs), default=0)
-        return CacheView(self, seqs, max_pages).refresh()
+            max_pages = max((self._book.table(seq).shape[1] for seq in seqs), default=0)
+        elif not _is_int(max_pages) or max_pages < 0:
+            raise ValueError(f"max_pages must be a number of pages, got {max_pages}")
+        return CacheView(self._book, self.pool, seqs, max_pages).refresh()
+
+    def check_view(self, view: CacheView | ViewHead) -> None:
+        """ValueError unless the view is one of this cache and shows its sequences as they are now."""
+        if view.book is not self._book:
+            raise ValueError("the view belongs to another cache")
+        view.check_current()
 
     def frame(self, seq: int, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the resident frame of time `index`: copies, each ``[layers, tokens, heads, head_dim]``."""
@@ -301,21 +293,26 @@ class FrameCache:
         the first `sink` frames stay as they are. A frame that forked sequences share is compressed once and stays
         shared. A frame is compressed once: it counts as coarse from then on.
         """
+        _check_window(window, sink)
         for seq in seqs:
-            self._closed(seq, "be compressed")
-        done: dict[_Frame, _Frame] = {}
+            self._book.closed(seq, "be compressed")
+        done: dict[Frame, Frame] = {}
         for seq in seqs:
-            sequence = self._sequence(seq)
-            for place in range(sink, len(sequence.frames) - window):
-                frame = sequence.frames[place]
-                if not frame.coarse:
-                    if frame not in done:
-                        done[frame] = self._store_coarse(frame, *coarse(seq, frame.index))
-                    self._acquire([done[frame]])
-                    self._set_frames(sequence, [*sequence.frames[:place], done[frame], *sequence.frames[place + 1 :]])
-                    self._release([frame])
+            for place in range(sink, self.num_frames(seq) - window):
+                frame = self._book.sequence(seq).frames[place]
+                if frame.coarse:
+                    continue
+                if frame not in done:
+                    done[frame] = self._store_coarse(seq, frame, coarse)
+                frames = self._book.sequence(seq).frames
+                self._book.set_frames(seq, [*frames[:place], done[frame], *frames[place + 1 :]])
 
-    def _store_coarse(self, frame: _Frame, k: Tensor, v: Tensor) -> _Frame:
+    def _store_coarse(self, seq: int, frame: Frame, coarse: Callable[[int, int], tuple[Tensor, Tensor]]) -> Frame:
+        """The pages of the frame that is to stand for `frame`. They belong to nobody yet, and to the pool where this fails."""
+        changes = self._book.changes, len(self._book.free)
+        k, v = coarse(seq, frame.index)
+        if (self._book.changes, len(self._book.free)) != changes:
+            raise ValueError("the cache was changed by the function that makes its frames coarse; it may only read")
         num_tokens = k.shape[1] if k.ndim == 4 else 0
         expected = (self.num_layers, num_tokens, self.num_heads, self.head_dim)
         if not 0 < num_tokens < frame.num_tokens or k.shape != expected or v.shape != expected:
@@ -323,41 +320,38 @@ class FrameCache:
                 f"coarse k and v must be [{self.num_layers}, fewer than {frame.num_tokens}, {self.num_heads}, "
                 f"{self.head_dim}], got {list(k.shape)} and {list(v.shape)}"
             )
+        for name, x in (("k", k), ("v", v)):
+            _constant(f"coarse {name}", x)
+        both = torch.stack([k, v], 1).to(self.pool)
         pages = self._reserve(1, num_tokens)
-        rows = upload(self._rows_of(pages, num_tokens), self.device)
-        self.pool.flatten(2, 3).index_copy_(2, rows, torch.stack([k, v], 1).to(self.pool))
-        return _Frame(frame.index, pages[0], num_tokens, coarse=True)
+        try:
+            rows = upload(self._book.rows_of(pages, num_tokens), self.device)
+            self.pool.flatten(2, 3).index_copy_(2, rows, both)
+        except Exception:
+            self._book.give_back(pages)
+            raise
+        return Frame(frame.index, pages[0], num_tokens, coarse=True)
 
     # Saving
 
     def state_dict(self) -> dict[str, Tensor]:
         """All sequences and the pages that they use, as contiguous tensors on the host (for safetensors)."""
-        self._all_closed("be saved")
-        used = [page for page, count in enumerate(self._references) if count]
-        saved_as = {page: number for number, page in enumerate(used)}
-        frames, pages = [], []
-        for seq, sequence in self._sequences.items():
-            for frame in sequence.frames:
-                frames.append((seq, frame.index, frame.num_tokens, frame.coarse))
-                pages.extend(saved_as[page] for page in frame.pages)
-        sequences = [(seq, sequence.appended) for seq, sequence in self._sequences.items()]
-        numbers = torch.tensor(used, dtype=torch.int64).to(self.device)
-        return {
-            # Layer by layer: what is in use may be most of the device's memory.
-            "pages": torch.stack([layer[:, numbers].cpu() for layer in self.pool]),
-            "sequences": torch.tensor(sequences, dtype=torch.int64).view(-1, 2),
-            "frames": torch.tensor(frames, dtype=torch.int64).view(-1, 4),
-            "frame_pages": torch.tensor(pages, dtype=torch.int64),
-            "next_id": torch.tensor([self._next_id]),
-        }
+        self._book.all_closed("be saved")
+        used, state = self._book.state()
+        numbers = torch.tensor(used, dtype=torch.int64, device="cpu").to(self.device)
+        # Layer by layer: what is in use may be most of the device's memory.
+        return {"pages": torch.stack([layer[:, numbers].cpu() for layer in self.pool])} | state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Replace the content by that of a saved cache of the same layers, heads, page size and dtype.
 
-        The pool may have another number of pages, as long as the saved ones fit.
+        The pool may have another number of pages, as long as the saved ones fit. A state that no cache can have saved is
+        refused whole. Views follow when they are refreshed.
         """
-        self._all_closed("be replaced")
-        pages = state["pages"]
+        self._book.all_closed("be replaced")
+        pages = state.get("pages")
+        if not isinstance(pages, Tensor) or pages.ndim != 6:
+            raise ValueError("saved cache: pages are missing, or not a tensor of 6 dimensions")
         expected = (self.num_layers, 2, pages.shape[2], self.page_size, self.num_heads, self.head_dim)
         if pages.shape != expected or pages.dtype != self.dtype:
             raise ValueError(
@@ -365,100 +359,76 @@ class FrameCache:
             )
         if pages.shape[2] > self.num_pages:
             raise ValueError(f"the saved cache has {pages.shape[2]} pages, this one only {self.num_pages}")
+        book = self._book.restored(state, pages.shape[2])
         for layer, saved in zip(self.pool, pages, strict=True):
             layer[:, : pages.shape[2]] = saved.to(self.device)
-        self._references = [0] * self.num_pages
-        self._sequences = {seq: _Sequence([], _NO_PAGES, appended) for seq, appended in state["sequences"].tolist()}
-        self._next_id = int(state["next_id"])
-        numbers = iter(state["frame_pages"].tolist())
-        for seq, index, num_tokens, coarse in state["frames"].tolist():
-            frame_pages = tuple(next(numbers) for _ in range(self._pages_per_frame(num_tokens)))
-            self._sequences[seq].frames.append(_Frame(index, frame_pages, num_tokens, bool(coarse)))
-        for sequence in self._sequences.values():
-            self._acquire(sequence.frames)
-            self._set_frames(sequence, sequence.frames)
-        self._free = [page for page in reversed(range(self.num_pages)) if not self._references[page]]
+        self._book.become(book)
 
     # Bookkeeping
 
-    def _sequence(self, seq: int) -> _Sequence:
-        if seq not in self._sequences:
-            known = "it was freed" if 0 <= seq < self._next_id else "it was never made"
-            raise ValueError(f"no sequence {seq} in the cache: {known}")
-        return self._sequences[seq]
-
-    def _closed(self, seq: int, action: str) -> _Sequence:
-        sequence = self._sequence(seq)
-        if sequence.open:
-            raise ValueError(f"sequence {seq} has an open frame and cannot {action}: commit or cancel it first")
-        return sequence
-
-    def _all_closed(self, action: str) -> None:
-        for seq in self._sequences:
-            self._closed(seq, action)
+    def _own(self, slot: FrameSlot) -> None:
+        if slot.book is not self._book:
+            raise ValueError(f"the slot of sequences {list(slot.seqs)} belongs to another cache")
 
     def _opened(self, slot: FrameSlot) -> None:
+        self._own(slot)
         if not slot.open:
             raise ValueError(f"the frame of sequences {list(slot.seqs)} was already committed or cancelled")
 
-    def _frame(self, seq: int, index: int) -> _Frame:
-        for frame in self._sequence(seq).frames:
+    def _frame(self, seq: int, index: int) -> Frame:
+        for frame in self._book.sequence(seq).frames:
             if frame.index == index:
                 return frame
         raise ValueError(f"frame {index} of sequence {seq} is not resident, only {self.frame_indices(seq)}")
 
-    def _add(self, sequence: _Sequence) -> int:
-        self._next_id += 1
-        self._sequences[self._next_id - 1] = sequence
-        return self._next_id - 1
-
-    def _pages_per_frame(self, num_tokens: int) -> int:
-        return self.pages_for(1, num_tokens, page_size=self.page_size)
-
     def _reserve(self, num_frames: int, num_tokens: int) -> list[tuple[int, ...]]:
-        per_frame = self._pages_per_frame(num_tokens)
-        need = num_frames * per_frame
-        if need > len(self._free):
+        need = num_frames * self._book.pages_of(num_tokens)
+        if need > self.num_free_pages:
             page_bytes = self.pool.nbytes // self.num_pages
             raise ValueError(
                 f"the cache is full: {num_frames} frames of {num_tokens} tokens need {need} pages "
-                f"({_size(need * page_bytes)}), {len(self._free)} of {self.num_pages} are free "
-                f"({_size(len(self._free) * page_bytes)} of a budget of {_size(self.pool.nbytes)})"
+                f"({_size(need * page_bytes)}), {self.num_free_pages} of {self.num_pages} are free "
+                f"({_size(self.num_free_pages * page_bytes)} of a budget of {_size(self.pool.nbytes)})"
             )
-        return [tuple(self._free.pop() for _ in range(per_frame)) for _ in range(num_frames)]
+        return self._book.reserve(num_frames, num_tokens)
 
-    def _acquire(self, frames: list[_Frame]) -> None:
-        for frame in frames:
-            for page in frame.pages:
-                self._references[page] += 1
 
-    def _release(self, frames: list[_Frame]) -> None:
-        for frame in frames:
-            for page in reversed(frame.pages):
-                self._references[page] -= 1
-                if not self._references[page]:
-                    self._free.append(page)
+def _is_int(value: object) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)
 
-    def _rows_of(self, pages: list[tuple[int, ...]], num_tokens: int) -> Tensor:
-        first = torch.tensor(pages, dtype=torch.int64)[:, :, None] * self.page_size
-        return (first + torch.arange(self.page_size)).flatten(1)[:, :num_tokens].flatten()
 
-    def _table_of(self, frames: list[_Frame]) -> Tensor:
-        pages, used = [], []
-        for frame in frames:
-            pages.extend(frame.pages)
-            used.extend([self.page_size] * (len(frame.pages) - 1))
-            used.append(frame.num_tokens - self.page_size * (len(frame.pages) - 1))
-        return torch.tensor([pages, used], dtype=torch.int32)
+def _positive(name: str, value: int) -> None:
+    if not _is_int(value) or operator.index(value) < 1:
+        raise ValueError(f"{name} must be positive, got {value}")
 
-    def _set_frames(self, sequence: _Sequence, frames: list[_Frame]) -> None:
-        sequence.frames, sequence.table = frames, self._table_of(frames)
 
-    def _table(self, seq: int | None) -> Tensor:
-        return _NO_PAGES if seq is None else self._sequence(seq).table
+def _check_window(window: int, sink: int) -> None:
+    if not _is_int(window) or not _is_int(sink) or window < 0 or sink < 0:
+        raise ValueError(f"window and sink must not be negative, got {window} and {sink}")
 
-    def _frames(self, seq: int | None) -> list[_Frame]:
-        return [] if seq is None else list(self._sequence(seq).frames)
+
+def _constant(name: str, x: Tensor) -> None:
+    """Pages hold numbers: a gradient that somebody waits for would be lost."""
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires a gradient, which pages do not keep: pass {name}.detach(), or use no_grad()")
+
+
+def _device(device: torch.device | str) -> torch.device:
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device is {device!r}: {str(error).splitlines()[0]}") from None
+    if found.type == "cuda" and (not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"device is {found}, torch sees {torch.cuda.device_count()} CUDA devices")
+    return found
+
+
+def _memory(device: torch.device) -> int | None:
+    """Bytes that a pool can take there at most, as far as somebody knows."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if device.type == "cpu" else None
 
 
 def _size(num_bytes: int) -> str:

@@ -323,6 +323,201 @@ def test_wrong_use_is_named():
         make(dtype=torch.int8)
 
 
+def test_a_closed_slot_is_reused_once_and_only_by_its_own_cache():
+    cache, other = make(), make()
+    a, b, c = (cache.new_sequence() for _ in range(3))
+    seq = other.new_sequence()
+    first = cache.begin_frame([a], 3)
+    cache.commit(first)
+    second = cache.begin_frame([b], 3, reuse=first)
+    rows = second.rows.tolist()
+    with pytest.raises(ValueError, match="cannot reuse a slot of 1 x 3 tokens, open: False, reused before: True"):
+        cache.begin_frame([c], 3, reuse=first)
+    assert second.rows.tolist() == rows and cache.num_free_pages == 6
+    cache.cancel(second)
+    foreign = other.begin_frame([seq], 3)
+    keys, values = frame(1, 3)
+    for use in (cache.commit, cache.cancel, lambda slot: cache.write(slot, 0, keys[0], values[0])):
+        with pytest.raises(ValueError, match=r"the slot of sequences \[0\] belongs to another cache"):
+            use(foreign)
+    other.cancel(foreign)
+    with pytest.raises(ValueError, match="belongs to another cache"):
+        cache.begin_frame([c], 3, reuse=foreign)
+    assert cache.num_frames(a) == 1 and cache.num_free_pages == 7 and other.num_free_pages == 8
+
+
+def test_pages_take_constants_only():
+    cache = make()
+    a = cache.new_sequence()
+    keys, values = frame(1, 6)
+    wanted = [k.clone().requires_grad_() for k in keys]
+    with pytest.raises(ValueError, match=r"k requires a gradient, which pages do not keep: pass k.detach\(\)"):
+        cache.append([a], wanted, values)
+    assert cache.num_frames(a) == 0 and cache.num_free_pages == 8
+    with torch.no_grad():
+        cache.append([a], wanted, values)
+
+    def coarse(seq, index):
+        return tuple(x[:, :2].clone().requires_grad_() for x in cache.frame(seq, index))
+
+    with pytest.raises(ValueError, match="coarse k requires a gradient"):
+        cache.compress([a], coarse, window=0)
+    assert cache.num_tokens(a) == 6 and cache.num_free_pages == 6 and not cache.pool.requires_grad
+
+
+def test_a_compression_that_fails_leaks_nothing():
+    cache = make()
+    a = cache.new_sequence()
+    for value in range(2):
+        cache.append([a], *frame(value, 6))
+    before, free = content(cache, a), cache.num_free_pages
+
+    def wrong(make_wrong):
+        def coarse(seq, index):
+            return make_wrong(*(x[:, :2] for x in cache.frame(seq, index)))
+
+        return coarse
+
+    for message, broken in {
+        "coarse k and v must be": wrong(lambda k, v: (k, v[:, :1])),
+        "no number": wrong(lambda k, v: (_ for _ in ()).throw(RuntimeError("no number"))),
+        "was changed by the function": wrong(lambda k, v: cache.new_sequence() and (k, v)),
+    }.items():
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            cache.compress([a], broken, window=0)
+    with pytest.raises(Exception):  # noqa: B017  # torch cannot copy what has no numbers
+        cache.compress([a], wrong(lambda k, v: (k.to("meta"), v.to("meta"))), window=0)
+    for window, sink in ((-1, 0), (0, -1), (1.5, 0)):
+        with pytest.raises(ValueError, match="window and sink must not be negative"):
+            cache.compress([a], wrong(lambda k, v: (k, v)), window=window, sink=sink)
+    assert cache.num_free_pages == free and all(map(torch.equal, content(cache, a), before))
+    for _ in range(free):  # every free page is still to be had
+        cache.append([cache.new_sequence()], *frame(7, 4))
+
+
+def saved() -> dict[str, torch.Tensor]:
+    """Sequence 0 of frames 0 (two pages), 1; sequence 1 forked after frame 0; sequence 3 empty, 2 freed."""
+    cache = make()
+    a = cache.new_sequence()
+    cache.append([a], *frame(1, 6))
+    cache.fork(a)
+    cache.append([a], *frame(2, 4))
+    cache.free(cache.new_sequence())
+    cache.new_sequence()
+    return cache.state_dict()
+
+
+def other(state, key, *place, value):
+    changed = state[key].clone()
+    changed[place] = value
+    return {**state, key: changed}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        *((lambda s, key=key: {k: v for k, v in s.items() if k != key}, key) for key in
+          ("pages", "sequences", "frames", "frame_pages", "next_id")),
+        (lambda s: {**s, "pages": s["pages"][0]}, "pages are missing, or not a tensor of 6 dimensions"),
+        (lambda s: {**s, "frames": s["frames"].float()}, r"frames is torch.float32 \[3, 4\], expected int64 \[n, 4\]"),
+        (lambda s: {**s, "next_id": torch.zeros(2, dtype=torch.int64)}, "next_id is int64 .2., expected one number"),
+        (lambda s: other(s, "next_id", 0, value=0), "sequence 0 with 2 frames appended is there twice or is none of"),
+        (lambda s: other(s, "next_id", 0, value=-1), "next_id is -1"),
+        (lambda s: other(s, "sequences", 1, 0, value=0), "is there twice"),
+        (lambda s: other(s, "sequences", 1, 1, value=-1), "is there twice or is none"),
+        (lambda s: other(s, "sequences", 0, 1, value=1), "expected times that ascend below 1"),
+        (lambda s: other(s, "frames", 0, 0, value=2), "there is no such sequence"),
+        (lambda s: other(s, "frames", 0, 1, value=1), "expected times that ascend"),
+        (lambda s: other(s, "frames", 0, 2, value=0), "expected 1 to 12 tokens"),
+        (lambda s: other(s, "frames", 0, 2, value=2**62), "expected 1 to 12 tokens"),
+        (lambda s: other(s, "frames", 0, 3, value=2), "coarse 0 or 1"),
+        (lambda s: other(s, "frames", 2, 2, value=4), "its pages|pages belong to frames"),
+        (lambda s: other(s, "frame_pages", 0, value=9), "are not 2 of the 3 saved ones"),
+        (lambda s: other(s, "frame_pages", 0, value=-1), "are not 2 of the 3 saved ones"),
+        (lambda s: other(s, "frame_pages", 1, value=0), "are not 2 of the 3 saved ones"),
+        (lambda s: other(s, "frame_pages", 2, value=0), "belong to another frame too"),
+        (lambda s: {**s, "frame_pages": s["frame_pages"][:-1]}, "are not 2 of the 3 saved ones"),
+        (lambda s: {**s, "frame_pages": torch.cat([s["frame_pages"]] * 2)}, "3 of 3 pages belong to frames"),
+        (lambda s: {**s, "pages": s["pages"][:, :, [0, 1, 2, 2]]}, "3 of 4 pages belong to frames, expected all"),
+    ],
+)  # fmt: skip
+def test_a_malformed_state_is_refused_whole(damage, message):
+    state = saved()
+    cache = make()
+    a = cache.new_sequence()
+    cache.append([a], *frame(5, 7))
+    view, pool = cache.view([a]), cache.pool.clone()
+    with pytest.raises(ValueError, match=message) as error:
+        cache.load_state_dict(damage(state))
+    assert "\n" not in str(error.value)
+    assert torch.equal(cache.pool, pool) and cache.num_free_pages == 6 and cache.frame_indices(a) == [0]
+    cache.check_view(view)  # as if nothing had been asked
+    assert cache.new_sequence() == 1
+    cache.load_state_dict(state)
+    assert cache.num_free_pages == 5 and cache.new_sequence() == 4
+    with pytest.raises(ValueError, match="the view is older than the cache: sequence 0 has other frames since"):
+        cache.check_view(view)
+    cache.check_view(view.refresh([0]) if view.max_pages > 2 else cache.view([0]))
+
+
+def test_a_cache_that_cannot_be_is_refused_at_once():
+    with pytest.raises(ValueError, match="head_dim must be a multiple of 8 from 8 to 256, got 20"):
+        FrameCache(1, 1, 20, num_pages=1)
+    with pytest.raises(ValueError, match="head_dim must be a multiple of 8 from 8 to 256, got 264"):
+        FrameCache(1, 1, 264, num_pages=1)
+    with pytest.raises(ValueError, match=r"needs [\d.]+ GiB for 1000000000000 pages, the budget is"):
+        FrameCache(28, 16, 72, num_pages=10**12)
+    with pytest.raises(ValueError, match="num_layers must be positive, got 1.5"):
+        FrameCache(1.5, 16, 72, num_pages=1)
+    with pytest.raises(ValueError, match="device is 'nowhere': "):
+        make(device="nowhere")
+    missing = f"cuda:{torch.cuda.device_count()}"
+    with pytest.raises(ValueError, match=rf"device is {missing}, torch sees \d CUDA devices"):
+        make(device=missing)
+
+
+def test_a_view_that_is_older_than_its_sequences_is_refused():
+    cache = make(20)
+    a, b, c = (cache.new_sequence() for _ in range(3))
+    cache.append([a, b, c], *frame(1, 4, seqs=3))
+    view = cache.view([a, None, b], max_pages=9)
+    head = view.first(2)
+    cache.append([c], *frame(2, 4))  # not shown
+    child = cache.fork(a)  # neither, and a stays as it is
+    assert cache.evict(a, window=5) == 0
+    slot = cache.begin_frame([a], 4)  # not committed: nothing to see yet
+    for shown in (view, head):
+        cache.check_view(shown)
+    cache.cancel(slot)
+    cache.append([b], *frame(3, 4))
+    cache.check_view(head)
+    with pytest.raises(
+        ValueError, match=rf"older than the cache: sequence {b} has other frames since; call view.refresh"
+    ):
+        cache.check_view(view)
+    for change in (
+        lambda: cache.evict(b, window=1),
+        lambda: cache.compress([a], lambda *_: tuple(x[:, :1] for x in cache.frame(a, 0)), window=0),
+        lambda: cache.append([a], *frame(4, 4)),
+    ):
+        cache.check_view(view.refresh())
+        change()
+        with pytest.raises(ValueError, match="has other frames since"):
+            cache.check_view(view)
+    view.refresh([child, None, b])
+    cache.check_view(view)
+    cache.free(child)
+    for shown in (view, head):
+        with pytest.raises(ValueError, match=f"sequence {child} was freed since"):
+            cache.check_view(shown)
+    with pytest.raises(ValueError, match=f"no sequence {child} in the cache: it was freed"):
+        view.refresh()
+    with pytest.raises(ValueError, match="the view belongs to another cache"):
+        make().check_view(view)
+    with pytest.raises(ValueError, match="count is 4, expected 0 to 3"):
+        view.first(4)
+
+
 def test_save_and_restore_through_safetensors(tmp_path):
     cache = make()
     a = cache.new_sequence()

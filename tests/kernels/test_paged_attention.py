@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 
 from mimo_kernels import FrameCache, paged_frame_attention
 from mimo_kernels.attention.paged import _triton_op
@@ -275,9 +276,42 @@ def test_wrong_use_is_named():
     strided = torch.empty(5, 9, 8, 2).transpose(2, 3)
     with pytest.raises(ValueError, match="'triton' cannot serve: strides are not 1 for channels"):
         call(q=strided, backend="triton")
-    narrow = Clips(1, 12, 4)
-    a = narrow.new(4)
-    with pytest.raises(ValueError, match="head_dim 12 is not a multiple of 8 up to 256"):
-        paged_frame_attention(
-            *narrow.frame([a], 4), narrow.cache, layer=0, view=narrow.cache.view([a]), backend="triton"
-        )
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_view_older_than_its_sequences_is_refused(backend):
+    clips, seqs = ragged(4)
+    q, k, v = clips.frame(seqs, 9)
+    view = clips.cache.view(seqs, max_pages=40)
+
+    def attend():
+        return paged_frame_attention(q, k, v, clips.cache, layer=0, view=view, backend=backend)
+
+    clips.check(attend(), seqs, q, k, v, layer=0)
+    clips.append([seqs[0]], 5)
+    with pytest.raises(
+        ValueError, match=f"the view is older than the cache: sequence {seqs[0]} has other frames since"
+    ):
+        attend()
+    view.refresh()
+    clips.check(attend(), seqs, q, k, v, layer=0)
+    clips.cache.free(seqs[3])
+    with pytest.raises(ValueError, match=f"sequence {seqs[3]} was freed since"):
+        attend()
+
+
+def test_compiled_code_follows_a_view_without_compiling_anew():
+    clips, seqs = ragged(4)
+    view = clips.cache.view(seqs, max_pages=80)
+    counter = CompileCounter()
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def attend(q, k, v):
+        return paged_frame_attention(q, k, v, clips.cache, layer=0, view=view, backend="triton")
+
+    for _ in range(6):
+        q, k, v = clips.frame(seqs, 9)
+        clips.check(attend(q, k, v), seqs, q, k, v, layer=0)
+        clips.append([seqs[0]], 5)
+        view.refresh()
+    assert counter.frame_count <= 2
