@@ -205,6 +205,7 @@ def test_a_checkpoint_remembers_its_tokenizer(tmp_path, weights, videos, refused
     run, there = tmp_path / "run", ["--tokenizer-weights", own]
     done(*train(videos, run, *DCAE, *there))
     sample = ["sample", "--checkpoint", run, "--out", tmp_path / "out", "--context", videos / "0.mp4", "--frames", 4]
+    sample += ["--overwrite"]
     done(*sample)
     first = (tmp_path / "out" / "sample.gif").read_bytes()
 

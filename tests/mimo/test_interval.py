@@ -343,7 +343,7 @@ def minecraft(tmp_path_factory):
 def test_videos_with_actions_beside_or_named(minecraft, tmp_path):
     more = ("--model.num-actions", 4, "--train.preview-every", 0)
     run_of(minecraft / "teco", tmp_path / "teco", *more, "--train.lr", 0.1, "--train.ema-decay", 0, "--steps", 8)
-    run_of(minecraft / "far" / "list.json", tmp_path / "far", *more)
+    run_of(minecraft / "far" / "list.json", tmp_path / "far", *more, "--allow-outside")
     video = ("--context", minecraft / "teco" / "a.mp4", "--frames", 6)
     beside = sample(tmp_path / "teco", tmp_path / "a", *video)
     named = sample(tmp_path / "teco", tmp_path / "b", *video, "--actions", minecraft / "teco" / "a.npz")
@@ -370,7 +370,7 @@ def test_actions_that_do_not_fit_are_refused_by_name(minecraft, folder, tmp_path
     video = minecraft / "teco" / "a.mp4"
     assert "13 actions from frame 0 on, 1 apart, are asked for, a.npz holds 12" in refused(video, None, 13, 0, 1, 4)
     assert f"{folder / 'a.npz'} does not exist" in refused(folder / "a.mp4", None, 3, 0, 1, 4)
-    assert "none.npz does not exist" in refused(video, minecraft / "teco" / "none.npz", 3, 0, 1, 4)
+    assert "none.npz: no such file" in refused(video, minecraft / "teco" / "none.npz", 3, 0, 1, 4)
     assert "actions reach from" in refused(video, None, 12, 0, 1, 2)
     np.save(tmp_path / "a.npy", np.zeros(12, int))
     assert "a.npy: not a readable npz file" in refused(video, tmp_path / "a.npy", 3, 0, 1, 4)
