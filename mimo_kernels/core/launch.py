@@ -9,7 +9,6 @@ from torch import Tensor
 from mimo_kernels.core import backends, torch_private
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the numbers of csrc/common.cuh
-DTYPE_NAMES = "float32, float16 or bfloat16"
 
 
 @functools.cache
@@ -27,19 +26,6 @@ def device_refusals(device: torch.device) -> list[str]:
 def triton_refusals(device: torch.device) -> list[str]:
     """The same of Triton kernels."""
     return list(_remembered(backends.triton_refusals, device))
-
-
-def same_device(op: str, reference: Tensor, **tensors: Tensor | None) -> None:
-    """ValueError unless all tensors are where `reference` is."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != reference.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, expected {reference.device}")
-
-
-def floating(op: str, name: str, tensor: Tensor) -> None:
-    """ValueError unless the tensor holds floating-point numbers."""
-    if not tensor.is_floating_point():
-        raise ValueError(f"{op}: {name} is {tensor.dtype}, expected {DTYPE_NAMES}")
 
 
 def kernels():

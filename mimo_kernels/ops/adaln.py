@@ -8,20 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimo_kernels.core import backends
+from mimo_kernels.core import backends, checks
 from mimo_kernels.core.launch import (
-    DTYPE_NAMES,
     DTYPES,
     aligned,
     aligned_rows,
     device_refusals,
-    floating,
     kernels,
     list_of,
     place,
     pointer,
     rows_of,
-    same_device,
 )
 from mimo_kernels.core.register import register
 from mimo_kernels.ops.frame_rows import FrameRows
@@ -234,7 +231,7 @@ _backward_operator = register(
 def _refusals(device: torch.device, dtype: torch.dtype, dim: int) -> dict[str, list[str]]:
     reasons = device_refusals(device)
     if dtype not in DTYPES:
-        reasons.append(f"x is {dtype}, expected {DTYPE_NAMES}")
+        reasons.append(f"x is {dtype}, expected {checks.FLOAT_NAMES}")
     if dim % 8 or not 8 <= dim <= MAX_DIM:
         reasons.append(f"D is {dim}, expected a multiple of 8 up to {MAX_DIM}")
     return {"cuda": reasons, "reference": []}
@@ -245,36 +242,34 @@ def describe_backends(device: torch.device | str) -> dict[str, list[str]]:
     return _refusals(torch.device(device), torch.bfloat16, 1152)
 
 
-def _check(op: str, x: Tensor, rows: FrameRows, branch: Tensor | None, modulation: dict, affine: dict) -> None:
-    if x.ndim != 2:
-        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected [rows, D]")
-    floating(op, "x", x)
+def _check(
+    op: str, x: Tensor, rows: FrameRows, branch: Tensor | None, modulation: dict, affine: dict, eps: float
+) -> None:
+    checks.expect_shape(op, "x", x, "rows", "D")
+    checks.expect_floating(op, "x", x)
     if not isinstance(rows, FrameRows):
-        raise ValueError(f"{op}: rows is a {type(rows).__name__}, expected FrameRows(lens, groups)")
+        checks.refuse(op, "rows", f"is a {type(rows).__name__}", "FrameRows(lens, groups)")
     if x.shape[0] != rows.num_rows:
-        raise ValueError(f"{op}: x has {x.shape[0]} rows, expected the {rows.num_rows} of FrameRows")
-    if branch is not None and (branch.shape != x.shape or branch.dtype != x.dtype):
-        raise ValueError(
-            f"{op}: branch is {branch.dtype} of shape {tuple(branch.shape)}, expected {x.dtype} of shape {tuple(x.shape)}"
-        )
+        checks.refuse(op, "x", f"has shape {list(x.shape)}", f"[{rows.num_rows}, D], the rows of FrameRows")
+    if branch is not None:
+        checks.expect_shape(op, "branch", branch, *x.shape)
+        checks.expect_dtype(op, "branch", branch, x.dtype, why="as x")
+    checks.expect_shape(op, "scale", modulation["scale"], "groups", x.shape[1])
     groups = modulation["scale"].shape[0]
+    if groups < rows.num_groups:
+        checks.refuse(op, "scale", f"has {groups} rows", f"at least the {rows.num_groups} that FrameRows uses")
     for name, tensor in modulation.items():
-        if tensor.shape != (groups, x.shape[1]) or groups < rows.num_groups:
-            raise ValueError(
-                f"{op}: {name} has shape {tuple(tensor.shape)}, expected [{max(groups, rows.num_groups)}, {x.shape[1]}]"
-                f" (FrameRows uses {rows.num_groups} modulation rows)"
-            )
+        checks.expect_shape(op, name, tensor, groups, x.shape[1])
     for name, tensor in affine.items():
-        if tensor is not None and tensor.shape != x.shape[1:]:
-            raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected [{x.shape[1]}]")
+        if tensor is not None:
+            checks.expect_shape(op, name, tensor, x.shape[1])
     for together in (modulation, affine):
-        dtypes = {tensor.dtype for tensor in together.values() if tensor is not None}
-        if len(dtypes) > 1 or not dtypes <= {x.dtype, torch.float32}:
-            raise ValueError(
-                f"{op}: {', '.join(together)} have dtype {', '.join(sorted(map(str, dtypes)))},"
-                f" expected one of {x.dtype} (as x) or torch.float32 for all of them"
-            )
-    same_device(op, x, branch=branch, **modulation, **affine)
+        there = {name: tensor for name, tensor in together.items() if tensor is not None}
+        for name, tensor in there.items():
+            checks.expect_dtype(op, name, tensor, x.dtype, torch.float32, why="as x, or single")
+            checks.expect_dtype(op, name, tensor, next(iter(there.values())).dtype, why=f"as {next(iter(there))}")
+    checks.expect_number(op, "eps", eps)
+    checks.expect_device(op, x, branch=branch, **modulation, **affine)
 
 
 def modulate(
@@ -304,7 +299,7 @@ def modulate(
 
     Source: adaptive LayerNorm of DiT (Peebles and Xie, arXiv 2212.09748, Sec. 3.2), and MiMo's separate LayerNorm for history.
     """
-    _check("modulate", x, rows, None, {"scale": scale, "shift": shift}, {"weight": weight, "bias": bias})
+    _check("modulate", x, rows, None, {"scale": scale, "shift": shift}, {"weight": weight, "bias": bias}, eps)
     if backends.choose("modulate", backend, _refusals(x.device, x.dtype, x.shape[1])) == "reference":
         return modulate_ref(x, scale, shift, rows, weight=weight, bias=bias, eps=eps)
     row, (chunks, first) = rows.row_on(x.device), rows.chunks_on(x.device)
@@ -334,7 +329,7 @@ def gated_residual_modulate(
     Returns (x_new, y), both [rows, D] in x's dtype. Differentiable in all seven tensors. Raises ValueError as `modulate`.
     """
     modulation = {"scale": scale, "shift": shift, "gate": gate}
-    _check("gated_residual_modulate", x, rows, branch, modulation, {"weight": weight, "bias": bias})
+    _check("gated_residual_modulate", x, rows, branch, modulation, {"weight": weight, "bias": bias}, eps)
     if backends.choose("gated_residual_modulate", backend, _refusals(x.device, x.dtype, x.shape[1])) == "reference":
         return gated_residual_modulate_ref(x, branch, gate, scale, shift, rows, weight=weight, bias=bias, eps=eps)
     row, (chunks, first) = rows.row_on(x.device), rows.chunks_on(x.device)

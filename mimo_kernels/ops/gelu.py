@@ -4,17 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimo_kernels.core import backends
+from mimo_kernels.core import backends, checks
 from mimo_kernels.core.launch import (
-    DTYPE_NAMES,
     DTYPES,
     aligned,
     device_refusals,
-    floating,
     kernels,
     place,
     pointer,
-    same_device,
 )
 from mimo_kernels.core.register import register
 
@@ -95,7 +92,7 @@ _backward_operator = register(
 def _refusals(device: torch.device, dtype: torch.dtype, dim: int) -> dict[str, list[str]]:
     reasons = device_refusals(device)
     if dtype not in DTYPES:
-        reasons.append(f"x is {dtype}, expected {DTYPE_NAMES}")
+        reasons.append(f"x is {dtype}, expected {checks.FLOAT_NAMES}")
     if dim % 8 or not dim:
         reasons.append(f"x has {dim} columns, expected a multiple of 8 of at least 8")
     return {"cuda": reasons, "reference": []}
@@ -120,15 +117,12 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -
     Raises ValueError for an x that is not floating, and for a bias that does not fit.
     Source: Hendrycks and Gimpel, arXiv 1606.08415, Sec. 2.
     """
-    if x.ndim == 0:
-        raise ValueError("bias_gelu: x has no dimension, expected [..., D]")
-    floating("bias_gelu", "x", x)
-    if bias is not None and (bias.shape != x.shape[-1:] or bias.dtype not in (x.dtype, torch.float32)):
-        raise ValueError(
-            f"bias_gelu: bias is {bias.dtype} of shape {tuple(bias.shape)},"
-            f" expected {x.dtype} (as x) or torch.float32 of shape ({x.shape[-1]},)"
-        )
-    same_device("bias_gelu", x, bias=bias)
+    checks.expect_shape("bias_gelu", "x", x, "...", "D")
+    checks.expect_floating("bias_gelu", "x", x)
+    if bias is not None:
+        checks.expect_shape("bias_gelu", "bias", bias, x.shape[-1])
+        checks.expect_dtype("bias_gelu", "bias", bias, x.dtype, torch.float32, why="as x, or single")
+        checks.expect_device("bias_gelu", x, bias=bias)
     if backends.choose("bias_gelu", backend, _refusals(x.device, x.dtype, x.shape[-1])) == "reference":
         return bias_gelu_ref(x, bias)
     return _operator(x.reshape(-1, x.shape[-1]), bias).view(x.shape)

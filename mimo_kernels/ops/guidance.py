@@ -5,7 +5,7 @@ import contextlib
 import torch
 from torch import Tensor
 
-from mimo_kernels.core import backends, launch
+from mimo_kernels.core import backends, checks, launch
 from mimo_kernels.core.register import refuse_torch_func, register
 
 if backends.triton_available():
@@ -82,19 +82,20 @@ def guided_step(
 
     Raises ValueError for shapes or dtypes that do not fit, and for a backend that cannot serve.
     """
-    expected = {
-        "x": (x, x.shape, torch.float32),
-        "v": (v, (len(weights), *x.shape), v.dtype),
-        "weights": (weights, (len(weights),), torch.float32),
-        "coefficients": (coefficients, (len(coefficients), 2), torch.float32),
-        "index": (index, (1,), torch.int64),
-    }
-    for name, (tensor, shape, dtype) in expected.items():
-        if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} must be contiguous {dtype} {list(shape)}, "
-                f"got {tensor.dtype} {list(tensor.shape)} with strides {list(tensor.stride())}"
-            )
+    op = "guided_step"
+    checks.expect_tensor(op, "x", x)
+    checks.expect_shape(op, "weights", weights, "G")
+    checks.expect_shape(op, "v", v, weights.shape[0], *x.shape)
+    checks.expect_shape(op, "coefficients", coefficients, "steps", 2)
+    checks.expect_shape(op, "index", index, 1)
+    checks.expect_dtype(op, "v", v, *checks.FLOATS)
+    checks.expect_dtype(op, "index", index, torch.int64)
+    for name, tensor in (("x", x), ("weights", weights), ("coefficients", coefficients)):
+        checks.expect_dtype(op, name, tensor, torch.float32)
+    for name, tensor in (("x", x), ("v", v), ("weights", weights), ("coefficients", coefficients)):
+        checks.expect_contiguous(op, name, tensor)
+    checks.expect_indices(op, "index", index, coefficients.shape[0])
+    checks.expect_device(op, x, v=v, weights=weights, coefficients=coefficients, index=index)
     if backends.choose("guided_step", backend, serving(x.device)) == "triton":
         refuse_torch_func("guided_step")
         _triton_op(x, v, weights, coefficients, index)
@@ -104,6 +105,6 @@ def guided_step(
 
 def guided_step_ref(x: Tensor, v: Tensor, weights: Tensor, coefficients: Tensor, index: Tensor) -> Tensor:
     """`guided_step` in plain PyTorch, not in place."""
-    of_x, of_v = coefficients[index].unbind(1)  # [1] each
+    of_x, of_v = coefficients[index].view(2).unbind()
     guided = (weights.view(-1, *[1] * x.ndim) * v.float()).sum(0)
     return of_x * x + of_v * guided

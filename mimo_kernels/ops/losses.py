@@ -3,15 +3,12 @@
 import torch
 from torch import Tensor
 
-from mimo_kernels.core import backends
+from mimo_kernels.core import backends, checks
 from mimo_kernels.core.launch import (
-    DTYPE_NAMES,
     DTYPES,
     device_refusals,
-    floating,
     kernels,
     place,
-    same_device,
 )
 from mimo_kernels.core.register import register
 
@@ -80,13 +77,17 @@ _backward_operator = register(
 def _refusals(device: torch.device, dtype: torch.dtype) -> dict[str, list[str]]:
     reasons = device_refusals(device)
     if dtype not in DTYPES:
-        reasons.append(f"prediction is {dtype}, expected {DTYPE_NAMES}")
+        reasons.append(f"prediction is {dtype}, expected {checks.FLOAT_NAMES}")
     return {"cuda": reasons, "reference": []}
 
 
 def describe_backends(device: torch.device | str) -> dict[str, list[str]]:
     """Backend -> why it cannot serve bfloat16 predictions on this device."""
     return _refusals(torch.device(device), torch.bfloat16)
+
+
+def _weight_dtypes(prediction: Tensor) -> tuple[torch.dtype, ...]:
+    return (torch.float32, torch.float64) if prediction.dtype == torch.float64 else (torch.float32,)
 
 
 def weighted_squared_error(prediction: Tensor, target: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
@@ -96,29 +97,27 @@ def weighted_squared_error(prediction: Tensor, target: Tensor, weight: Tensor, *
         mask loss        prediction [B, T, N, C]   weight [B, T, N]   dropped / (number of dropped values)
 
     Args:
-        prediction: float32, float16 or bfloat16.
+        prediction: float32, float16 or bfloat16; the reference takes float64 too.
         target: of the same shape and dtype; not differentiable.
-        weight: float32, its shape the leading dimensions of the prediction; not differentiable.
+        weight: float32 (float64 beside float64), its shape the leading dimensions of the prediction; not differentiable.
         backend: "auto", "cuda" or "reference".
 
-    Returns a float32 scalar, summed in float32 and in a fixed order. Differentiable in the prediction.
+    Returns a float32 scalar, summed in float32 (float64 both for float64) and in a fixed order. Differentiable in the
+    prediction.
     Raises ValueError for shapes, dtypes or devices that do not fit, and for a target or weight that requires a gradient.
     """
-    floating("weighted_squared_error", "prediction", prediction)
-    if target.shape != prediction.shape or target.dtype != prediction.dtype:
-        raise ValueError(
-            f"weighted_squared_error: target is {target.dtype} of shape {tuple(target.shape)},"
-            f" expected {prediction.dtype} of shape {tuple(prediction.shape)} (as the prediction)"
-        )
-    if weight.shape != prediction.shape[: weight.ndim] or weight.dtype != torch.float32:
-        raise ValueError(
-            f"weighted_squared_error: weight is {weight.dtype} of shape {tuple(weight.shape)},"
-            f" expected torch.float32 with leading dimensions of {tuple(prediction.shape)}"
-        )
-    same_device("weighted_squared_error", prediction, target=target, weight=weight)
-    for name, tensor in (("target", target), ("weight", weight)):
-        if tensor.requires_grad:
-            raise ValueError(f"weighted_squared_error: {name} requires a gradient, expected a constant (detach it)")
+    op = "weighted_squared_error"
+    checks.expect_tensor(op, "prediction", prediction)
+    checks.expect_floating(op, "prediction", prediction)
+    checks.expect_shape(op, "target", target, *prediction.shape)
+    checks.expect_dtype(op, "target", target, prediction.dtype, why="as the prediction")
+    checks.expect_tensor(op, "weight", weight)
+    if weight.shape != prediction.shape[: weight.ndim]:
+        checks.refuse(op, "weight", f"has shape {list(weight.shape)}", f"first dimensions of {list(prediction.shape)}")
+    checks.expect_dtype(op, "weight", weight, *_weight_dtypes(prediction))
+    checks.expect_device(op, prediction, target=target, weight=weight)
+    checks.expect_constant(op, "target", target)
+    checks.expect_constant(op, "weight", weight)
     chosen = backends.choose("weighted_squared_error", backend, _refusals(prediction.device, prediction.dtype))
     if chosen == "reference":
         return weighted_squared_error_ref(prediction, target, weight)

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mimo_kernels.core import backends, torch_private
+from mimo_kernels.core import backends, checks, torch_private
 from mimo_kernels.core.device_copies import DeviceCopies
 from mimo_kernels.core.launch import (
-    DTYPE_NAMES,
     DTYPES,
     aligned,
     device_refusals,
-    floating,
     kernels,
     place,
     pointer,
-    same_device,
 )
 from mimo_kernels.core.register import refuse_torch_func, register
 
 MAX_HEAD_DIM = 256
+MAX_POSITIONS = 1 << 20  # 300 MB of table for heads of 72
 GRAD_BLOCKS = 528  # blocks of the backward, each with its own sum of the weights' gradients: a constant fixes the order of addition
 
 
@@ -52,17 +49,19 @@ class AxialRoPE:
     """
 
     def __init__(self, head_dim: int, *, theta: float = 100.0, split: Sequence[int] | None = None):
-        if head_dim < 2 or head_dim % 2:
-            raise ValueError(f"AxialRoPE: head_dim is {head_dim}, expected an even number of at least 2")
+        checks.expect_count("AxialRoPE", "head_dim", head_dim, low=2)
+        if head_dim % 2:
+            checks.refuse("AxialRoPE", "head_dim", f"is {head_dim}", "an even number")
         if split is None:
             pairs = head_dim // 2
             space = (pairs + 1) // 3
             split = (2 * (pairs - 2 * space), 2 * space, 2 * space)
         split = tuple(split)
-        if len(split) != 3 or sum(split) != head_dim or any(channels < 0 or channels % 2 for channels in split):
-            raise ValueError(f"AxialRoPE: split is {split}, expected three even numbers with the sum {head_dim}")
-        if not 0 < theta < math.inf:
-            raise ValueError(f"AxialRoPE: theta is {theta}, expected a positive number")
+        for channels in split:
+            checks.expect_count("AxialRoPE", "a number of split", channels)
+        if len(split) != 3 or sum(split) != head_dim or any(channels % 2 for channels in split):
+            checks.refuse("AxialRoPE", "split", f"is {split}", f"three even numbers with the sum {head_dim}")
+        checks.expect_number("AxialRoPE", "theta", theta, above=0)
         self.head_dim, self.theta, self.split = head_dim, theta, split
         self._positions, self._copies = 0, None
         self._table("cpu")
@@ -83,6 +82,7 @@ class AxialRoPE:
         Made on the host, kept per device; a larger position makes a table of twice the size, once. Call it where positions from 1024 on
         are about to come in on a GPU: the kernel cannot make its table longer, and stops with a message.
         """
+        checks.expect_count("tables_on", "max_position", max_position, high=MAX_POSITIONS - 1)
         table = self._table(torch.device(device), max_position).whole
         return table[..., 0], table[..., 1]
 
@@ -245,7 +245,7 @@ _backward_operator = register(
 def _refusals(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, list[str]]:
     reasons = device_refusals(device)
     if dtype not in DTYPES:
-        reasons.append(f"qkv is {dtype}, expected {DTYPE_NAMES}")
+        reasons.append(f"qkv is {dtype}, expected {checks.FLOAT_NAMES}")
     if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
         reasons.append(f"head_dim is {head_dim}, expected a multiple of 8 up to {MAX_HEAD_DIM}")
     return {"cuda": reasons, "reference": []}
@@ -256,30 +256,33 @@ def describe_backends(device: torch.device | str) -> dict[str, list[str]]:
     return _refusals(torch.device(device), torch.bfloat16, 72)
 
 
-def _check(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, coords: Tensor | None, rope: AxialRoPE | None) -> None:
-    if qkv.ndim != 4 or qkv.shape[1] != 3:
-        raise ValueError(f"qk_norm_rope: qkv has shape {tuple(qkv.shape)}, expected [rows, 3, heads, head_dim]")
-    floating("qk_norm_rope", "qkv", qkv)
+def _check(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, coords: Tensor | None, rope: AxialRoPE | None, eps: float
+) -> None:
+    op = "qk_norm_rope"
+    checks.expect_shape(op, "qkv", qkv, "rows", 3, "heads", "head_dim")
+    checks.expect_floating(op, "qkv", qkv)
     dim = qkv.shape[3]
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-        if weight.shape != (dim,):
-            raise ValueError(f"qk_norm_rope: {name} has shape {tuple(weight.shape)}, expected [{dim}]")
-        if weight.dtype not in (qkv.dtype, torch.float32) or weight.dtype != q_weight.dtype:
-            raise ValueError(
-                f"qk_norm_rope: {name} is {weight.dtype}, expected {qkv.dtype} (as qkv) or torch.float32 for both weights"
-            )
+        checks.expect_shape(op, name, weight, dim)
+        checks.expect_dtype(op, name, weight, qkv.dtype, torch.float32, why="as qkv, or single")
+    checks.expect_dtype(op, "k_weight", k_weight, q_weight.dtype, why="as q_weight")
+    checks.expect_number(op, "eps", eps)
     if (rope is None) != (coords is None):
         given, missing = ("coords", "rope") if rope is None else ("rope", "coords")
-        raise ValueError(f"qk_norm_rope: {given} is given but {missing} is None, expected both or none")
+        checks.refuse(op, given, f"is given but {missing} is None", "both or none")
     if rope is not None:
-        if coords.shape != (qkv.shape[0], 3) or coords.dtype != torch.int32:
-            raise ValueError(
-                f"qk_norm_rope: coords is {coords.dtype} of shape {tuple(coords.shape)},"
-                f" expected torch.int32 of shape ({qkv.shape[0]}, 3)"
-            )
-        if rope.head_dim != dim:
-            raise ValueError(f"qk_norm_rope: rope is for heads of {rope.head_dim} channels, expected {dim}")
-    same_device("qk_norm_rope", qkv, q_weight=q_weight, k_weight=k_weight, coords=coords)
+        checks.expect_shape(op, "coords", coords, qkv.shape[0], 3)
+        checks.expect_dtype(op, "coords", coords, torch.int32)
+        _check_rope(op, rope, dim)
+    checks.expect_device(op, qkv, q_weight=q_weight, k_weight=k_weight, coords=coords)
+
+
+def _check_rope(op: str, rope: AxialRoPE, dim: int) -> None:
+    if not isinstance(rope, AxialRoPE):
+        checks.refuse(op, "rope", f"is a {type(rope).__name__}", f"AxialRoPE({dim})")
+    if rope.head_dim != dim:
+        checks.refuse(op, "rope", f"is for heads of {rope.head_dim} channels", str(dim))
 
 
 def qk_norm_rope(
@@ -311,7 +314,7 @@ def qk_norm_rope(
     Raises ValueError for shapes, dtypes or devices that do not fit. On a GPU, a position beyond the tables of
     `AxialRoPE.tables_on` stops the kernel with a message.
     """
-    _check(qkv, q_weight, k_weight, coords, rope)
+    _check(qkv, q_weight, k_weight, coords, rope, eps)
     if backends.choose("qk_norm_rope", backend, _refusals(qkv.device, qkv.dtype, qkv.shape[3])) == "reference":
         return qk_norm_rope_ref(qkv, q_weight, k_weight, coords, rope, eps=eps, return_v=return_v)
     table, split = (None, (0, 0, 0)) if rope is None else (rope._table(qkv.device).whole, rope.split)
@@ -342,27 +345,25 @@ def qk_norm_rope_cache(
 
     Returns (q, k). Raises ValueError as `qk_norm_rope`, and for a cache that does not fit.
     """
-    _check(qkv, q_weight, k_weight, coords, rope)
+    op = "qk_norm_rope_cache"
+    _check(qkv, q_weight, k_weight, coords, rope, eps)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if cache.shape[1:] != qkv.shape[2:] or cache.ndim != 3 or cache.dtype != qkv.dtype or not cache.is_contiguous():
-            raise ValueError(
-                f"qk_norm_rope_cache: {name} is {cache.dtype} of shape {tuple(cache.shape)} and strides {cache.stride()},"
-                f" expected contiguous {qkv.dtype} [slots, {qkv.shape[2]}, {qkv.shape[3]}]"
-            )
-    if cache_rows.shape != qkv.shape[:1] or cache_rows.dtype != torch.int64:
-        raise ValueError(
-            f"qk_norm_rope_cache: cache_rows is {cache_rows.dtype} of shape {tuple(cache_rows.shape)},"
-            f" expected torch.int64 of shape ({qkv.shape[0]},)"
-        )
-    same_device("qk_norm_rope_cache", qkv, k_cache=k_cache, v_cache=v_cache, cache_rows=cache_rows)
+        checks.expect_shape(op, name, cache, "slots", *qkv.shape[2:])
+        checks.expect_dtype(op, name, cache, qkv.dtype, why="as qkv")
+        checks.expect_contiguous(op, name, cache)
+    checks.expect_shape(op, "cache_rows", cache_rows, qkv.shape[0])
+    checks.expect_dtype(op, "cache_rows", cache_rows, torch.int64)
+    checks.expect_no_gradient(op, qkv, q_weight, k_weight)
+    checks.expect_device(op, qkv, k_cache=k_cache, v_cache=v_cache, cache_rows=cache_rows)
     refusals = _refusals(qkv.device, qkv.dtype, qkv.shape[3])
     if backends.choose("qk_norm_rope_cache", backend, refusals) == "reference":
+        checks.expect_indices(op, "cache_rows", cache_rows, k_cache.shape[0])
         q, k, v = qk_norm_rope_ref(qkv, q_weight, k_weight, coords, rope, eps=eps, return_v=True)
         k_cache.index_copy_(0, cache_rows, k)
         v_cache.index_copy_(0, cache_rows, v)
         return q, k
     if not torch.compiler.is_compiling() and (k_cache.data_ptr() | v_cache.data_ptr()) % 16:
-        raise ValueError("qk_norm_rope_cache: k_cache and v_cache are expected to begin at a multiple of 16 bytes")
+        checks.refuse(op, "k_cache or v_cache", "begins elsewhere", "a multiple of 16 bytes as address")
     refuse_torch_func("qk_norm_rope_cache")
     table, split = (None, (0, 0, 0)) if rope is None else (rope._table(qkv.device).whole, rope.split)
     return _cache_operator(
@@ -399,11 +400,15 @@ def apply_rope(x: Tensor, coords: Tensor, rope: AxialRoPE) -> Tensor:
 
     Returns x rotated, of its shape and dtype; angles and products are float32 (float64 for float64). Differentiable in x.
     """
-    if coords.shape != (x.shape[0], 3) or coords.dtype != torch.int32 or x.shape[-1] != rope.head_dim:
-        raise ValueError(
-            f"apply_rope: x has shape {tuple(x.shape)} and coords is {coords.dtype} of shape {tuple(coords.shape)},"
-            f" expected [rows, ..., {rope.head_dim}] and torch.int32 [rows, 3]"
-        )
+    op = "apply_rope"
+    checks.expect_tensor(op, "x", x)
+    if x.ndim < 2:
+        checks.refuse(op, "x", f"has shape {list(x.shape)}", "[rows, ..., head_dim]")
+    checks.expect_floating(op, "x", x)
+    _check_rope(op, rope, x.shape[-1])
+    checks.expect_shape(op, "coords", coords, x.shape[0], 3)
+    checks.expect_dtype(op, "coords", coords, torch.int32)
+    checks.expect_device(op, x, coords=coords)
     turns = _turns(coords, rope, torch.promote_types(x.dtype, torch.float32))
     return _rotate(x, turns.view(len(x), *(1,) * (x.dim() - 2), -1, 2))
 
@@ -413,28 +418,36 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (precise * torch.rsqrt(precise.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight.to(x.dtype)
 
 
+def _largest_position(coords: Tensor) -> int:
+    """ValueError for one that no table holds, where the positions can be looked at."""
+    checks.expect_indices("qk_norm_rope", "coords", coords, MAX_POSITIONS)
+    return int(coords.max()) if checks.on_host(coords) and coords.numel() else 0
+
+
 def _turns(coords: Tensor, rope: AxialRoPE, dtype: torch.dtype) -> Tensor:
     """Cosine and sine of every row's channel pairs: [rows, 1, 1, head_dim / 2, 2]"""
     if dtype == torch.float64:
+        _largest_position(coords)
         angle = coords.long()[:, rope.axes(coords.device)] * rope.frequencies(coords.device)
         return torch.stack([angle.cos(), angle.sin()], dim=-1)[:, None, None]
     axes = zip(rope._table(coords.device).axes, coords.unbind(1), strict=True)
+    if 0 in rope.split:  # nobody looks at the positions of that axis
+        _largest_position(coords)
+        axes = [(table, position) for table, position in axes if table.shape[1]]
     try:  # looks at every position, so that nobody has to read them back
         turns = torch.cat([table.index_select(0, position) for table, position in axes], dim=1)
     except IndexError:  # on a GPU the device stops instead
-        low, largest = (int(bound) for bound in torch.aminmax(coords))
-        if low < 0:
-            raise ValueError(f"qk_norm_rope: coords holds {low}, expected positions of 0 or more") from None
-        rope._table(coords.device, largest)
+        rope._table(coords.device, _largest_position(coords))
         return _turns(coords, rope, dtype)
     return turns.view(-1, 1, 1, rope.head_dim // 2, 2)
 
 
 def _rotate(x: Tensor, turn: Tensor) -> Tensor:
-    pairs = x.to(turn.dtype).unflatten(-1, (-1, 2))
+    x, dtype = x.to(turn.dtype), x.dtype
+    pairs = (x if x.stride(-1) == 1 else x.contiguous()).unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # generates no code for complex numbers
         (even, odd), (cos, sin) = pairs.unbind(-1), turn.unbind(-1)
         rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
     else:
         rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turn))
-    return rotated.flatten(-2).to(x.dtype)
+    return rotated.flatten(-2).to(dtype)

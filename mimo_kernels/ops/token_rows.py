@@ -7,16 +7,14 @@ scatter:  y[index[i]] = x[i],  y[r] = fill for all other r    put them back, wit
 import torch
 from torch import Tensor
 
-from mimo_kernels.core import backends
+from mimo_kernels.core import backends, checks
 from mimo_kernels.core.launch import (
-    DTYPE_NAMES,
     DTYPES,
     aligned,
     device_refusals,
     kernels,
     place,
     pointer,
-    same_device,
 )
 from mimo_kernels.core.register import register
 
@@ -135,7 +133,7 @@ _hole_sum_operator = register(
 def _refusals(device: torch.device, dtype: torch.dtype) -> dict[str, list[str]]:
     reasons = device_refusals(device)
     if dtype not in DTYPES:
-        reasons.append(f"x is {dtype}, expected {DTYPE_NAMES}")
+        reasons.append(f"x is {dtype}, expected {checks.FLOAT_NAMES}")
     return {"cuda": reasons, "reference": []}
 
 
@@ -145,18 +143,10 @@ def describe_backends(device: torch.device | str) -> dict[str, list[str]]:
 
 
 def _check(op: str, x: Tensor, index: Tensor, num_rows: int) -> None:
-    if x.ndim != 2:
-        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected [rows, D]")
-    if index.ndim != 1 or index.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"{op}: index has shape {tuple(index.shape)} and dtype {index.dtype}, expected [kept] of int32 or int64"
-        )
-    same_device(op, x, index=index)
-    # On a GPU the kernel checks (a check here would wait for the device); a compiled graph cannot branch on values.
-    if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
-        low, high = (int(bound) for bound in torch.aminmax(index))
-        if low < 0 or high >= num_rows:
-            raise ValueError(f"{op}: index holds {low if low < 0 else high}, expected values in [0, {num_rows})")
+    checks.expect_shape(op, "index", index, "kept")
+    checks.expect_dtype(op, "index", index, torch.int32, torch.int64)
+    checks.expect_device(op, x, index=index)
+    checks.expect_indices(op, "index", index, num_rows)
 
 
 def gather_tokens(x: Tensor, index: Tensor, *, backend: str = "auto") -> Tensor:
@@ -171,6 +161,7 @@ def gather_tokens(x: Tensor, index: Tensor, *, backend: str = "auto") -> Tensor:
     Raises ValueError for wrong shapes, dtypes or devices, and for an index out of range where it lies on the CPU; on
     a GPU an index out of range stops the kernel with a message.
     """
+    checks.expect_shape("gather_tokens", "x", x, "rows", "D")
     _check("gather_tokens", x, index, x.shape[0])
     chosen = backends.choose("gather_tokens", backend, _refusals(x.device, x.dtype))
     if chosen == "reference":
@@ -193,17 +184,14 @@ def scatter_tokens(
     Returns [num_rows, D]. Differentiable in x and fill; fill's gradient sums in a fixed order.
     Raises ValueError as `gather_tokens`, and when fill is not [D] or len(index) is not the rows of x.
     """
+    checks.expect_shape("scatter_tokens", "x", x, "kept", "D")
+    checks.expect_count("scatter_tokens", "num_rows", num_rows)
     _check("scatter_tokens", x, index, num_rows)
-    if index.shape[0] != x.shape[0]:
-        raise ValueError(
-            f"scatter_tokens: index has {index.shape[0]} entries, expected one per row of x ({x.shape[0]})"
-        )
-    if num_rows < x.shape[0]:
-        raise ValueError(f"scatter_tokens: num_rows is {num_rows}, expected at least the {x.shape[0]} rows of x")
+    checks.expect_shape("scatter_tokens", "index", index, x.shape[0])
+    checks.expect_count("scatter_tokens", "num_rows", num_rows, low=x.shape[0])
     if fill is not None:
-        if fill.shape != x.shape[1:]:
-            raise ValueError(f"scatter_tokens: fill has shape {tuple(fill.shape)}, expected [{x.shape[1]}]")
-        same_device("scatter_tokens", x, fill=fill)
+        checks.expect_shape("scatter_tokens", "fill", fill, x.shape[1])
+        checks.expect_device("scatter_tokens", x, fill=fill)
         fill = fill.to(x.dtype)
     chosen = backends.choose("scatter_tokens", backend, _refusals(x.device, x.dtype))
     if chosen == "reference":
@@ -225,10 +213,9 @@ def sample_tube_mask(
     Runs on `device` without waiting for it; the generator must belong to that device.
     Raises ValueError unless 0 <= batch and 0 <= num_kept <= num_tokens.
     """
-    if batch < 0:
-        raise ValueError(f"sample_tube_mask: batch is {batch}, expected 0 or more")
-    if not 0 <= num_kept <= num_tokens:
-        raise ValueError(f"sample_tube_mask: num_kept is {num_kept}, expected 0 to num_tokens = {num_tokens}")
+    checks.expect_count("sample_tube_mask", "batch", batch)
+    checks.expect_count("sample_tube_mask", "num_tokens", num_tokens)
+    checks.expect_count("sample_tube_mask", "num_kept", num_kept, high=num_tokens)
     noise = torch.rand(batch, num_tokens, generator=generator, device=device)
     return noise.argsort(dim=1)[:, :num_kept].sort(dim=1).values
 

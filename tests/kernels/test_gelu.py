@@ -102,10 +102,10 @@ def test_compiles_whole_and_under_checkpointing(emulated, backend):
 def test_bad_input(emulated):
     x, bias = sample(4, 16)
     for call, message in (
-        (lambda: bias_gelu(x, bias[:8]), r"bias is torch.float32 of shape \(8,\), expected .* \(16,\)"),
+        (lambda: bias_gelu(x, bias[:8]), r"bias has shape \[8\], expected \[16\]"),
         (lambda: bias_gelu(x, bias.half()), "bias is torch.float16"),
         (lambda: bias_gelu(x, bias.to("meta")), "bias is on meta, expected cpu"),
-        (lambda: bias_gelu(x[0, 0]), "x has no dimension"),
+        (lambda: bias_gelu(x[0, 0]), r"x has shape \[\], expected \[..., D\]"),
         (lambda: bias_gelu(x.int()), "x is torch.int32, expected float32"),
         (lambda: bias_gelu(x[:, :12], backend="cuda"), "x has 12 columns, expected a multiple of 8"),
         (lambda: bias_gelu(x, backend="triton"), "unknown backend"),

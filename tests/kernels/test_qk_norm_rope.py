@@ -214,7 +214,7 @@ def test_axial_rope():
     assert rope.tables_on("cpu")[0].data_ptr() == cos.data_ptr()  # made once
     for arguments, message in (
         ({"head_dim": 7}, "head_dim is 7"),
-        ({"head_dim": 8, "theta": -1.0}, "theta is -1.0, expected a positive number"),
+        ({"head_dim": 8, "theta": -1.0}, "theta is -1.0, expected a finite number above 0"),
         ({"head_dim": 8, "theta": float("nan")}, "theta is nan"),
         ({"head_dim": 8, "split": (4, 4)}, r"split is \(4, 4\)"),
         ({"head_dim": 8, "split": (3, 3, 2)}, r"split is \(3, 3, 2\)"),
@@ -227,16 +227,16 @@ def test_axial_rope():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"qkv": torch.zeros(4, 2, 3, 16)}, r"qkv has shape \(4, 2, 3, 16\), expected \[rows, 3, heads, head_dim\]"),
+        ({"qkv": torch.zeros(4, 2, 3, 16)}, r"qkv has shape \[4, 2, 3, 16\], expected \[rows, 3, heads, head_dim\]"),
         ({"qkv": torch.zeros(4, 3, 2, 16).int()}, "qkv is torch.int32, expected float32, float16 or bfloat16"),
-        ({"q_weight": torch.zeros(8)}, r"q_weight has shape \(8,\), expected \[16\]"),
+        ({"q_weight": torch.zeros(8)}, r"q_weight has shape \[8\], expected \[16\]"),
         ({"k_weight": torch.zeros(16).half()}, "k_weight is torch.float16"),
-        ({"coords": torch.zeros(4, 3)}, r"coords is torch.float32 of shape \(4, 3\), expected torch.int32"),
-        ({"coords": torch.zeros(3, 3, dtype=torch.int32)}, r"expected torch.int32 of shape \(4, 3\)"),
+        ({"coords": torch.zeros(4, 3)}, r"coords is torch.float32, expected torch.int32"),
+        ({"coords": torch.zeros(3, 3, dtype=torch.int32)}, r"expected \[4, 3\]"),
         ({"coords": None}, "rope is given but coords is None"),
         ({"rope": None}, "coords is given but rope is None"),
         ({"rope": AxialRoPE(8)}, "rope is for heads of 8 channels, expected 16"),
-        ({"coords": torch.full((4, 3), -2, dtype=torch.int32)}, "coords holds -2, expected positions of 0 or more"),
+        ({"coords": torch.full((4, 3), -2, dtype=torch.int32)}, "coords holds -2, expected values in"),
         ({"k_weight": torch.zeros(16, device="meta")}, "k_weight is on meta, expected cpu"),
         ({"backend": "cuda"}, "backend 'cuda' cannot serve: .*cpu"),
     ],
@@ -251,10 +251,14 @@ def test_bad_input(change, message):
 @pytest.mark.parametrize(
     ("cache", "slots", "message"),
     [
-        (torch.zeros(8, 2, 8), torch.arange(4), "k_cache is torch.float32 of shape"),
-        (torch.zeros(8, 16, 2).transpose(1, 2), torch.arange(4), "expected contiguous torch.float32"),
+        (torch.zeros(8, 2, 8), torch.arange(4), r"k_cache has shape \[8, 2, 8\], expected \[slots, 2, 16\]"),
+        (
+            torch.zeros(8, 16, 2).transpose(1, 2),
+            torch.arange(4),
+            r"k_cache has strides .*, expected a contiguous \[8, 2, 16\]",
+        ),
         (torch.zeros(8, 2, 16).half(), torch.arange(4), "k_cache is torch.float16"),
-        (torch.zeros(8, 2, 16), torch.arange(3), r"cache_rows is torch.int64 of shape \(3,\)"),
+        (torch.zeros(8, 2, 16), torch.arange(3), r"cache_rows has shape \[3\], expected \[4\]"),
         (torch.zeros(8, 2, 16), torch.arange(4).int(), "cache_rows is torch.int32"),
     ],
 )
@@ -267,7 +271,7 @@ def test_bad_cache(cache, slots, message):
 def test_a_cache_between_16_bytes_is_refused(emulated):
     qkv, q_weight, k_weight, coords = sample(4, 2, 16)
     odd, even = (torch.zeros(8 * 2 * 16 + 4)[start:][: 8 * 2 * 16].view(8, 2, 16) for start in (1, 0))
-    with pytest.raises(ValueError, match="expected to begin at a multiple of 16 bytes"):
+    with pytest.raises(ValueError, match="begins elsewhere, expected a multiple of 16 bytes"):
         qk_norm_rope_cache(qkv, q_weight, k_weight, coords, AxialRoPE(16), odd, even, torch.arange(4), backend="cuda")
 
 
@@ -301,5 +305,5 @@ def test_rope_alone_turns_pairs_of_channels(dtype):
     found = apply_rope(x, coords, rope)
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), turned, rtol=tolerance, atol=tolerance)
-    with pytest.raises(ValueError, match=r"apply_rope: x has shape \(5, 2, 3, 8\)"):
+    with pytest.raises(ValueError, match=r"apply_rope: rope is for heads of 16 channels, expected 8"):
         apply_rope(x[..., :8], coords, rope)

@@ -109,14 +109,17 @@ def test_an_index_out_of_range_stops_the_kernel(emulated):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x, i, b: gather_tokens(x[0], i, backend=b), r"x has shape \(8,\), expected \[rows, D\]"),
-        (lambda x, i, b: gather_tokens(x, i.float(), backend=b), "dtype torch.float32, expected .* int32 or int64"),
+        (lambda x, i, b: gather_tokens(x[0], i, backend=b), r"x has shape \[8\], expected \["),
+        (
+            lambda x, i, b: gather_tokens(x, i.float(), backend=b),
+            "index is torch.float32, expected torch.int32 or torch.int64",
+        ),
         (lambda x, i, b: gather_tokens(x, i + 3, backend=b), r"index holds 6, expected values in \[0, 5\)"),
         (lambda x, i, b: gather_tokens(x, i - 2, backend=b), "index holds -2"),
         (lambda x, i, b: gather_tokens(x, i.to("meta"), backend=b), "index is on meta, expected cpu"),
-        (lambda x, i, b: scatter_tokens(x, i, 9, backend=b), "index has 2 entries, expected one per row of x \\(5\\)"),
+        (lambda x, i, b: scatter_tokens(x, i, 9, backend=b), "index has shape"),
         (lambda x, i, b: scatter_tokens(x[:2], i, 1, backend=b), r"index holds 3, expected values in \[0, 1\)"),
-        (lambda x, i, b: scatter_tokens(x[:2], i, 9, x[0, :4], backend=b), r"fill has shape \(4,\), expected \[8\]"),
+        (lambda x, i, b: scatter_tokens(x[:2], i, 9, x[0, :4], backend=b), r"fill has shape \[4\], expected \[8\]"),
         (lambda x, i, b: gather_tokens(x, i, backend="metal"), "unknown backend 'metal'"),
     ],
 )
@@ -165,7 +168,7 @@ def test_tube_mask():
     assert torch.equal(mask, sample_tube_mask(1000, 12, 5, generator=torch.Generator().manual_seed(0)))
     assert sample_tube_mask(3, 4, 0).shape == (3, 0)
     assert torch.equal(sample_tube_mask(2, 4, 4), torch.arange(4).expand(2, 4))
-    with pytest.raises(ValueError, match="num_kept is 5, expected 0 to num_tokens = 4"):
+    with pytest.raises(ValueError, match="num_kept is 5, expected a whole number in 0..4"):
         sample_tube_mask(1, 4, 5)
     with pytest.raises(ValueError, match="batch is -1, expected 0 or more"):
         sample_tube_mask(-1, 4, 2)
