@@ -31,6 +31,7 @@ from torch import Tensor
 from mimo.config import SampleConfig
 from mimo.diffusion import FlowSchedule, VPredictionSchedule
 from mimo.network.network import MiMo
+from mimo.sampling.at_once import AtOnceRun
 from mimo.sampling.graphs import Replayed
 from mimo.sampling.guidance import Conditions, RunKey, guidance_branches
 from mimo.sampling.history import CachedHistory, CachePolicy, History, RecomputedHistory
@@ -174,7 +175,7 @@ class Stream(Iterator[Tensor]):
     def __init__(
         self,
         sampler: Sampler,
-        run: Run,
+        run: Run | AtOnceRun,
         progress: Progress,
         begin: Callable[[], None],
         saving: Saving | None = None,
@@ -276,7 +277,9 @@ class Sampler:
         divisors = [size for size in range(16, 65) if tokens % size == 0]
         self.page_size = page_size or max(divisors, default=min(tokens, 64))
         self.latencies: list[Callable[[], float]] = []
-        self._idle: dict[tuple, Run] = {}
+        self._idle: dict[tuple, Run | AtOnceRun] = {}
+        if model.history_policy.at_once:
+            self._check_at_once()
 
     def sample(self, context: Tensor | Sequence[Tensor] | None, num_frames: int, **options) -> Tensor | list[Tensor]:
         """`stream`, collected behind the context: ``[S, T, N, C]``; a list of ``[T_s, N, C]`` if contexts differ."""
@@ -339,6 +342,8 @@ class Sampler:
             begin_folder(saving.folder)
         run = self._run(count, trajectories, longest, num_frames, labels is not None, actions is not None)
         now = Progress(num_frames - longest, seed, ids, positions)
+        if isinstance(run, AtOnceRun):
+            return self._start(run, now, lambda: run.begin(conditions, self._noise_of_clips(now)), saving, progress)
         return self._start(run, now, lambda: run.begin(clips, conditions, positions), saving, progress)
 
     def resume(self, saving: Saving, *, progress: Callable[[int, int], None] | None = None) -> Stream:
@@ -365,6 +370,8 @@ class Sampler:
 
     def cache_bytes(self, count: int, context_frames: int, num_frames: int, *, labels: bool, actions: bool) -> int:
         """What the cache of `stream` takes for so many clips: all of it before the run, however far the run comes."""
+        if self.model.history_policy.at_once:
+            return 0
         c, key = self.model.config, self._key(count, 1, context_frames, num_frames, labels, actions)
         pages = self.policy.pages_of_run(key, c.tokens, self.page_size)
         return FrameCache.bytes(
@@ -379,7 +386,7 @@ class Sampler:
         branches = guidance_branches(self.config.history_guidance, class_guidance, own_history=own_history)
         return RunKey(clips, trajectories, context_frames, num_frames, labels, actions, self._dtype, tuple(branches))
 
-    def _run(self, *asked: int | bool) -> Run:
+    def _run(self, *asked: int | bool) -> Run | AtOnceRun:
         """The latest run, if it was of the same size, or a new one. asked: as `RunKey.asked`."""
         c, key = self.model.config, self._key(*asked)
         if self.model.rope is not None:
@@ -388,12 +395,14 @@ class Sampler:
         self._idle.clear()  # before memory is taken for another one
         return run or self._new_run(key)
 
-    def _new_run(self, key: RunKey) -> Run:
+    def _new_run(self, key: RunKey) -> Run | AtOnceRun:
+        if self.model.history_policy.at_once:
+            return AtOnceRun(self.model, self.config, key)
         conditions = Conditions(self.model.config, key, self.model.history_conditions, self._device)
         history = self.history_type(self.model, self.policy, key, conditions, self.page_size)
         return Run(self.model, self.config, key, history, conditions, self.graph)
 
-    def _start(self, run: Run, now: Progress, begin: Callable[[], None], saving, progress) -> Stream:
+    def _start(self, run: Run | AtOnceRun, now: Progress, begin: Callable[[], None], saving, progress) -> Stream:
         stream = Stream(self, run, now, begin, saving, progress)
         self.latencies = stream.latencies
         return stream
@@ -431,6 +440,8 @@ class Sampler:
         c = self.model.config
         if not clips or trajectories < 1:
             raise ValueError(f"expected a clip and a trajectory, got {len(clips)} clips, trajectories={trajectories}")
+        if longest and self.model.history_policy.at_once:
+            raise ValueError(f"the context has {longest} frames: expected none, as {c.recipe!r} makes clips at once")
         if num_frames <= longest:
             raise ValueError(f"num_frames={num_frames}: the context has {longest} frames already")
         if c.positions == "learned" and num_frames > c.frames:
@@ -450,6 +461,28 @@ class Sampler:
         within = given is not None and len(given) == count and all(1 <= n <= c.max_interval for n in given)
         if c.max_interval and not within:
             raise ValueError(f"intervals={given}: expected {count} numbers in 1..{c.max_interval}")
+
+    def _check_at_once(self) -> None:
+        """A network that makes clips at once has no use for what concerns history."""
+        config, policy = self.config, self.policy
+        expected = {
+            "history_guidance": (config.history_guidance, 1.0),
+            "history_noise": (config.history_noise, (0.0, 0.0)),
+            "window": (policy.window, None),
+            "coarse": (policy.coarse, None),
+        }
+        for name, (found, wanted) in expected.items():
+            if found != wanted:
+                recipe = self.model.config.recipe
+                raise ValueError(f"{name}={found!r}: expected {wanted!r}, as {recipe!r} makes clips at once")
+
+    def _noise_of_clips(self, now: Progress) -> Tensor:
+        """The noise of every frame of a run without history, ``[T, S, N, C]`` on the host."""
+        noise = []
+        for t in range(now.total):
+            scale = _between(self.config.temperature, t / max(1, now.total - 1))
+            noise.append(self._noise(now.seed, now.ids, [t] * len(now.ids), "start", scale))
+        return torch.stack(noise)
 
     def _noise(self, seed: int, ids: list[int], positions: list[int], use: str, scale: float) -> Tensor:
         """scale * noise on the host, ``[S, N, C]``; drawn there, so that every device makes the same video."""

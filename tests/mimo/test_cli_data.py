@@ -127,6 +127,12 @@ PRESETS = {
     "mimo-xl-ucf101": (ucf101, "ucf101", "dcae32", DCAETokenizer, FlowSchedule),
     "mimo-xl-ucf101-uncond": (ucf101, "ucf101", "dcae32", DCAETokenizer, FlowSchedule),
     "mimo-b-minecraft": (minecraft, "minecraft", "dcae16", DCAETokenizer, FlowSchedule),
+    "acdit-b-k600": (kinetics600, "kinetics600", "videovae", VideoVAETokenizer, VPredictionSchedule),
+    "dfot-b-k600": (kinetics600, "kinetics600", "videovae", VideoVAETokenizer, VPredictionSchedule),
+    "far-b-k600": (kinetics600, "kinetics600", "videovae", VideoVAETokenizer, VPredictionSchedule),
+    "far-xl-ucf101": (ucf101, "ucf101", "dcae32", DCAETokenizer, FlowSchedule),
+    "far-b-minecraft": (minecraft, "minecraft", "dcae16", DCAETokenizer, FlowSchedule),
+    "video-dit-b-ucf101-uncond": (ucf101, "ucf101", "dcae32", DCAETokenizer, FlowSchedule),
 }
 
 
@@ -135,6 +141,8 @@ def test_a_preset_starts_on_its_data(preset, tmp_path, weights, trainers):
     make, layout, tokenizer, kind, schedule = PRESETS[preset]
     data, out = make(tmp_path / "data"), tmp_path / "run"
     more = ["--split", "train"] if layout == "minecraft" else []
+    if MiMoConfig.from_preset(preset).rope_split:  # of heads that are narrower here
+        more += ["--model.rope-split", "2", "2", "4"]
     done(
         *["train", "--preset", preset, "--data", data, "--layout", layout, *more, "--out", out, *NARROW],
         *["--model.tokenizer", tokenizer.rstrip("0123456789"), "--tokenizer-weights", weights[tokenizer]],
@@ -147,7 +155,9 @@ def test_a_preset_starts_on_its_data(preset, tmp_path, weights, trainers):
     sample = dataset.sample(0, 0)
     assert sample["video"].shape == (*config.video_shape, 3)
     record = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
-    assert record["step"] == 2 and 0 < record["diffusion"] < 100 and 0 < record["mask"] < 100
+    assert record["step"] == 2 and 0 < record["diffusion"] < 100
+    assert config.recipe == preset.split("-b-")[0].split("-xl-")[0].replace("-", "_")
+    assert 0 < record["mask"] < 100 if config.recipe == "mimo" else record["mask"] == 0
     if layout == "kinetics600":
         assert (config.frames, config.video_frames, config.min_snr_decay) == (5, 17, 0.96) and set(sample) == {"video"}
         assert all("/train/" in dataset.name(index) for index in range(2))

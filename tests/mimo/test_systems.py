@@ -15,6 +15,7 @@ from mimo.network.network import MiMoOutput
 from mimo.recipes import RECIPES, build_recipe, recipe_type
 from mimo.recipes.base import Draws, step_generator
 from mimo.sampling.sampler import Sampler
+from mimo.sampling.saving import Saving
 
 CLASSES, ACTIONS, TOKENS, CHANNELS, FRAMES = 3, 4, 6, 5, 4
 SMALL = {"depth": 2, "dim": 32, "heads": 2, "frames": FRAMES, "height": 2, "width": 3, "channels": CHANNELS}
@@ -152,6 +153,52 @@ def test_cached_sampling_is_the_forward_of_training(
     video = sampler.sample(context, FRAMES, generator=generator, **given)
     expected = by_full_masks(model, context, starts, 3, history_guidance, class_guidance, **given)
     torch.testing.assert_close(video, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("told", TOLD)
+@torch.no_grad()
+def test_clips_made_at_once_are_the_forward_of_training(monkeypatch, told):
+    """One timestep for all frames, all branches told the same in all of them; the frames come out one by one."""
+    model = network(
+        "video_dit", num_classes=CLASSES if "labels" in told else 0, num_actions=ACTIONS * ("actions" in told)
+    )
+    generator = torch.Generator().manual_seed(3)
+    every = {"labels": torch.tensor([0, 2]), "actions": torch.randint(ACTIONS, (2, FRAMES), generator=generator)}
+    given, null = {name: every[name] for name in told}, {"labels": CLASSES, "actions": ACTIONS}
+    starts, weight = starts_of(monkeypatch), 2.0 if told else 1.0
+    sampling = SampleConfig(sampler="euler", steps=3, class_guidance=weight, num_frames=FRAMES)
+    stream = Sampler(model, sampling).stream(None, FRAMES, batch=2, generator=generator, **given)
+    video = torch.stack(list(stream), 1)
+    schedule = build_schedule("flow")
+    x, timesteps = torch.stack(starts[:FRAMES], 1), schedule.embedding(schedule.sampling_timesteps(3))
+    for i in range(3):
+        v, without = (
+            model(noisy_alone(x, timesteps[i].expand(2, FRAMES), sees="bidirectional", **conditions)).velocity
+            for conditions in (given, {name: torch.full_like(values, null[name]) for name, values in given.items()})
+        )
+        x = schedule.step(weight * v + (1 - weight) * without, x, i)
+    torch.testing.assert_close(video, x, rtol=2e-5, atol=2e-5)
+
+
+def test_a_network_that_makes_clips_at_once_refuses_what_concerns_history():
+    model, plain = network("video_dit"), {"sampler": "euler", "steps": 2, "num_frames": FRAMES}
+    for name, value in (("history_guidance", 1.5), ("window", 2), ("history_noise", (0.0, 0.1))):
+        with pytest.raises(ValueError, match=f"{name}=.*'video_dit' makes clips at once"):
+            Sampler(model, SampleConfig(**plain, **{name: value}))
+    with pytest.raises(ValueError, match="the context has 1 frames: expected none"):
+        Sampler(model, SampleConfig(**plain)).sample(clips()[:, :1].flatten(2, 3), FRAMES)
+
+
+def test_a_clip_made_at_once_goes_on_where_it_stopped(tmp_path):
+    sampler = Sampler(network("video_dit"), SampleConfig(sampler="euler", steps=2, num_frames=FRAMES))
+    whole = list(sampler.stream(None, FRAMES, generator=torch.Generator().manual_seed(1)))
+    saving = Saving(tmp_path / "unfinished", every=1)
+    stream = sampler.stream(None, FRAMES, generator=torch.Generator().manual_seed(1), saving=saving)
+    made = [next(stream), next(stream)]
+    stream.close()
+    rest = sampler.resume(saving)
+    made += list(rest)
+    assert all(torch.equal(one, other) for one, other in zip(made, whole, strict=True))
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
