@@ -182,6 +182,8 @@ class _ClipFiles:
             return None
         actions = reader.actions if clip.actions is None else load_actions(clip.actions, self.kept)
         if actions is None:
+            if self.has_actions:
+                raise UnreadableVideo(clip.path, "holds no actions, though other files do")
             return None
         where, total = clip.actions or clip.path, reader.num_frames
         if len(actions) < total:
@@ -246,14 +248,19 @@ class NpzTrajectories(_ClipFiles):
 
     @property
     def has_actions(self) -> bool:
-        """Those of the first file that can be read."""
+        """Whether one of the first files that can be read holds any; all others have to, then."""
         return self.use_actions and (super().has_actions or self._holds_actions)
 
     @cached_property
     def _holds_actions(self) -> bool:
+        looked_at = 0
         for clip in self.clips:
             with suppress(UnreadableVideo):
-                return "actions" in npz_names(clip.path)
+                if "actions" in npz_names(clip.path):
+                    return True
+                looked_at += 1
+            if looked_at == 8:
+                break
         return False
 
 

@@ -85,7 +85,7 @@ def _load_tokenizer(
 ) -> nn.Module:
     try:
         tokenizer = config_tokenizer(config, given or recorded["weights"], trust_pickle=trust_pickle)
-    except InputError as error:
+    except ValueError as error:  # of the weights, or of a configuration that does not fit the tokenizer
         where = "--tokenizer-weights" if given else "its tokenizer, which --tokenizer-weights can name anew"
         raise InputError(f"checkpoint {folder}: {where}: {error}") from None
     if (found := checksum(tokenizer)) != recorded["sha256"]:

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import nn
 
 from mimo.errors import InputError
-from mimo.tokenizers.weights import load_safetensors, load_state, load_torch, read_json
+from mimo.tokenizers.weights import configured_by, load_safetensors, load_state, load_torch, read_json
 
 # FAR's factor to about unit variance; it belongs to the 32x UCF-101 model and is what FAR's 8x and 16x files name too.
 FAR_SCALE = 0.2889
@@ -118,7 +118,8 @@ class DCAETokenizer(nn.Module):
                 raise InputError(
                     f"{path / 'config.json'}: is of class {config.get('_class_name')!r}, expected 'AutoencoderDC'"
                 )
-            model = autoencoder_class()(**{key: value for key, value in config.items() if not key.startswith("_")})
+            with configured_by(path / "config.json"):
+                model = autoencoder_class()(**{key: value for key, value in config.items() if not key.startswith("_")})
             weights = path / "diffusion_pytorch_model.safetensors"
             load_state(model, load_safetensors(weights), weights)
         elif path.suffix in (".safetensors", ".pth", ".pt", ".ckpt"):

@@ -18,7 +18,7 @@ from torch import nn
 
 from mimo.data.writing import atomic_path
 from mimo.errors import InputError
-from mimo.tokenizers.weights import load_safetensors, load_state, load_torch, read_json
+from mimo.tokenizers.weights import configured_by, load_safetensors, load_state, load_torch, read_json
 
 # Mean and standard deviation of each latent channel over Kinetics-600, from DFoT's dataset configuration.
 K600_MEAN = (-0.284, 0.016, -0.728, -0.138, 0.941, -2.504, 0.147, -0.062) + (
@@ -528,13 +528,16 @@ class VideoVAETokenizer(nn.Module):
                 raise InputError(
                     f"{path / 'config.json'}: tokenizer is {values.get('tokenizer')!r}, expected 'videovae'"
                 )
-            model = VideoVAE(VideoVAEConfig.from_dict(values["model_cfg"]))
+            with configured_by(path / "config.json"):
+                model = VideoVAE(VideoVAEConfig.from_dict(values["model_cfg"]))
+                tokenizer = cls(model, values["mean"], values["std"])
             load_state(model, load_safetensors(path / "model.safetensors"), path / "model.safetensors")
-            return cls(model, values["mean"], values["std"])
+            return tokenizer
         checkpoint = load_torch(path, trust_pickle=trust_pickle)
         if not isinstance(checkpoint, dict) or "model_cfg" not in checkpoint:
             raise InputError(f"{path}: has no 'model_cfg', expected a checkpoint of DFoT's VideoVAE")
-        model = VideoVAE(VideoVAEConfig.from_dict(_plain(checkpoint["model_cfg"])))
+        with configured_by(path):
+            model = VideoVAE(VideoVAEConfig.from_dict(_plain(checkpoint["model_cfg"])))
         states = checkpoint.get("optimizer_states") or []
         if states and "ema" in states[0]:
             names, ema = [name for name, _ in model.named_parameters()], states[0]["ema"]

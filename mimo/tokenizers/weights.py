@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from mimo import records
 from mimo.errors import InputError
 
 
@@ -28,13 +31,21 @@ def checksum(tokenizer: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict[str, Any]:
+    return records.read(path, dict[str, Any])
+
+
+@contextmanager
+def configured_by(source: Path) -> Iterator[None]:
+    """Around the making of a network out of a configuration that a file holds: what it is no configuration of is said in one
+    line."""
     try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON: {error}") from None
+        yield
+    except InputError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        words = " ".join(str(error).split())[:200]
+        raise InputError(f"{source}: is no configuration of this network: {type(error).__name__}: {words}") from None
 
 
 def load_safetensors(path: Path) -> dict[str, torch.Tensor]:

@@ -448,3 +448,14 @@ def test_shapes_are_smooth_in_time():
     clip = moving_shapes(32, 64, 64, np.random.default_rng(2), speed=(0.01, 0.01)).astype(float)
     step = np.abs(np.diff(clip, axis=0)).mean((1, 2, 3))
     assert step.max() < 4 * max(np.median(step), 0.2)
+
+
+def test_a_trajectory_without_actions_among_others_is_unreadable(tmp_path):
+    video = np.zeros((3, 4, 4, 3), np.uint8)
+    np.savez(tmp_path / "a.npz", video=video)
+    np.savez(tmp_path / "b.npz", video=video, actions=np.arange(3))
+    dataset = NpzTrajectories(tmp_path, num_frames=3, height=4, width=4)
+    assert dataset.has_actions and dataset.sample(1, 0)["actions"].tolist() == [0, 1, 2]
+    with pytest.raises(UnreadableVideo, match="a.npz: holds no actions, though other files do"):
+        dataset.sample(0, 0)
+    assert "actions" not in NpzTrajectories(tmp_path, num_frames=3, height=4, width=4, use_actions=False).sample(0, 0)

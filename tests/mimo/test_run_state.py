@@ -78,3 +78,10 @@ def test_what_a_run_was_told_has_types(tmp_path, capsys, told, words):
     run = changed(tmp_path, "configs", "told", value={"preset": "mimo-tiny", "data": "shapes"} | told).parent.parent
     assert main(["train", "--out", str(run), "--resume"]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_network_that_does_not_fit_its_tokenizer_is_refused(tmp_path, capsys):
+    run = changed(tmp_path, "configs", "model", "video_frames", value=17).parent.parent
+    assert main(["sample", "--checkpoint", str(run), "--out", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert "frames=8: expected 17" in err[-1] and str(run) in err[-1]

@@ -5,6 +5,7 @@ import torch
 
 from mimo import demo
 from mimo.data import ShapesDataset, open_dataset, to_float
+from mimo.errors import InputError
 from mimo.tokenizers import DCTTokenizer, build_tokenizer
 from mimo.tokenizers.dct import dct_matrix
 from mimo.tokenizers.weights import checksum
@@ -145,3 +146,25 @@ def test_dct_refuses_other_sizes():
         DCTTokenizer((1, 0, 8))
     with pytest.raises(ValueError, match="unknown tokenizer 'jpeg': known tokenizers are dct, dcae, videovae"):
         build_tokenizer("jpeg")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[" * 100_000, "config.json: is damaged: nested too deeply"),
+        (
+            '{"_class_name": "AutoencoderDC", "latent_channels": "many"}',
+            "config.json: is no configuration of this network",
+        ),
+        ('{"_class_name": "AutoencoderDC", "latent_chanels": 8}', "config.json: is no configuration of this network"),
+        ('{"tokenizer": "videovae", "model_cfg": 3}', "config.json: is no configuration of this network"),
+        ('{"tokenizer": "videovae"}', "config.json: is no configuration of this network: KeyError"),
+        ("[]", "config.json: it is a list of 0, expected an object"),
+    ],
+)
+def test_a_configuration_that_is_none_is_refused(tmp_path, text, words):
+    (tmp_path / "config.json").write_text(text)
+    name, compression = ("dcae", (1, 32, 32)) if "Autoencoder" in text else ("videovae", (4, 8, 8))
+    with pytest.raises(InputError) as caught:
+        build_tokenizer(name, compression=compression, weights=tmp_path)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
