@@ -22,7 +22,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,15 +97,16 @@ def save(
     """
     world = world or World()
     final = step_folder(run, step)
-    temporary = None
+    made: Path | None = None
     with world.together():
         _require_finite(tensors, final)
     with world.together(), _writing(final):
         if world.leads:
             final.parent.mkdir(parents=True, exist_ok=True)
-            temporary = _free(final, final.name)
-            temporary.mkdir()
-    temporary = world.gather(temporary)[0]
+            made = _free(final, final.name)
+            made.mkdir()
+    temporary = world.gather(made)[0]
+    assert temporary is not None  # the first rank has made it
     try:
         _write(temporary, final, step, tensors, state, world)
     except InputError:
@@ -158,7 +159,7 @@ def latest(
     world: ranks that all make this call, share the comparing and get the same answer.
     """
     world = world or World()
-    passed_over = []
+    passed_over: list[str] = []
     for folder in reversed(world.gather(step_folders(run))[0]):
         faults = [fault for fault in world.gather(_fault(folder, parts, world)) if fault]
         if not faults:
@@ -237,7 +238,7 @@ def read_tensors(
     state: dict[str, Any],
     *,
     skip: Collection[str] = (),
-    like: dict[str, Tensor] | None = None,
+    like: Mapping[str, Tensor] | None = None,
     world: World | None = None,
 ) -> dict[str, Tensor]:
     """The named tensors of one part, after comparing the checksums of its files with those in `state`.
@@ -323,7 +324,7 @@ def require_same_config(
 
 
 def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    flat = {}
+    flat: dict[str, str] = {}
     for key, value in config.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": repr(value)}
     return flat
@@ -407,6 +408,7 @@ def _free(final: Path, name: str) -> Path:
         path = final.with_name(f"{_UNFINISHED}{name}{f'-{number}' if number else ''}")
         if not (path.is_symlink() or path.exists()) or _delete(path):
             return path
+    raise AssertionError("numbers do not end")
 
 
 def _replace(final: Path, temporary: Path) -> None:
@@ -499,16 +501,19 @@ def _writing(place: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, CheckpointException) as failure:
-        errors = [failure]
+        errors: list[BaseException] = [failure]
         if isinstance(failure, CheckpointException):  # of all ranks
             errors = [error for error, _ in failure.failures.values()]
-        if not all(isinstance(error, OSError) for error in errors):
+        refusals = [error for error in errors if isinstance(error, OSError)]
+        if len(refusals) < len(errors):
             raise
-        raise InputError(f"checkpoint {place} cannot be written: {errors[0].strerror or errors[0]}") from None
+        raise InputError(f"checkpoint {place} cannot be written: {refusals[0].strerror or refusals[0]}") from None
 
 
 def _step_of(folder: Path) -> int:
-    return int(_STEP.fullmatch(folder.name)[1])
+    match = _STEP.fullmatch(folder.name)
+    assert match is not None, folder  # one of `step_folders`
+    return int(match[1])
 
 
 def _sha256(file: Path) -> str:

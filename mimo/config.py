@@ -7,9 +7,10 @@ trained (`TrainConfig`) and how it is sampled (`SampleConfig`).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from mimo import presets, records
 from mimo.errors import InputError, user_input
@@ -35,11 +36,12 @@ def _require_workers(workers: int | None) -> None:
     _require(whole, "workers", workers, "a number of processes, 0 or more, or None")
 
 
+@dataclass
 class _Record:
     """What the three configs share: presets, dictionaries, and the checks that follow from a field's type."""
 
-    _PRESETS: dict[str, dict]
-    _MAY_BE_ZERO: tuple[str, ...]
+    _PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]]
+    _MAY_BE_ZERO: ClassVar[tuple[str, ...]]
 
     def __post_init__(self) -> None:
         _require_finite(self)

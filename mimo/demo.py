@@ -3,6 +3,7 @@
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,13 @@ TEST_CLIPS = 8  # predicted and scored
 SHOWN_CLIPS = 4  # of these, in the pictures
 HELD_OUT = 0.25  # of every real clip, its end
 # One or two quick discs of one colour: what minutes on a CPU can learn, and what copying a frame gets wrong.
-SHAPES = {"shapes": (1, 2), "speed": (0.05, 0.1), "textures": ("plain",), "sides": (1,), "color": (255, 232, 198)}
+SHAPES: dict[str, Any] = {
+    "shapes": (1, 2),
+    "speed": (0.05, 0.1),
+    "textures": ("plain",),
+    "sides": (1,),
+    "color": (255, 232, 198),
+}
 MAX_FRAMES = 1000  # read of every real clip
 ORANGE, GREY = (235, 120, 20), (200, 200, 200)
 
@@ -38,7 +45,8 @@ class Windows:
         clips: (name, video uint8 [F, H, W, 3], actions int64 [F] or None), each at least 2 num_frames long.
     """
 
-    num_classes = None
+    num_classes: int | None = None
+    num_actions: int | None
     has_labels = False
     decodes = False
 
@@ -50,7 +58,7 @@ class Windows:
         with_actions = [actions is not None for _, _, actions in clips]
         if any(with_actions) and not all(with_actions):
             raise InputError(f"{clips[with_actions.index(False)][0]} has no actions, though other clips have")
-        self.num_actions = 1 + max(int(a.max()) for _, _, a in clips) if all(with_actions) else 0
+        self.num_actions = 1 + max(int(a.max()) for _, _, a in clips if a is not None) if all(with_actions) else 0
         self.has_actions = all(with_actions)
 
     def __len__(self) -> int:
@@ -85,9 +93,7 @@ class Windows:
         return {"video": video[cut]} | ({} if actions is None else {"actions": actions[cut]})
 
 
-def demo(
-    data: Path | None, out: Path, *, steps: int | None = None, interval: int = 1, seed: int = 0
-) -> dict[str, float]:
+def demo(data: Path | None, out: Path, *, steps: int | None = None, interval: int = 1, seed: int = 0) -> dict[str, Any]:
     """Train mimo-tiny with the full objective, predict unseen clips, write pictures; returns the measured numbers.
 
     Args:
@@ -146,7 +152,9 @@ def _predict(
     truth = torch.from_numpy(np.stack([test["video"] for test in tests]))
     told = trainer.model_config.num_actions
     actions = torch.from_numpy(np.stack([test["actions"] for test in tests])) if told else None
-    predicted = generate(Sampler(trainer.averaged(), config), context=truth, actions=actions, seed=seed, progress=True)
+    averaged = trainer.averaged()
+    assert averaged is not None  # this process is alone
+    predicted = generate(Sampler(averaged, config), context=truth, actions=actions, seed=seed, progress=True)
     context, frames = config.context_frames, truth.shape[1]
     copied = truth[:, context - 1 : context].expand(-1, frames - context, -1, -1, -1)
     psnr_model, psnr_copy = psnr(predicted[:, context:], truth[:, context:]), psnr(copied, truth[:, context:])

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mimo.config import MiMoConfig
 from mimo.data import to_float
 from mimo.tokenizers import build_tokenizer
+from mimo.tokenizers.protocols import Tokenizer
 
 
 def best_device() -> torch.device:
@@ -31,7 +32,7 @@ def memory_of(device: torch.device) -> int:
     return min(bounds)
 
 
-def config_tokenizer(config: MiMoConfig, weights: str | Path | None = None, *, trust_pickle: bool = False) -> nn.Module:
+def config_tokenizer(config: MiMoConfig, weights: str | Path | None = None, *, trust_pickle: bool = False) -> Tokenizer:
     """The tokenizer of a network; ValueError when its latents are not what the network expects.
 
     Args:
@@ -71,7 +72,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def to_latents(
-    batch: dict[str, Tensor], tokenizer: nn.Module, config: MiMoConfig, device: torch.device, posterior: str = "mean"
+    batch: dict[str, Tensor], tokenizer: Tokenizer, config: MiMoConfig, device: torch.device, posterior: str = "mean"
 ) -> tuple[Tensor, dict[str, Tensor | None]]:
     """A batch of the loader -> latents [B, T, H, W, C] and what the network is conditioned on, all on the device.
 

@@ -21,7 +21,7 @@ from mimo.cli.train_tokenizer import TrainTokenizer
 from mimo.config import PRESETS
 from mimo.errors import InputError, let_others_speak, tell_launcher
 
-COMMANDS = {
+COMMANDS: dict[str, type] = {
     "demo": Demo,
     "train": Train,
     "sample": Sample,
@@ -61,7 +61,7 @@ def group_overview(group: str) -> str:
 
 
 def command_lines(names: Iterable[str]) -> list[str]:
-    return ["commands:", *(f"  {name:16} {COMMANDS[name].__doc__.splitlines()[0]}" for name in names)]
+    return ["commands:", *(f"  {name:16} {(COMMANDS[name].__doc__ or '').splitlines()[0]}" for name in names)]
 
 
 def in_group(word: str) -> list[str]:

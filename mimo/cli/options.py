@@ -10,10 +10,10 @@ from typing import Annotated, Literal, TypeVar
 
 import tyro
 
-from mimo.config import PRESETS, MiMoConfig
+from mimo.config import PRESETS, MiMoConfig, SampleConfig, TrainConfig
 from mimo.errors import InputError, user_input
 
-Config = TypeVar("Config")
+Config = TypeVar("Config", SampleConfig, TrainConfig)
 Device = Literal["auto", "cpu", "cuda"]
 Preset = Annotated[str, tyro.conf.arg(metavar="{" + ",".join(PRESETS) + "}")]
 

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class _Survivor(io.FileIO):
@@ -14,7 +15,7 @@ class _Survivor(io.FileIO):
 
     refused: OSError | None = None
 
-    def write(self, data) -> int | None:
+    def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except OSError as error:
@@ -33,18 +34,19 @@ class Streams:
                 continue
             if (
                 stream is None
-            ):  # closed (>&-): hold its number, or the next file that is opened gets it, and what others print
+            ):  # closed (>&-): hold its number, or the next file to be opened gets it, and others' words
                 descriptor = os.open(os.devnull, os.O_WRONLY)
             else:
                 stream.flush()
                 descriptor = stream.fileno()
             self.ours[name] = raw = _Survivor(descriptor, "w", closefd=False)
-            text = {
-                "encoding": getattr(stream, "encoding", "utf-8"),
-                "errors": "backslashreplace",  # nor does a path that the terminal has no letters for stop anything
-                "line_buffering": name == "stderr" or raw.isatty(),
-            }
-            setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), **text))
+            text = io.TextIOWrapper(
+                io.BufferedWriter(raw),
+                encoding=getattr(stream, "encoding", "utf-8"),
+                errors="backslashreplace",  # nor does a path that the terminal has no letters for stop anything
+                line_buffering=name == "stderr" or raw.isatty(),
+            )
+            setattr(sys, name, text)
 
     def refused(self) -> OSError | None:
         """The first write to stdout that failed for another reason than that nobody reads."""

@@ -4,18 +4,17 @@ import contextlib
 import io
 import re
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any
 
 import tyro
 
 from mimo.config import PRESETS
 from mimo.errors import InputError
 
-Command = TypeVar("Command")
 HELP = ("-h", "--help")
 
 
-def read_command(command: type[Command], name: str, arguments: Sequence[str]) -> Command:
+def read_command(command: type, name: str, arguments: Sequence[str]) -> Any:
     """The options of `mimo NAME`. A command whose defaults depend on its words has `defaults`, which gives them.
 
     Raises InputError, in one line, for what cannot be read.
@@ -54,7 +53,7 @@ def find_preset(command: str, arguments: Sequence[str]) -> str:
 
 def one_line(box: str) -> str:
     """The parser's framed, several-line complaint as one line, without help texts."""
-    sections = [[]]
+    sections: list[list[str]] = [[]]
     for line in (line.strip("│ ") for line in box.splitlines()):
         if line[:1] in ("╭", "╰", "─") or (line and not line.strip("-")):
             sections.append([])

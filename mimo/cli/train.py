@@ -85,7 +85,7 @@ class Train(Clips):
     def _of_run(cls, configs: dict[str, Any], out: Path, preset: str | None) -> "Train":
         """What the run in `out` was told, and `preset` again if at all."""
         told = dict(configs.get("told") or {})  # without, it is of before it was remembered
-        known = {field.name: field for field in fields(cls)}
+        known = {field.name: field for field in fields(cls) if field.name in cls._told_names()}
         paths = {name for name, field in known.items() if field.type in (Path, Path | None)}
         kinds = get_type_hints(cls) | dict.fromkeys(paths, str | None) | {"preset": str}
         for name in sorted(known.keys() & told.keys()):
@@ -94,7 +94,7 @@ class Train(Clips):
             raise InputError(f"--preset {preset}: {out} was begun with {told['preset']}, and a run keeps its network")
         told.setdefault("preset", "")
         told.setdefault("data", tyro.MISSING)
-        options = {
+        options: dict[str, Any] = {
             name: Path(value) if name in paths and value is not None else value
             for name, value in told.items()
             if name in known
@@ -102,14 +102,23 @@ class Train(Clips):
         recorded = configs.get("tokenizer") or {}
         if recorded.get("weights") is not None:
             options["tokenizer_weights"] = Path(recorded["weights"])
-        kinds = {"model": MiMoConfig, "train": TrainConfig, "sample": SampleConfig}
-        return cls(out=out, **options, **{part: kind.from_dict(configs[part]) for part, kind in kinds.items()})
+        return cls(
+            out=out,
+            model=MiMoConfig.from_dict(configs["model"]),
+            train=TrainConfig.from_dict(configs["train"]),
+            sample=SampleConfig.from_dict(configs["sample"]),
+            **options,
+        )
+
+    @staticmethod
+    def _told_names() -> list[str]:
+        """What checkpoints remember besides the configurations. Not --trust-pickle: a checkpoint is no permission."""
+        clips = [field.name for field in fields(Clips)]
+        return [*clips, "preset", "ignore_labels", "ignore_actions", "keep_every", "compile", "device"]
 
     def told(self) -> dict[str, Any]:
-        """What checkpoints remember besides the configurations. Not --trust-pickle: a checkpoint is no permission."""
-        names = [field.name for field in fields(Clips)]
-        names += ["preset", "ignore_labels", "ignore_actions", "keep_every", "compile", "device"]
-        return {name: str(value) if isinstance(value := getattr(self, name), Path) else value for name in names}
+        values = {name: getattr(self, name) for name in self._told_names()}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
     def run(self) -> None:
         import torch

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -40,7 +40,7 @@ class TrainTokenizer(Clips):
             raise InputError("mimo train-tokenizer: --size is missing: expected it, or a --layout that says it")
         require_folder(self.out)
         height, width = self.size or (None, None)
-        shape = {"num_frames": self.training.frames, "height": height, "width": width}
+        shape: dict[str, Any] = {"num_frames": self.training.frames, "height": height, "width": width}
         # An autoencoder sees neither classes nor actions.
         dataset = self.open(interval=self.interval, flip=self.flip or None, use_actions=False, **shape)
         device = work_device(self.device)

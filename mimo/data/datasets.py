@@ -273,8 +273,8 @@ class ShapesDataset:
         shapes, speed, textures, sides, color: as for `moving_shapes`.
     """
 
-    num_classes = None
-    num_actions = None
+    num_classes: int | None = None
+    num_actions: int | None = None
     has_labels = False
     has_actions = False
     decodes = False

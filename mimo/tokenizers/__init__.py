@@ -16,10 +16,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import nn
-
 from mimo.errors import InputError
 from mimo.tokenizers.dct import DCTTokenizer
+from mimo.tokenizers.protocols import Tokenizer
 
 TOKENIZERS = ("dct", "dcae", "videovae")
 
@@ -33,7 +32,7 @@ def build_tokenizer(
     channels: int | None = None,
     weights: str | Path | None = None,
     trust_pickle: bool = False,
-) -> nn.Module:
+) -> Tokenizer:
     """The tokenizer called `name`.
 
     Args:
@@ -57,7 +56,7 @@ def build_tokenizer(
     if name == "dcae":
         from mimo.tokenizers.dcae import DCAETokenizer
 
-        tokenizer = DCAETokenizer.from_pretrained(weights, compression=compression[1])
+        tokenizer: Tokenizer = DCAETokenizer.from_pretrained(weights, compression=compression[1])
     else:
         from mimo.tokenizers.videovae import VideoVAETokenizer
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -20,6 +21,14 @@ class Tokenizer(Protocol):
 
     compression: tuple[int, int, int]
     channels: int
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """nn.Module's, and so are the next two."""
+        ...
+
+    def named_parameters(self) -> Iterable[tuple[str, torch.nn.Parameter]]: ...
+
+    def named_buffers(self) -> Iterable[tuple[str, torch.Tensor]]: ...
 
     def encode(self, video: torch.Tensor) -> torch.Tensor:
         """[B, F, 3, H, W] in [-1, 1] -> latents fp32 [B, T, H', W', C], of about unit scale."""

@@ -16,18 +16,20 @@ from torch import nn
 
 from mimo import records
 from mimo.errors import InputError
+from mimo.tokenizers.protocols import Tokenizer
 
 
-def checksum(tokenizer: nn.Module) -> str:
+def checksum(tokenizer: Tokenizer) -> str:
     """SHA-256 of what decides a tokenizer's latents besides its architecture: parameters, buffers and the factor
     `scale`, however and wherever they are stored. Of a tokenizer that is computed it is that of its `definition`, a
     text, as the last bits of what is computed differ from machine to machine."""
-    if hasattr(tokenizer, "definition"):
-        return hashlib.sha256(tokenizer.definition.encode()).hexdigest()
+    definition: str | None = getattr(tokenizer, "definition", None)
+    if definition is not None:
+        return hashlib.sha256(definition.encode()).hexdigest()
     digest = hashlib.sha256(repr(getattr(tokenizer, "scale", None)).encode())
     for name, value in sorted([*tokenizer.named_parameters(), *tokenizer.named_buffers()]):
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

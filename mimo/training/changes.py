@@ -16,7 +16,7 @@ from mimo.runtime import recorded_tokenizer
 from mimo.training.schedule import learning_rate
 
 Configs = dict[str, Any]  # as a checkpoint records them: model, train, sample, tokenizer, data, told
-_KINDS = {"model": MiMoConfig, "train": TrainConfig, "sample": SampleConfig}
+_KINDS: dict[str, type[MiMoConfig] | type[TrainConfig]] = {"model": MiMoConfig, "train": TrainConfig}
 _OTHER_RUN = "with other clips it is another run from here"
 
 
@@ -59,26 +59,31 @@ _TOLD = {  # and whatever else was told says which clips there are
 
 def require_same_run(there: Configs, here: Configs, source: Any) -> None:
     """InputError naming every field in which two runs differ that cannot change."""
-    both = [
+    saved, wanted = (
         {part: _KINDS[part].from_dict(configs[part]).to_dict() for part in ("model", "train")}
         | {"tokenizer": recorded_tokenizer(configs)["sha256"]}
         for configs in (there, here)  # through the records: fields younger than the checkpoint have their old meaning
-    ]
+    )
     may_differ = frozenset(f"train.{name}" for name in MAY_CHANGE)
-    checkpoint.require_same_config(*both, source, may_differ=may_differ)
+    checkpoint.require_same_config(saved, wanted, source, may_differ=may_differ)
+
+
+def _differing(then: TrainConfig | SampleConfig, now: TrainConfig | SampleConfig) -> list[tuple[str, Any, Any]]:
+    """(field, value then, value now) of every field that has changed."""
+    pairs = ((name, getattr(then, name), getattr(now, name)) for name in now.to_dict())
+    return [(name, before, value) for name, before, value in pairs if before != value]
 
 
 def changes(there: Configs, here: Configs, step: int) -> list[str]:
     """A line for all in which a run that goes on at `step` differs from what it was, and what follows from it."""
     lines = []
-    for part in ("train", "sample"):
-        then, now = (_KINDS[part].from_dict(configs[part]) for configs in (there, here))
-        for name, value in now.to_dict().items():
-            if (before := getattr(then, name)) != value:
-                effect = MAY_CHANGE[name] if part == "train" else "previews and later samples are drawn so"
-                words = effect if isinstance(effect, str) else effect(then, now, step)
-                prefix = "" if part == "train" else "sample."
-                lines.append(f"{prefix}{name} {before} -> {value}: {words}")
+    old, new = (TrainConfig.from_dict(configs["train"]) for configs in (there, here))
+    for name, before, value in _differing(old, new):
+        effect = MAY_CHANGE[name]
+        lines.append(f"{name} {before} -> {value}: {effect if isinstance(effect, str) else effect(old, new, step)}")
+    samples = [SampleConfig.from_dict(configs["sample"]) for configs in (there, here)]
+    for name, before, value in _differing(*samples):
+        lines.append(f"sample.{name} {before} -> {value}: previews and later samples are drawn so")
     then, now = (
         configs.get("told", {}) | {"tokenizer_weights": recorded_tokenizer(configs)["weights"]}
         for configs in (there, here)

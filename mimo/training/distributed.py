@@ -153,8 +153,9 @@ def distribute(
     # the group that ranks agree in, its threads would end when the interpreter does, and may then wait for each other.
     group = dist.new_group()
     if strategy == "ddp":
-        options = {"find_unused_parameters": varies, "gradient_as_bucket_view": not varies}
-        return DistributedDataParallel(module.to(device), process_group=group, **options)
+        return DistributedDataParallel(
+            module.to(device), process_group=group, find_unused_parameters=varies, gradient_as_bucket_view=not varies
+        )
     # No MixedPrecisionPolicy: parameters are gathered as they are, in fp32, and autocast rounds those that enter matrix
     # products, as on one GPU. A policy is the same for all parameters of a module, so gathering in bf16 would halve the
     # traffic but round what autocast leaves alone too (norms, positions, the bias of bias_gelu, weights on their way to

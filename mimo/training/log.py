@@ -36,7 +36,7 @@ class RunLog:
 
     def __init__(self, out: Path | None, steps: int, *, start: int, device: torch.device, shown: bool = True):
         self.steps, self.device, self.shown = steps, device, shown
-        self.file, self.board = None, None
+        self.out, self.file, self.board, self.refused = out, None, None, False
         if out is not None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -54,9 +54,10 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
-        if self.file is not None:
-            self.file.close()
-            self.board.close()
+        for written in (self.file, self.board):
+            if written is not None:
+                with self._bearing_refusals():
+                    written.close()
 
     def advance(self) -> None:
         self.bar.update()
@@ -85,13 +86,24 @@ class RunLog:
             f"ETA {duration(per_step * (self.steps - step))}"
             + (f"  skipped {means['skipped']} (gradient not finite)" if means["skipped"] else "")
         )
-        if self.file is not None:
-            print(json.dumps(record), file=self.file, flush=True)
-            os.fsync(self.file.fileno())  # as checkpoints are: a power failure takes neither
-            for name, value in record.items():
-                if name != "step":
-                    self.board.add_scalar(name, value, step)
+        if self.file is not None and self.board is not None:
+            with self._bearing_refusals():
+                print(json.dumps(record), file=self.file, flush=True)
+                os.fsync(self.file.fileno())  # as checkpoints are: a power failure takes neither
+                for name, value in record.items():
+                    if name != "step":
+                        self.board.add_scalar(name, value, step)
         return record
+
+    @contextmanager
+    def _bearing_refusals(self) -> Iterator[None]:
+        """A disk that is full costs rows of the log, which is said once, and not the training."""
+        try:
+            yield
+        except OSError as error:
+            if not self.refused:
+                log.warning("%s: rows of the log are missing: %s", self.out, error.strerror or error)
+            self.refused = True
 
     def say(self, line: str) -> None:
         """A line above the progress bar."""

@@ -42,7 +42,7 @@ def train(
     world = trainer.world
     folder = out if world.leads else None
     with (
-        nullcontext([]) if out is None else _open_run(trainer, out, resume) as notes,
+        _open_run(trainer, out, resume) as notes,
         StopRequest(enabled=out is not None, world=world) as stop,
         RunLog(folder, trainer.config.steps, start=trainer.step, device=trainer.device, shown=world.leads) as log,
     ):
@@ -95,7 +95,7 @@ class _Steps:
         trainer, config, step = self.trainer, self.trainer.config, self.trainer.step
         ends = stopped or step == config.steps
         logs = step > self.logged and (ends or step % config.log_every == 0)
-        saves = step > self.saved and self.out is not None and (ends or step % config.save_every == 0)
+        saves = step > self.saved and (ends or step % config.save_every == 0)
         if logs or saves or trainer.device.type == "cpu":  # on a GPU this waits for the device
             trainer.sums.require_finite()
         if logs:
@@ -103,11 +103,11 @@ class _Steps:
             self.records.append(self.log.write(step, *trainer.sums.take(), rate, trainer.waited))
             self.logged, trainer.waited = step, 0.0
         with self.log.aside():
-            if saves:
+            if saves and self.out is not None:
                 self.log.say(f"saved {trainer.save(self.out, keep_every=self.keep_every)}")
                 self.saved = step
-            previews = self.preview and not stopped and config.preview_every and step % config.preview_every == 0
-            if previews and not trainer.world.agree(self.stop.signal):
+            previews = not stopped and config.preview_every and step % config.preview_every == 0
+            if self.preview and previews and not trainer.world.agree(self.stop.signal):
                 for path in self.preview(trainer):
                     self.log.say(f"preview {path}")
 
@@ -131,9 +131,12 @@ def _next_batches(trainer: Trainer, stop: StopRequest) -> tuple[list[dict[str, T
 
 
 @contextmanager
-def _open_run(trainer: Trainer, out: Path, resume: bool) -> Iterator[list[str]]:
+def _open_run(trainer: Trainer, out: Path | None, resume: bool) -> Iterator[list[str]]:
     """Load the newest checkpoint if `resume`, and keep others from the folder; gives what the user should know."""
-    world, lock = trainer.world, nullcontext()
+    if out is None:
+        yield []
+        return
+    world, lock = trainer.world, None
     with world.together():
         if world.leads and not resume and checkpoint.step_folders(out):
             raise InputError(f"{out} already holds checkpoints: pass --resume to continue it, or another --out")
@@ -147,7 +150,7 @@ def _open_run(trainer: Trainer, out: Path, resume: bool) -> Iterator[list[str]]:
             except OSError as error:
                 raise InputError(f"cannot write to the run folder {out}: {error.strerror}") from None
             notes += [f"deleted {folder}, left by an interrupted save" for folder in checkpoint.delete_unfinished(out)]
-    with lock:
+    with lock or nullcontext():
         yield notes
 
 

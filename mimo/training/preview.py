@@ -30,7 +30,7 @@ class Preview:
         """All ranks have to call it; the first one predicts and writes."""
         averaged = trainer.averaged()
         with trainer.world.together():
-            return self._write(trainer, averaged) if trainer.world.leads else []
+            return self._write(trainer, averaged) if averaged is not None else []
 
     def _write(self, trainer: Trainer, averaged: MiMo) -> list[Path]:
         # Another seed, so that the clips are cut differently than in training.

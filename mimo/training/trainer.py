@@ -110,9 +110,15 @@ class Trainer:
         require_posterior(self.tokenizer, model_config.tokenizer, config.posterior)
         sha256 = checksum(self.tokenizer)
         if isinstance(dataset, LatentShards):
-            cut = {"interval": config.interval, "flip": config.flip, "posterior": config.posterior}
-            dataset.require_made_by(model_config.tokenizer, self.tokenizer, sha256, **cut)
-        self.configs = {
+            dataset.require_made_by(
+                model_config.tokenizer,
+                self.tokenizer,
+                sha256,
+                interval=config.interval,
+                flip=config.flip,
+                posterior=config.posterior,
+            )
+        self.configs: dict[str, Any] = {
             "model": model_config.to_dict(),
             "train": config.to_dict(),
             "sample": self.sample_config.to_dict(),
@@ -124,7 +130,7 @@ class Trainer:
         if config.precision == "fp8":
             use_float8(self.model, self.device)
         if compile:  # the device's half of the network; the host's half plans each batch
-            self.model.compute = torch.compile(self.model.compute, fullgraph=True)
+            setattr(self.model, "compute", torch.compile(self.model.compute, fullgraph=True))  # noqa: B010 (a method)
         self.tokenizer.to(self.device)
         unmasked_from = config.steps - config.unmasked_steps if config.unmasked_steps else None
         self.recipe = build_recipe(model_config, unmasked_from=unmasked_from)
@@ -178,10 +184,11 @@ class Trainer:
         self.step += 1
         # A step with found_inf set changes neither weights, moments and their counts nor the average. All of them read
         # it on the device, so that nobody waits for the norm.
-        self.optimizer.found_inf = self.sums.end_step(self.step, grad_norm).to(grad_norm.device)
+        found_inf = self.sums.end_step(self.step, grad_norm).to(grad_norm.device)
+        setattr(self.optimizer, "found_inf", found_inf)  # noqa: B010 (torch reads it, and declares it nowhere)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.ema.update(self.model, self.optimizer.found_inf)
+        self.ema.update(self.model, found_inf)
 
     def averaged(self) -> MiMo | None:
         """A network with the averaged weights, whole, to sample from: all ranks call it, the first one gets it."""
@@ -209,19 +216,23 @@ class Trainer:
             "ema_updates": int(self.ema.updates),
             "rng": {"seed": self.config.seed, "step": self.step},  # all there is: see the top of this file
         }
-        keep = {"keep_last": self.config.keep, "keep_every": keep_every}
-        return checkpoint.save(run, self.step, tensors, state, world=self.world, **keep)
+        return checkpoint.save(
+            run, self.step, tensors, state, keep_last=self.config.keep, keep_every=keep_every, world=self.world
+        )
 
     def load(self, folder: Path) -> list[str]:
         """Continue from a step folder of the same run (see mimo.training.changes), made by however many ranks. Returns
         a line for everything that is different from here on."""
         state = read_run_state(folder)
         require_same_run(state["configs"], self.configs, folder)
-        shards = {"state": state, "like": dict(self.model.named_parameters()), "world": self.world}
-        checkpoint.load_module(self.model, checkpoint.read_tensors(folder, "model", **shards), folder)
-        checkpoint.load_tensors(self.ema.tensors, checkpoint.read_tensors(folder, "ema", **shards), folder)
-        moments = checkpoint.read_tensors(folder, "optimizer", **shards)
-        checkpoint.load_optimizer(self.optimizer, self.model, moments, folder)
+        like = dict(self.model.named_parameters())
+        parts = {
+            part: checkpoint.read_tensors(folder, part, state, like=like, world=self.world)
+            for part in ("model", "ema", "optimizer")
+        }
+        checkpoint.load_module(self.model, parts["model"], folder)
+        checkpoint.load_tensors(self.ema.tensors, parts["ema"], folder)
+        checkpoint.load_optimizer(self.optimizer, self.model, parts["optimizer"], folder)
         self.step = state["step"]
         self.ema.updates.fill_(state["ema_updates"])
         return changes(state["configs"], self.configs, self.step)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mimo import checkpoint
-from mimo.cli import main
+from mimo.cli import main, parse
 from mimo.data import VideoReader, write_video
 from mimo.records import sealed
 from mimo.sampling.loading import load
@@ -461,6 +461,15 @@ def test_what_a_resumed_run_cannot_change_or_does_not_know(refused, own_run, tmp
     nothing = ["train", "--out", tmp_path / "none", "--resume"]
     assert f"--resume: {tmp_path / 'none'} holds no checkpoint to continue" in refused(*nothing)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_checkpoint_is_no_permission_to_run_code(own_run):
+    state_file = step(own_run) / "state.json"
+    state = json.loads(state_file.read_text())
+    state["configs"]["told"]["trust_pickle"] = True
+    state_file.write_text(sealed(state))
+    command = parse(["train", "--out", str(own_run), "--resume"])
+    assert command.data == "shapes" and command.trust_pickle is False
 
 
 def test_a_run_of_before_it_was_remembered_goes_on(refused, own_run, monkeypatch, capsys):

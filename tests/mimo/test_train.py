@@ -317,6 +317,14 @@ def test_one_process_trains_in_a_folder(tmp_path, capsys):
     train(make_trainer(steps=2), tmp_path, resume=True)
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_log_that_a_full_disk_refuses_does_not_stop_training(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("mimo.training.log._continue_log", lambda *_: (open("/dev/full", "a"), ""))
+    assert len(train(make_trainer(steps=4, log_every=1), tmp_path)) == 4
+    assert checkpoint.latest(tmp_path)[0] == checkpoint.step_folder(tmp_path, 4)
+    assert caplog.text.count(f"{tmp_path}: rows of the log are missing: No space left on device") == 1
+
+
 def test_a_file_system_without_locks_does_not_stop_training(tmp_path, monkeypatch, caplog):
     def refuse(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
