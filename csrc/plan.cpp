@@ -16,6 +16,8 @@
 // up to kRowSegmentGroups groups, with the keys that each of them sees in the tile, and is a single block unless all
 // its rows are of one group. A masked step is a block.
 //
+// No tile holds rows, or keys, of two clips, nor of two parts of a clip that see nothing of each other.
+//
 // Tiles come longest first inside bands of clips, each of about `band_rows` rows: within a band to keep the end of a
 // launch short, in bands so that what runs at the same time shares its keys in the cache.
 //
@@ -143,6 +145,7 @@ public:
           tiles_(most_tiles()),
           segments_(most_tiles() * kRowSegmentCells),
           masked_(kRowSegmentCells) {
+        find_parts();
         find_bands(band_rows);
     }
 
@@ -182,14 +185,15 @@ protected:
         int64_t blocks = 0;
     };
 
-    // Cuts the rows into tiles. A tile begins at begin(row, group), ends at the first further group for which
-    // joins(group) is false or when it is full, and goes to emit(tile).
+    // Cuts the rows into tiles. A tile begins at begin(row, group), ends at the first further group that starts a part
+    // or for which joins(group) is false, or when it is full, and goes to emit(tile).
     template <typename Begin, typename Joins, typename Emit>
     void walk(Begin begin, Joins joins, Emit emit) {
         for (int start = 0, group = 0; start < rows_;) {
             int end = std::min(rows_ - start, tile_) + start, next = group + 1;
             begin(start, group);
-            for (; next < count_ && groups_[next].row_start < end && joins(next); ++next) {
+            const auto reaches = [&] { return next < count_ && groups_[next].row_start < end && !starts_part_[next]; };
+            for (; reaches() && joins(next); ++next) {
             }
             if (next < count_) end = std::min(end, groups_[next].row_start);
             tiles_.push({start, end, group, next, segments_.size(), bands_[group]});
@@ -211,6 +215,7 @@ protected:
     template <typename Cost>
     void choose_cuts(Cost cost) {
         const Group* const groups = groups_;  // in registers, whatever is written
+        const char* const starts_part = starts_part_.data();
         const int count = count_, rows = rows_, tile = tile_;
         std::vector<int64_t> best(count + 1, 0);  // blocks of all rows from a group on
         std::vector<int> next_cut(count + 1, count);
@@ -232,12 +237,13 @@ protected:
                         break;  // what follows does not depend on where this began
                     }
                 }
-                for (; group + 1 < count && groups[group + 1].row_start - row < tile; ++group) {
+                const auto more = [&] { return group + 1 < count && !starts_part[group + 1]; };
+                for (; more() && groups[group + 1].row_start - row < tile; ++group) {
                     consider(group + 1, blocks + cost.blocks());
                     cost.extend(group + 1);
                 }
                 blocks += cost.blocks();
-                row += std::min(rows - row, tile);
+                row += std::min((more() ? rows : groups[group].row_end) - row, tile);
                 if (row == groups[group].row_end) {
                     consider(group + 1, blocks);
                     break;
@@ -264,6 +270,7 @@ protected:
     }
 
     const Group* groups_;
+    std::vector<char> starts_part_;  // per group
     const int count_, rows_, tile_;
     const Blocks blocks_;
     Array<Tile> tiles_;
@@ -274,19 +281,30 @@ private:
     // Every tile but the last ends at the end of a group or is full.
     size_t most_tiles() const { return static_cast<size_t>(rows_ / tile_) + count_ + 1; }
 
-    // A clip ends where no earlier group sees later rows and no later group sees earlier ones; whole clips form a band.
-    void find_bands(int band_rows) {
-        bands_.assign(count_, 0);
-        if (rows_ < band_rows) return;
+    // A part starts where no earlier group sees later rows and no later group sees earlier ones: at every clip. Tiles
+    // do not reach over it. A matrix product multiplies hidden values by 0, and 0 times NaN is NaN: a tile that held
+    // rows of two clips would carry a NaN from one to the other.
+    void find_parts() {
+        starts_part_.assign(count_ + 1, 0);
         std::vector<int> first_key(count_ + 1, rows_);  // of a group and those after it
         for (int g = count_ - 1; g >= 0; --g)
             first_key[g] = std::min(first_key[g + 1], groups_[g].empty() ? rows_ : groups_[g].keys[0].start);
-        int last_key = 0, band = 0, band_start = 0;
+        int last_key = 0;
         for (int g = 0; g < count_; ++g) {
             const int row = groups_[g].row_start;
-            if (row - band_start >= band_rows && last_key <= row && first_key[g] >= row) ++band, band_start = row;
-            bands_[g] = band;
+            starts_part_[g] = last_key <= row && first_key[g] >= row;
             for (const Interval& key : groups_[g]) last_key = std::max(last_key, key.end);
+        }
+    }
+
+    // Whole parts form a band.
+    void find_bands(int band_rows) {
+        bands_.assign(count_, 0);
+        int band = 0, band_start = 0;
+        for (int g = 0; g < count_; ++g) {
+            const int row = groups_[g].row_start;
+            if (row - band_start >= band_rows && starts_part_[g]) ++band, band_start = row;
+            bands_[g] = band;
         }
     }
 

@@ -82,10 +82,18 @@ def test_short_tiles_stand_where_they_cost_least():
         assert mask.num_pairs / schedule("keys", mask, 128, 64)[2] > keys
 
 
-def test_small_clips_share_tiles():
-    mask = FrameMask.bidirectional([[16]] * 32)
-    assert len(schedule("rows", mask, 128, 64)[1]) == 8  # 64 keys, one block, each
-    assert len(schedule("keys", mask, 128, 64)[1]) == 8
+def test_clips_share_no_tile():
+    """What is hidden is multiplied by 0, and 0 times NaN is NaN: a tile of two clips would carry a NaN from one to the other."""
+    mask = FrameMask.teacher_forcing([[5, 9], [3], [40, 0, 33], [1]], [[16, 2], [7], [64, 8, 1], [1]])
+    ends = torch.tensor(mask.clip_lens).cumsum(0).tolist()
+    for name in ("rows", "keys"):
+        for tile, block in ((128, 64), (16, 16)):
+            _, tiles, _ = schedule(name, mask, tile, block)
+            assert all(
+                any(end - length <= tile[0] < tile[1] <= end for end, length in zip(ends, mask.clip_lens))
+                for tile in tiles
+            )
+    assert len(schedule("rows", FrameMask.bidirectional([[16]] * 32), 128, 64)[1]) == 32
 
 
 @pytest.mark.parametrize("name", ["rows", "keys"])
