@@ -3,8 +3,8 @@
 Every preset that both know is built small (its own fields, fewer and narrower blocks, smaller frames), filled with fixed
 random weights, and run on the CPU in one process per commit: the names of its parameters and what they are initialised
 with, the losses of some steps, every gradient, and samples without and with guidance. What is compared is SHA-256
-checksums of the bytes. NEW is the working tree where it is left out. The compiled extension is copied from this tree, so
-both commits have to be able to use it. Exit status 1 if anything differs.
+checksums of the bytes. NEW is the working tree where it is left out. A commit is given the compiled extension of this tree;
+--old-extension names another one for OLD, where its functions were others. Exit status 1 if anything differs.
 """
 
 import argparse
@@ -35,8 +35,11 @@ def main() -> int:
     parser.add_argument("old")
     parser.add_argument("new", nargs="?")
     parser.add_argument("--presets", nargs="*", default=[])
+    parser.add_argument("--old-extension", type=Path, help="the _C*.so that OLD was built with")
     options = parser.parse_args()
-    old, new = (results(commit, options.presets) for commit in (options.old, options.new))
+    ours = next((ROOT / "mimo_kernels").glob("_C*.so"))
+    old = results(options.old, options.presets, options.old_extension or ours)
+    new = results(options.new, options.presets, ours)
     parts = list(dict.fromkeys(part for found in old.values() for part in found))
     print(f"{'preset':<40}" + "".join(f"{part:<16}" for part in parts))
     differs = False
@@ -50,7 +53,7 @@ def main() -> int:
     return int(differs)
 
 
-def results(commit: str | None, presets: list[str]) -> dict[str, dict[str, str]]:
+def results(commit: str | None, presets: list[str], extension: Path) -> dict[str, dict[str, str]]:
     """Checksums per preset and part, computed by the code of a commit."""
     if commit is None:
         return run_worker(ROOT, presets)
@@ -59,8 +62,7 @@ def results(commit: str | None, presets: list[str]) -> dict[str, dict[str, str]]
         git = ["git", "-C", str(ROOT), "worktree"]
         subprocess.run([*git, "add", "--quiet", "--detach", str(tree), commit], check=True)
         try:
-            for extension in (ROOT / "mimo_kernels").glob("_C*.so"):
-                shutil.copy(extension, tree / "mimo_kernels")
+            shutil.copy(extension, tree / "mimo_kernels")
             return run_worker(tree, presets)
         finally:
             subprocess.run([*git, "remove", "--force", str(tree)], check=True)
@@ -153,10 +155,11 @@ def sampling(model, name: str, *, guided: bool) -> str:
     preset = SampleConfig.from_preset(name)
     some = {"history_guidance": 1.5 if config.history_dropout else 1.0, "class_guidance": 2.0}
     none = {"history_guidance": 1.0, "class_guidance": 1.0}
-    changes = {"steps": 3, "context_frames": 1, "num_frames": config.frames} | (some if guided else none)
+    length = min(preset.context_frames, 1)
+    changes = {"steps": 3, "context_frames": length, "num_frames": config.frames} | (some if guided else none)
     sampler = Sampler(model.eval(), dataclasses.replace(preset, **changes))
-    context = torch.randn(2, 1, config.tokens, config.channels, generator=generator)
-    given = conditions(config, 2, config.frames)
+    context = torch.randn(2, 1, config.tokens, config.channels, generator=generator) if length else None
+    given = conditions(config, 2, config.frames) | ({} if length else {"batch": 2})
     with torch.no_grad():
         return checksum({"video": sampler.sample(context, config.frames, generator=generator, **given)})
 
