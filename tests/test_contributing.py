@@ -1,0 +1,92 @@
+"""CONTRIBUTING.md holds: its examples are built in a copy of the tree, word for word."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def section(title: str) -> str:
+    """The text below a heading, up to the next one of its level."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    return re.search(rf"^## {re.escape(title)}$(.*?)(?=^## |\Z)", text, re.M | re.S)[1]
+
+
+def steps(title: str) -> list[tuple[str, str]]:
+    """(the line above, the code) of every code block."""
+    return re.findall(r"^([^\n]+):\n\n```\w+\n(.*?)^```$", section(title), re.M | re.S)
+
+
+def copy(folder: Path) -> Path:
+    """The packages, without what tests and builds leave."""
+    for package in ("mimo", "mimo_kernels"):
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def follow(tree: Path, where: str, code: str) -> None:
+    """Do what a line says with the code below it: create a file, add to a table, or run commands in the tree."""
+    if created := re.fullmatch(r"Create `(.+)`", where):
+        path = tree / created[1]
+        assert not path.exists()
+        path.write_text(code)
+    elif added := re.fullmatch(r"In `(.+)`, add to `(.+)`", where):
+        path = tree / added[1]
+        table = re.search(rf"^{added[2]} = [{{(\[].*?\n(?=[}})\]])", path.read_text(), re.M | re.S)
+        path.write_text(path.read_text().replace(table[0], table[0] + code))
+    else:
+        environment = os.environ | {"PYTHONPATH": str(tree)}
+        for line in code.splitlines():
+            command, *arguments = shlex.split(line)
+            module = {"mimo": ["-m", "mimo"], "python": []}[command]
+            done = subprocess.run(
+                [sys.executable, *module, *arguments],
+                cwd=tree,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
+            assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return copy(tmp_path)
+
+
+def test_a_system_in_a_day(tree):
+    from mimo.data import write_video
+
+    for number in range(4):
+        noise = np.random.default_rng(number).integers(0, 256, (8, 48, 48, 3), dtype=np.uint8)
+        write_video(tree / "clips" / f"{number}.mp4", noise)
+    followed = steps("A system in a day")
+    assert [where.split()[0] for where, _ in followed] == ["Create", "In", "Train"]
+    for where, code in followed:
+        follow(tree, where, code)
+    assert (tree / "samples" / "sample.mp4").stat().st_size > 0
+    config = (tree / "runs" / "last_frame" / "checkpoints" / "step_00000010" / "state.json").read_text()
+    assert '"last_frame"' in config
+    check = """
+        import sys
+        sys.path[:0] = [".", {tests!r}]
+        import torch, test_systems as t
+        t.SYSTEMS["last_frame"] = t.ONE_COPY | {{"recipe": "last_frame"}}
+        t.test_every_parameter_learns("last_frame")
+        recipe = t.build_recipe(t.config("last_frame"))
+        prepared = t.drawn(recipe)
+        assert prepared.weight[:, :-1].eq(0).all() and abs(prepared.weight.sum() * 6 * 5 - 1) < 1e-6
+        assert prepared.batch.timestep.view(2, -1)[:, :-1].eq(0).all()
+    """
+    code = "\n".join(line[8:] for line in check.format(tests=str(ROOT / "tests" / "mimo")).splitlines())
+    done = subprocess.run([sys.executable, "-c", code], cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)})
+    assert done.returncode == 0
