@@ -2,6 +2,7 @@
 for its batch.
 
     videos decoded      video files through the training loader: seek, decode, resize, crop, collate
+    videos kept         the same with the default memory for decoded frames, as far as the videos fit into it
     videos encoded      `mimo encode` from start to end, its own verification included
     shards read         latent shards through the training loader
     training            `mimo.training.loop.train`, from shards and from videos: its demand, and the share of its time
@@ -106,8 +107,10 @@ def measure(size: Size, device: torch.device, data: Path | None = None) -> list[
     frames, height, width = size.network.video_shape
     with tempfile.TemporaryDirectory() as folder:
         videos = data or make_videos(Path(folder, "videos"), size)
-        dataset = open_dataset(videos, num_frames=frames, height=height, width=width)
-        rows = [_read("videos decoded", dataset, workers, 4, size.rounds) for workers in size.workers]
+        shape = {"num_frames": frames, "height": height, "width": width}
+        dataset, forgetful = open_dataset(videos, **shape), open_dataset(videos, **shape, frame_memory=0)
+        rows = [_read("videos decoded", forgetful, workers, 4, size.rounds) for workers in size.workers]
+        rows += [_read("videos kept", dataset, workers, 4, size.rounds) for workers in size.workers]
         encoded, shards = _encode(dataset, size, device, Path(folder))
         rows.append(encoded)
         rows += [_read("shards read", shards, workers, size.clips, size.rounds) for workers in size.workers]

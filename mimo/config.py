@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from mimo import presets, records
-from mimo.errors import InputError, user_input
 from mimo.recipes import RECIPES
 
 
@@ -364,8 +363,8 @@ class SampleConfig(_Record):
         _require(fewer, "context_frames", self.context_frames, f"fewer than num_frames={self.num_frames}")
 
 
-@dataclass(frozen=True)
-class Encoding:
+@dataclass
+class Encoding(_Record):
     """How a dataset is encoded.
 
     Args:
@@ -381,23 +380,19 @@ class Encoding:
     passes: int = 1
     shard_clips: int = 256
     batch_size: int = 8
-    dtype: str = "fp16"
+    dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
     seed: int = 0
     workers: int | None = None
     posterior: Literal["mean", "sample"] = "mean"
 
-    def __post_init__(self) -> None:
-        if min(self.passes, self.shard_clips, self.batch_size) < 1 or self.seed < 0:
-            raise InputError(f"passes, shard_clips and batch_size must be >= 1 and seed >= 0: {self}")
-        if self.dtype not in ("fp16", "bf16", "fp32"):
-            raise InputError(f"dtype {self.dtype!r}, expected one of fp16, bf16, fp32")
-        if self.posterior not in ("mean", "sample"):
-            raise InputError(f"posterior {self.posterior!r}, expected 'mean' or 'sample'")
-        user_input(_require_workers, self.workers)
+    _MAY_BE_ZERO = ("seed",)
+
+    def _check(self) -> None:
+        _require_workers(self.workers)
 
 
-@dataclass(frozen=True)
-class TokenizerTraining:
+@dataclass
+class TokenizerTraining(_Record):
     """How a DC-AE is trained; the defaults are FAR's.
 
     Args:
@@ -436,20 +431,18 @@ class TokenizerTraining:
     perceptual_weight: float = 1.0
     disc_weight: float = 0.0
     disc_start: int = 100_000
-    precision: str = "bf16"
+    precision: Literal["bf16", "fp32"] = "bf16"
     seed: int = 0
     workers: int | None = None
     log_every: int = 100
     save_every: int = 5_000
 
-    def __post_init__(self) -> None:
-        user_input(_require_finite, self)
-        if (self.lpips_vgg is None) != (self.lpips_linear is None):
-            raise InputError("lpips_vgg and lpips_linear belong together: give both or none")
-        if min(self.frames, self.batch_size, self.steps, self.log_every, self.save_every, self.width) < 1:
-            raise InputError(f"frames, batch_size, steps, width and the intervals must be >= 1: {self}")
-        if self.precision not in ("bf16", "fp32"):
-            raise InputError(f"precision {self.precision!r}, expected 'bf16' or 'fp32'")
+    _MAY_BE_ZERO = ("perceptual_weight", "disc_weight", "disc_start", "seed", "ema_decay")
+
+    def _check(self) -> None:
+        together = (self.lpips_vgg is None) == (self.lpips_linear is None)
+        _require(together, "lpips_vgg", self.lpips_vgg, "to be given together with lpips_linear, or neither")
+        _require(self.ema_decay < 1, "ema_decay", self.ema_decay, "less than 1")
         _require_workers(self.workers)
 
 

@@ -131,7 +131,7 @@ def test_every_stage_of_the_data_pipeline_is_measured(modules, tmp_path):
     network = MiMoConfig(**TINY, compression=(4, 8, 8))
     size = pipeline.Size(network, clips=2, videos=3, frames=20, height=32, width=48, rounds=2, steps=5, workers=(1,))
     rows = pipeline.measure(size, device)
-    stages = ["videos decoded", "videos encoded", "shards read", "training", "training"]
+    stages = ["videos decoded", "videos kept", "videos encoded", "shards read", "training", "training"]
     assert [row["what"] for row in rows] == stages and all(0 < row["p20"] <= row["p80"] for row in rows)
     trained = {row["source"]: row for row in rows if row["what"] == "training"}
     assert set(trained) == {"latent shards", "videos"}

@@ -24,6 +24,11 @@ def read_command(command: type, name: str, arguments: Sequence[str]) -> Any:
     try:
         with contextlib.redirect_stderr(complaint):
             return tyro.cli(command, prog=f"mimo {name}", args=arguments, default=default)
+    except InputError:
+        raise
+    except ValueError as error:  # of a record whose fields are options: "workers=-1: expected ..."
+        field, equals, rest = str(error).partition("=")
+        raise InputError(f"--{field.replace('_', '-')} {rest}" if equals else str(error)) from None
     except SystemExit as stop:
         if stop.code == 2:
             raise InputError(f"mimo {name}: {one_line(complaint.getvalue())}") from None

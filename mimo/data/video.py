@@ -10,7 +10,7 @@ whoever chose the frames chooses again after `VideoReader.shorten`.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -62,9 +62,14 @@ class _Listing:
 
     def run(self, index: int) -> tuple[int, range]:
         """The number of the run that a frame lies in, and its frames."""
-        number = bisect_right(self.starts, index) - 1
-        ends = [*self.starts[1:], self.count]
-        return number, range(self.starts[number], ends[number])
+        after = bisect_right(self.starts, index)
+        end = self.starts[after] if after < len(self.starts) else self.count
+        return after - 1, range(self.starts[after - 1], end)
+
+    def index(self, time: int | None) -> int | None:
+        """The frame that is shown at a time, if one is."""
+        place = bisect_left(self.pts, time) if time is not None else self.count
+        return place if place < self.count and self.pts[place] == time else None
 
 
 class VideoReader:
@@ -252,7 +257,7 @@ class VideoReader:
 
     def _decoded(self, number: int, wanted: set[int] | None) -> Iterator[tuple[int, av.VideoFrame]]:
         """(index, frame) from the start of a run on; None wants all, else those not wanted may be missing."""
-        listing, index = self._listing, {pts: i for i, pts in enumerate(self._listing.pts)}
+        listing = self._listing
         if self._container is None:
             self._open()
         if listing.timed:
@@ -267,8 +272,8 @@ class VideoReader:
                 first = next(frames, None)
                 if first is not None and first.pts is not None and first.pts <= begin:
                     for frame in chain([first], frames):
-                        if frame.pts in index:
-                            yield index[frame.pts], frame
+                        if (index := listing.index(frame.pts)) is not None:
+                            yield index, frame
                     return
         self.close()
         self._open()

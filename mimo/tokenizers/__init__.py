@@ -1,12 +1,6 @@
 """Tokenizers: video to latents and back.
 
-Every tokenizer is a module with
-
-    encode(video [B, F, 3, H, W] in [-1, 1]) -> latents [B, T, H', W', C], of about unit scale
-    decode(latents) -> video
-    latent_shape(frames, height, width) -> (T, H', W', C), ValueError for sizes that do not fit
-    num_frames(latent_frames) -> F
-    compression (frames, rows, columns per latent position) and channels (C)
+Every one is an nn.Module with the methods of mimo.tokenizers.protocols.
 
 `dct` is computed, the others read weights and are frozen. `weights.checksum` tells two of a kind apart: latents and
 checkpoints remember it, and are refused where it is another one.
@@ -18,11 +12,11 @@ from pathlib import Path
 
 from mimo.errors import InputError
 from mimo.tokenizers.dct import DCTTokenizer
-from mimo.tokenizers.protocols import Tokenizer
+from mimo.tokenizers.protocols import Tokenizer, VariationalTokenizer
 
 TOKENIZERS = ("dct", "dcae", "videovae")
 
-__all__ = ["TOKENIZERS", "DCTTokenizer", "build_tokenizer"]
+__all__ = ["TOKENIZERS", "DCTTokenizer", "Tokenizer", "VariationalTokenizer", "build_tokenizer"]
 
 
 def build_tokenizer(

@@ -108,8 +108,9 @@ class DCAETokenizer(nn.Module):
         """Reads a model.
 
         Args:
-            source: a folder in diffusers' layout, a hub id "owner/name", or a state dict (.safetensors, .pth) as FAR
-                publishes them, whose architecture is FAR's for `compression`. Pickled objects are never loaded.
+            source: a folder in diffusers' layout, a hub id "owner/name" (unless there is a folder "owner", where a file
+                is meant and nothing is asked for), or a state dict (.safetensors, .pth) as FAR publishes them, whose
+                architecture is FAR's for `compression`. Pickled objects are never loaded.
         """
         path = Path(source)
         if path.is_dir():
@@ -125,7 +126,7 @@ class DCAETokenizer(nn.Module):
         elif path.suffix in (".safetensors", ".pth", ".pt", ".ckpt"):
             model = autoencoder_class()(**far_config(compression))
             load_state(model, load_safetensors(path) if path.suffix == ".safetensors" else load_torch(path), path)
-        elif str(source).count("/") == 1 and not path.exists():
+        elif str(source).count("/") == 1 and not path.exists() and not path.parent.exists():
             model = _from_hub(str(source))
         else:
             raise InputError(f"{source}: no folder in diffusers' layout, no state dict and no hub id 'owner/name'")

@@ -403,7 +403,7 @@ def test_train_tokenizer(tmp_path, videos, refused, capsys):
     run = ["train-tokenizer", "--data", videos, "--out", tmp_path / "run", *small, "--steps", 2]
     assert "--size is missing" in refused(*run)
     assert "expected sides that compression 16 divides" in refused(*run, "--size", 20, 32)
-    assert "must be >= 1" in refused(*run, "--size", 32, 32, "--steps", 0)
+    assert "--steps 0: expected more than zero" in refused(*run, "--size", 32, 32, "--steps", 0)
     assert not (tmp_path / "run").exists()
     done(*run, "--size", 32, 32)
     assert f"wrote {tmp_path / 'run' / 'tokenizer'}" in capsys.readouterr().out

@@ -126,6 +126,20 @@ def test_hub_id(tokenizer, monkeypatch):
         build_tokenizer("dcae", weights="owner/gone")
 
 
+def test_a_path_that_is_not_there_is_no_hub_id(tmp_path, monkeypatch):
+    """In a folder that is here a file is meant: nobody is asked for it."""
+
+    class Asked:
+        def from_pretrained(self, *_, **__):
+            raise AssertionError("the network was asked")
+
+    monkeypatch.setattr("mimo.tokenizers.dcae.autoencoder_class", Asked)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").mkdir()
+    with pytest.raises(InputError, match="weights/dcae: no folder in diffusers' layout, no state dict and no hub id"):
+        DCAETokenizer.from_pretrained("weights/dcae")
+
+
 class Trap:
     def __reduce__(self):
         return os.mkdir, ("sprung",)
@@ -281,11 +295,11 @@ def test_perceptual_loss_takes_part(tmp_path, small_network):
 
 def test_bad_settings(tmp_path, small_network):
     for bad, why in (
-        ({"lpips_vgg": "x"}, "belong together"),
-        ({"precision": "int8"}, "expected 'bf16' or 'fp32'"),
-        ({"steps": 0}, "must be >= 1"),
+        ({"lpips_vgg": "x"}, "expected to be given together with lpips_linear"),
+        ({"precision": "int8"}, "precision='int8': expected one of 'bf16', 'fp32'"),
+        ({"steps": 0}, "steps=0: expected more than zero"),
     ):
-        with pytest.raises(InputError, match=why):
+        with pytest.raises(ValueError, match=why):
             TokenizerTraining(**TRAINING | bad)
     with pytest.raises(InputError, match="frames of 20 x 20: expected sides that compression 8 divides"):
         train_tokenizer(shapes(20), tmp_path, TokenizerTraining(**TRAINING))

@@ -378,8 +378,8 @@ def test_other_settings_are_refused(encoded, tokenizer, tmp_path):
         open_dataset(out, num_frames=3, height=32, width=32)
     with pytest.raises(ValueError, match="height a multiple of 8"):
         run(VideoFolder(dataset.path, num_frames=3, height=12, width=16), tokenizer, tmp_path / "x")
-    for bad in ({"passes": 0}, {"dtype": "int8"}, {"seed": -1}):
-        with pytest.raises(InputError, match="must be >= 1|expected one of"):
+    for bad in ({"passes": 0}, {"dtype": "int8"}, {"seed": -1}, {"workers": -1}, {"posterior": "mode"}):
+        with pytest.raises(ValueError, match="(passes|dtype|seed|workers|posterior)=.*: expected "):
             Encoding(**bad)
 
 
