@@ -27,7 +27,7 @@ class Fuzzer:
 
 
 FUZZERS: dict[str, Fuzzer] = {}
-MODULES = ("masks", "host", "files")  # of this folder: each registers its fuzzers when it is imported
+MODULES = ("masks", "host", "files", "kills")  # of this folder: each registers its fuzzers when it is imported
 
 
 def load() -> dict[str, Fuzzer]:
