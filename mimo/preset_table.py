@@ -1,8 +1,15 @@
-"""The presets as a Markdown table, in the rows of the papers' tables: `python -m mimo.preset_table > docs/presets.md`."""
+"""The presets as Markdown tables: `python -m mimo.preset_table > docs/presets.md` in the rows of the papers' tables, and
+`python -m mimo.preset_table README.md`, a line each between the marks of the README."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+import torch
+
 from mimo.config import PRESETS, MiMoConfig, SampleConfig, TrainConfig
+from mimo.network.network import MiMo
 
 HEADING = """# Presets
 
@@ -72,5 +79,39 @@ def table() -> str:
     return "\n".join(page)
 
 
+SHORT = {"Depth x width": "{Depth} x {Embed dim}", "Heads": "{Heads}", "Latent T x H x W x C": "{Latent shape}"} | {
+    "Objective": "{Parameterization}",
+    "Sampler": "{Sampler}",
+    "Guidance": "{Guidance}",
+}
+MARKS = "<!-- presets -->\n", "<!-- /presets -->\n"
+
+
+def short_table() -> str:
+    """A line per preset, with the parameters that sampling needs and those that training adds (the decoder)."""
+    lines = [["Preset", *SHORT, "Parameters"], ["---"] * (2 + len(SHORT))]
+    for name in PRESETS:
+        says = rows(name)
+        with torch.device("meta"):
+            network = MiMo(MiMoConfig.from_preset(name))
+        decoder = 0 if network.decoder is None else sum(p.numel() for p in network.decoder.parameters())
+        sampled = sum(p.numel() for p in network.parameters()) - decoder
+        counts = f"{sampled / 1e6:.1f} M" + (f" + {decoder / 1e6:.1f} M" if decoder else "")
+        told = "" if says["Conditions"] == "none" else f" ({says['Conditions']})"
+        lines.append([f"`{name}`{told}", *(form.format(**says) for form in SHORT.values()), counts])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def with_short_table(page: str) -> str:
+    """The page, with the table of today between its marks."""
+    begin, end = MARKS
+    before, _, rest = page.partition(begin)
+    return before + begin + short_table() + end + rest.partition(end)[2]
+
+
 if __name__ == "__main__":
-    print(table(), end="")
+    if sys.argv[1:]:
+        readme = Path(sys.argv[1])
+        readme.write_text(with_short_table(readme.read_text()))
+    else:
+        print(table(), end="")

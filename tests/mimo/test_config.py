@@ -142,6 +142,12 @@ def test_the_table_of_presets_is_generated():
     assert sorted(says()) == sorted(PRESETS)
 
 
+def test_readme_has_every_preset():
+    page = (Path(__file__).parents[2] / "README.md").read_text()
+    assert page == preset_table.with_short_table(page), "run: python -m mimo.preset_table README.md"
+    assert all(f"| `{name}`" in page for name in PRESETS)
+
+
 def test_the_table_of_presets_is_mimos_table_10():
     columns = ("mimo-b-k600", "mimo-xl-k600", "mimo-xl-ucf101", "mimo-xl-ucf101-uncond")
     for row, values in TABLE_10.items():
