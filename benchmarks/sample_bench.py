@@ -3,11 +3,12 @@
     python benchmarks/sample_bench.py [--out bench_results] [--shapes NAME ...]
 
 Peers, over the same network and sampler: no cache (the history is computed anew in every step), a contiguous cache that
-`torch.cat` joins with every frame, and a buffer of a fixed number of frames that is shifted when it is full and keeps its
-length on the device, as Self-Forcing does. All of them first have to make the same video as the paged cache.
+`torch.cat` joins with every frame, and a buffer of a fixed number of frames that is shifted when it is full and keeps
+its length on the device, as Self-Forcing does. All of them first have to make the same video as the paged cache.
 
-The limit is what the machine needs for the matrix products of the steps alone, or for reading the weights once per step,
-whichever is longer, at the ceilings measured in the same run. Without a GPU small networks run in fp32 on the CPU.
+The limit is what the machine needs for the matrix products of the steps alone, or for reading the weights once per
+step, whichever is longer, at the ceilings measured in the same run. Without a GPU small networks run in fp32 on the
+CPU.
 """
 
 import argparse
@@ -84,8 +85,8 @@ class Concatenated(History):
 
 
 class Shifted(History):
-    """A buffer of WINDOW frames per layer; the frame's keys and values are written behind the history in every step. When
-    it is full it is shifted by a copy; how far it is filled stands on the device and is read in every layer."""
+    """A buffer of WINDOW frames per layer; the frame's keys and values are written behind the history in every step.
+    When it is full it is shifted by a copy; how far it is filled stands on the device and is read in every layer."""
 
     def begin(self, clips) -> None:
         c = self.model.config

@@ -1,4 +1,4 @@
-"""What a network runs with, training or sampling: its device, its precision, its tokenizer, and latents from a batch."""
+"""What a network runs with, training or sampling: device, memory, precision, tokenizer, and latents of a batch."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def config_tokenizer(config: MiMoConfig, weights: str | Path | None = None, *, t
 
 
 def recorded_tokenizer(configs: dict[str, Any]) -> dict[str, str | None]:
-    """Path of the tokenizer's weights (None: it has none) and its checksum in a checkpoint; one of before they were recorded
-    has no checksum, which is that of no tokenizer."""
+    """Path of the tokenizer's weights (None: it has none) and its checksum in a checkpoint; one of before they were
+    recorded has no checksum, which is that of no tokenizer."""
     return configs.get("tokenizer", {"weights": None, "sha256": None})
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """bf16 arithmetic over fp32 weights, or nothing for "fp32". "fp8" is bf16 around the products that `use_float8` sets."""
+    """bf16 arithmetic over fp32 weights, or nothing for "fp32"; "fp8" is bf16 around what `use_float8` sets."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision != "fp32")
 
 

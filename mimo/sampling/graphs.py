@@ -8,11 +8,11 @@ from mimo_kernels.core import device_copies
 
 
 class Replayed:
-    """A function of static buffers. If `captures`, its second call is captured as a CUDA graph and replayed from then on.
+    """A function of static buffers. If `captures`, its second call is captured as a CUDA graph, and replayed later.
 
-    The first call runs as it is: it compiles kernels and makes the buffers that a capture must find. Whatever the function
-    reads has to stay at its address and be kept alive by others; a call that changes nothing but what lies there is the
-    same graph.
+    The first call runs as it is: it compiles kernels and makes the buffers that a capture must find. Whatever the
+    function reads has to stay at its address and be kept alive by others; a call that changes nothing but what lies
+    there is the same graph.
     """
 
     def __init__(self, function: Callable[[], None], captures: bool):

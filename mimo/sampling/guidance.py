@@ -2,10 +2,10 @@
 
     v = sum over branches of weight * v(branch),   weights add up to 1
 
-A step runs all branches as one batch. They differ in what the network is told (labels and actions, or the null ones) and
-in the history that their frame sees: none, or one of H histories. History 0 is told the conditions. There is a second one,
-told nothing, where a branch that is told nothing sees history and a condition changes a history frame's keys and values
-(`MiMo.history_conditions`): a history is what the branch would have seen in training, whole.
+A step runs all branches as one batch. They differ in what the network is told (labels and actions, or the null ones)
+and in the history that their frame sees: none, or one of H histories. History 0 is told the conditions. There is a
+second one, told nothing, where a branch that is told nothing sees history and a condition changes a history frame's
+keys and values (`MiMo.history_conditions`): a history is what the branch would have seen in training, whole.
 
 Letters: B clips, K trajectories per clip, S = B * K sequences, G branches, H histories.
 """
@@ -40,8 +40,8 @@ def guidance_branches(history_guidance: float, class_guidance: float, *, own_his
     h' is h, or with `own_history` one that is told nothing either, in any of its frames (FAR's protocol, which MiMo's
     Table 12 follows). With one kind of guidance this is ``(1 - w) v(null) + w v`` (MiMo, Eq. 27).
 
-    The branches that are the first to see a history come first, in its order: so the rows of a frame that becomes history
-    in all of them are the first rows of a step.
+    The branches that are the first to see a history come first, in its order: so the rows of a frame that becomes
+    history in all of them are the first rows of a step.
     """
     blind = Branch(1 - history_guidance, history=None)
     null = Branch(1 - class_guidance, history=int(own_history), condition=False)

@@ -2,15 +2,21 @@
 
 A history is asked by the loop (mimo.sampling.sampler) in this order:
 
-    begin(clips)        the context
-    per step  prepare() then, layer by layer, attend(layer, q, k, v): rows of all branches, each sees its own history
-    per frame reserve() host: room for the frame;  record(x) device: the finished frame;  commit() host: from now on it is seen
+    begin(clips)                    the context
+    per frame
+        per step
+            prepare()
+            attend(layer, q, k, v)  per layer: rows of all branches, each sees its own history
+        reserve()                   host: room for the frame
+        record(x)                   device: the finished frame
+        commit()                    host: it is seen from now on
     end()
 
-`prepare`, `attend` and `record` are device work on static buffers; where `captures` is true they can be replayed as a CUDA
-graph.
+`prepare`, `attend` and `record` are device work on static buffers; where `captures` is true they can be replayed as a
+CUDA graph.
 
-Letters: B clips, K trajectories per clip, S = B * K sequences, N tokens per frame, C latent channels, G branches, H histories.
+Letters: B clips, K trajectories per clip, S = B * K sequences, N tokens per frame, C latent channels, G branches,
+H histories.
 """
 
 from abc import ABC, abstractmethod
@@ -210,7 +216,7 @@ class CachedHistory(History):
         self._refresh()
 
     def _as_history(self, x: Tensor, position: int | Tensor, told: dict, past: CacheView | ViewHead) -> None:
-        """The pass that makes the keys and values of clean frames in all histories, straight into the pages of `slot`."""
+        """Keys and values of clean frames in all histories, made straight into the pages of `slot`."""
         self.model.history_frame(
             x.to(self.dtype).expand(self.key.histories, *x.shape).flatten(0, 1),
             position,

@@ -39,8 +39,8 @@ def load(
 
     Args:
         weights: the averaged ones, or those of the last step.
-        tokenizer_weights: where the tokenizer's weights lie now; None takes the path that the checkpoint remembers. Weights
-            with another checksum than those of training are refused.
+        tokenizer_weights: where the tokenizer's weights lie now; None takes the path that the checkpoint remembers.
+            Weights with another checksum than those of training are refused.
         trust_pickle: see `build_tokenizer`.
     """
     folder, passed_over = checkpoint.find(path, parts=[weights])

@@ -1,4 +1,4 @@
-"""The request of `mimo sample`: what is asked, checked against the network, its context, its actions and this machine."""
+"""The request of `mimo sample`, checked against the network, the context, the actions and this machine."""
 
 import hashlib
 import os
@@ -34,9 +34,9 @@ class Request:
     """What `mimo sample` is asked for, beside the checkpoint and how its network is sampled.
 
     Args:
-        context: a clip to continue. context_frames, frames: of the clip and of the result, in video frames; None takes what
-            the checkpoint's configuration says. start, interval: which frames of the clip, see `_interval`.
-        label: the class. actions: an npz file; None takes those of the context, in it or in an npz of its name beside it.
+        context: a clip to continue. context_frames, frames: of the clip and of the result, in video frames; None takes
+            what the checkpoint's configuration says. start, interval: which frames of the clip, see `_interval`.
+        label: the class. actions: an npz file; None takes those of the context, in it or in an npz beside it.
         count, seed: how many videos, of which noise.
         fps, format: of the files, see `write_videos`. overwrite: files that are there may be replaced.
         save_every: latent frames after which the unfinished run is saved. resume: continue that run.
@@ -196,8 +196,8 @@ def _check(c: MiMoConfig, config: SampleConfig, request: Request) -> None:
     _require(r.save_every is None or r.save_every >= 1, f"--save-every {r.save_every}: expected at least 1")
     _require(
         config.history_guidance == 1 or c.history_dropout > 0,
-        f"--history-guidance {config.history_guidance:g}: this model was trained with --model.history-dropout 0 and has "
-        "not learned to do without history",
+        f"--history-guidance {config.history_guidance:g}: this model was trained with --model.history-dropout 0 and "
+        "has not learned to do without history",
     )
     _require(not config.sink or config.window, f"--sink {config.sink}: expected a --window beside it")
     user_input(check_fps, r.fps)
@@ -219,8 +219,8 @@ def _lengths(config: SampleConfig, request: Request, tokenizer: Tokenizer) -> Le
 
 
 def _interval(loaded: Loaded, asked: int | None) -> int:
-    """The distance of the frames in a video: one of those that the model was trained on, or 1, which training falls back
-    to for short videos. None: the smallest of training."""
+    """The distance of the frames in a video: one of those that the model was trained on, or 1, which training falls
+    back to for short videos. None: the smallest of training."""
     trained = loaded.train_config.interval
     low, high = (trained, trained) if isinstance(trained, int) else trained
     if asked is None:
@@ -232,8 +232,9 @@ def _interval(loaded: Loaded, asked: int | None) -> int:
 
 def _latents(option: str, frames: int, tokenizer: Tokenizer) -> int:
     """Latent frames that cover so many video frames exactly."""
-    _require(frames >= 1, f"{option} {frames}: expected at least 1")
-    # Latent frames come in chunks, of one where each stands for itself, and every chunk but the first covers as many frames.
+    _require(1 <= frames < 2**63, f"{option} {frames}: expected at least 1, and less than 2**63")
+    # Latent frames come in chunks, of one where each stands for itself, and every chunk but the first covers as many
+    # frames.
     chunk = next(n for n in range(1, 1025) if _covered(n, tokenizer))
     first, second = (_covered(n * chunk, tokenizer) for n in (1, 2))
     before = max(0, frames - first) // (second - first)
@@ -279,8 +280,8 @@ def _require_memory(sampler: Sampler, request: Request, lengths: Lengths, precis
         largest = max(needed, key=needed.get)
         where = "this machine" if device.type == "cpu" else f"{device}"
         raise InputError(
-            f"{_asked(request, lengths, sampler)} needs at least {_size(total)} of memory, {_size(needed[largest])} of it "
-            f"for {largest}; {where} has {_size(there)}"
+            f"{_asked(request, lengths, sampler)} needs at least {_size(total)} of memory, {_size(needed[largest])} of "
+            f"it for {largest}; {where} has {_size(there)}"
         )
 
 

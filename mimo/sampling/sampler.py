@@ -7,11 +7,11 @@ finished frame goes through the network once as history, which adds its own keys
       Run.denoise     noise -> frame: `steps` times Run._step, one batch of all branches of guidance
       Run.remember    frame -> history
 
-What a frame sees is mimo.sampling.history, the branches are mimo.sampling.guidance. On a GPU one denoising step, or one whole
-frame, is one CUDA graph, captured once and replayed for all steps and frames (mimo.sampling.graphs): everything that changes
-from step to step and from frame to frame (the step's number, positions, actions, page tables, the rows a frame is written
-to) stands in device memory at addresses that never change, and nothing is read back inside a frame. Runs that take long save
-themselves and are continued after an interruption (mimo.sampling.saving).
+What a frame sees is mimo.sampling.history, the branches are mimo.sampling.guidance. On a GPU one denoising step, or one
+whole frame, is one CUDA graph, captured once and replayed for all steps and frames (mimo.sampling.graphs): everything
+that changes from step to step and from frame to frame (the step's number, positions, actions, page tables, the rows a
+frame is written to) stands in device memory at addresses that never change, and nothing is read back inside a frame.
+Runs that take long save themselves and are continued after an interruption (mimo.sampling.saving).
 
 Letters: B clips, K trajectories per clip, S = B * K sequences, T frames, N tokens per frame, C latent channels,
 G branches of guidance.
@@ -168,8 +168,8 @@ class Run:
 class Stream(Iterator[Tensor]):
     """The frames of a run, one by one as they are done, each fp32 ``[S, N, C]``; made by `Sampler.stream` and `resume`.
 
-    `progress.done` counts the frames, those before an interruption included. `latencies` has, per frame, a function that
-    gives its seconds (on a GPU it waits for that frame).
+    `progress.done` counts the frames, those before an interruption included. `latencies` has, per frame, a function
+    that gives its seconds (on a GPU it waits for that frame).
     """
 
     def __init__(

@@ -4,10 +4,10 @@
         checkpoints/step_00000020/   the two newest states: the cache's pages and page tables, the conditions, the seed
         frames/checkpoints/step_*/   the frames made between two saves, each written once
 
-Both are written as checkpoints are (mimo.checkpoint): they are whole or not there, and carry checksums; a state carries those
-of the frames made before it. The noise of a frame is a function of the seed and the frame's position, so a continued run
-makes the frames that it would have made. The folder bears the marker of mimo.folders, and is deleted with nothing in it but
-these.
+Both are written as checkpoints are (mimo.checkpoint): they are whole or not there, and carry checksums; a state carries
+those of the frames made before it. The noise of a frame is a function of the seed and the frame's position, so a
+continued run makes the frames that it would have made. The folder bears the marker of mimo.folders, and is deleted with
+nothing in it but these.
 """
 
 import logging
@@ -152,8 +152,8 @@ def delete_folder(folder: Path) -> None:
 def load_run(folder: Path, identity: dict) -> SavedRun:
     """The newest whole state in the folder, to go on from; the log says why newer ones were passed over.
 
-    Raises: InputError when there is none, and when what has to be the same is not: the message says what there is and what
-    is expected.
+    Raises: InputError when there is none, and when what has to be the same is not: the message says what there is and
+    what is expected.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist: expected the folder of a saved run")

@@ -89,8 +89,8 @@ def generate(
 
 
 def _shown(frames: Stream) -> Iterator[Tensor]:
-    """The frames; how many are done and how long the rest will take is said on stderr: as a bar on a terminal, elsewhere in
-    a line every few seconds."""
+    """The frames; how many are done and how long the rest will take is said on stderr: as a bar on a terminal,
+    elsewhere in a line every few seconds."""
     now, begun, said = frames.progress, time.monotonic(), float("-inf")
     before = now.done  # an interruption
     with tqdm(total=now.total, initial=before, unit="frame", desc="sampling", leave=False, disable=None) as bar:
@@ -142,13 +142,13 @@ def write_videos(
     context: int,
     actions: np.ndarray | None = None,
 ) -> list[Path]:
-    """Write `video_paths`: of every video an mp4 and a GIF to look at, and what keeps every pixel, if `kind` asks for it.
+    """Write `video_paths`: of every video an mp4 and a GIF to look at, and what keeps every pixel, if asked for.
 
     Args:
         videos: uint8 [B, F, H, W, 3].
         labels: of the rows of the contact sheet.
-        kind: "npz" writes `video` uint8 [F, H, W, 3], which every command of mimo reads as a clip, with `actions`; "png" a
-            folder of frames at their own size; "mp4" neither.
+        kind: "npz" writes `video` uint8 [F, H, W, 3], which every command of mimo reads as a clip, with `actions`;
+            "png" a folder of frames at their own size; "mp4" neither.
         context: frames of each video that were given.
         actions: int64 [B, F].
     """

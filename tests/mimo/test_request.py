@@ -61,7 +61,7 @@ def files(folder) -> dict[str, bytes]:
 
 
 def test_every_pixel_is_kept_where_it_is_asked_for(sample, actions, tmp_path):
-    """The npz is read again by the readers of clips, with its actions; the pictures hold the same; both at native size."""
+    """The npz is read again by the readers of clips, with its actions; the pictures hold the same, at native size."""
     size = {"--frames": 6, "--count": 2}
     words = [word for pair in size.items() for word in pair]
     for kind in ("mp4", "npz", "png"):
