@@ -28,7 +28,6 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from mimo import MiMo, MiMoConfig
-from mimo.network.frames import Plan
 from mimo.recipes import build_recipe
 from mimo.recipes.acdit import acdit
 from mimo.recipes.base import step_generator
@@ -72,21 +71,18 @@ class Step:
         self.optimizer.zero_grad()
 
 
-def plan_of(step: Step) -> Plan:
-    """The plan that every step of this network uses (plans without dropped history are kept)."""
-    plans, plan = [], step.model.plan
+def masks_of(step: Step) -> tuple[FrameMask, FrameMask, list[FrameMask]]:
+    """The masks of every step of this network (those without dropped history are kept): of the blocks, of a last block whose
+    history nobody reads, of the decoder."""
+    seen, compute = [], step.model.compute
 
-    def remember(*arguments):
-        plans.append(plan(*arguments))
-        return plans[-1]
+    def remember(packed, decodings, *arguments):
+        seen.append((packed.mask, packed.blind_mask, [decoding.mask for decoding in decodings.values()]))
+        return compute(packed, decodings, *arguments)
 
-    with mock.patch.object(step.model, "plan", remember), torch.no_grad():
+    with mock.patch.object(step.model, "compute", remember), torch.no_grad():
         step.loss()
-    return plans[-1]
-
-
-def masks_of(plan: Plan) -> list[FrameMask]:
-    return [plan.mask, plan.last_mask, *(mask for mask, _ in plan.decoder.values())]
+    return seen[-1]
 
 
 def compiled_baseline(step: Step) -> Callable[[], None]:
@@ -94,7 +90,8 @@ def compiled_baseline(step: Step) -> Callable[[], None]:
     if step.device.type != "cuda":
         step.model.compute = torch.compile(step.model.compute, fullgraph=True)
         return step
-    for mask in masks_of(plan_of(step)):
+    blocks, last, decoder = masks_of(step)
+    for mask in (blocks, last, *decoder):
         one = FrameMask.from_table(mask.pattern)  # all clips are alike
         rows = one.num_tokens
         mask.block_mask = create_block_mask(one.to_mask_mod(step.device), None, None, rows, rows, step.device)
@@ -114,14 +111,14 @@ def flex_frame_attention(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask, *, ba
 
 def work(step: Step) -> dict[str, float]:
     """GFLOP of a step: matrix products outside attention, counted as they run; and attention, 3.5 times its forward's useful work."""
-    config, plan = step.model.config, plan_of(step)
+    config, (mask, last, decoder) = step.model.config, masks_of(step)
     with FlopCounterMode(display=False) as counter:
         step.loss().backward()
     step.optimizer.zero_grad()
     counts = counter.get_flop_counts()["Global"]
     products = sum(flops for op, flops in counts.items() if "mm" in str(op))
-    pairs = (config.depth - 1) * plan.mask.num_pairs + plan.last_mask.num_pairs
-    pairs += sum(config.decoder_depth * mask.num_pairs for mask, _ in plan.decoder.values())
+    pairs = (config.depth - 1) * mask.num_pairs + last.num_pairs
+    pairs += sum(config.decoder_depth * each.num_pairs for each in decoder)
     return {"matmul_gflop": products / 1e9, "attention_gflop": 3.5 * 4 * pairs * config.dim / 1e9}
 
 
