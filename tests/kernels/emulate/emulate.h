@@ -73,7 +73,7 @@ uint32_t shuffle_bits(unsigned mask, uint32_t value, int source, Place place);
 // them.
 constexpr int kFailed = 700;
 int run(dim3 grid, dim3 block, size_t shared_bytes, void (*call)(const void*), const void* arguments,
-        size_t argument_bytes);
+        size_t argument_bytes, bool asynchronous = false);
 
 template <class T>
 T shuffle(unsigned mask, T value, int source, Place place) {

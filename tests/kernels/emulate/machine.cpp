@@ -14,11 +14,12 @@
 #include <numeric>
 #include <random>
 
+#include "async.h"
 #include "emulate.h"
+#include "fibres.h"
 
 namespace mimo::emulated {
 
-constexpr int kLanes = 32;
 constexpr size_t kStackBytes = 256 << 10;
 constexpr int kHost = -1;  // nobody's turn: the launcher's code runs
 
@@ -29,13 +30,6 @@ struct Fibre {
     bool started = false, done = true;
     dim3 thread{0, 0, 0};
     int warp = 0, lane = 0;
-};
-
-// Those that wait for each other: the lanes of a warp at a shuffle, or the threads of a block at a barrier.
-struct Meeting {
-    int arrived = 0;
-    unsigned round = 0;
-    Place place{"", 0};
 };
 
 struct Warp {
@@ -55,7 +49,9 @@ struct Machine {
     void (*kernel)(const void*) = nullptr;
     const void* arguments = nullptr;
     size_t argument_bytes = 0;
-    std::vector<float> shared;
+    std::vector<char> shared;
+    char* shared_begin = nullptr;  // in it, at a multiple of kSharedAlignment
+    bool asynchronous = false;
     std::string failure;
     std::vector<void*> where;  // it happened: return addresses, innermost first
     dim3 where_thread{0, 0, 0};
@@ -69,11 +65,21 @@ static Fibre& self() { return machine.fibres[machine.current]; }
 
 static void leave() { _longjmp(machine.scheduler, 1); }
 
-static void wait() {
+void wait() {
     if (!_setjmp(self().point)) leave();
 }
 
-[[noreturn]] static void fail(const std::string& message) {
+void progress() { machine.progress++; }
+int current_thread() { return machine.current; }
+int thread_count() { return machine.threads; }
+bool ended(int thread) { return machine.fibres[thread].done; }
+char* shared_begin() { return machine.shared_begin; }
+
+void fail(const std::string& message) {
+    if (machine.current == kHost) {  // found between the turns of the fibres
+        if (machine.failure.empty()) machine.failure = message;
+        return;
+    }
     machine.failure = message;
     machine.where_thread = self().thread;
     machine.where.resize(64);
@@ -91,8 +97,7 @@ dim3 grid_size() { return machine.grid_size; }
 int lane() { return self().lane; }
 void stop(const char* message) { fail(message); }
 
-// True for the last of `all`, who does not wait.
-static bool meet(Meeting& meeting, int all, Place place) {
+bool meet(Meeting& meeting, int all, Place place) {
     if (meeting.arrived > 0 && meeting.place != place)
         fail("threads that have to meet wait at different barriers or shuffles");
     const unsigned round = meeting.round;
@@ -109,7 +114,10 @@ static bool meet(Meeting& meeting, int all, Place place) {
 
 void sync_threads(Place place) {
     if (machine.alive < machine.threads) fail("a barrier that some threads never reach: they have ended");
-    if (meet(machine.barrier, machine.threads, place)) shadow.barrier();
+    if (meet(machine.barrier, machine.threads, place)) {
+        shadow.barrier();
+        if (machine.asynchronous) async::join(0, machine.threads);
+    }
 }
 
 // Every lane puts in a value; all 32 have to come.
@@ -128,11 +136,17 @@ uint32_t shuffle_bits(unsigned mask, uint32_t value, int source, Place place) {
 static void access(const void* p, size_t bytes, bool write, size_t alignment) {
     if (machine.current == kHost) return;
     const uintptr_t address = reinterpret_cast<uintptr_t>(p);
-    if (address - self().stack < kStackBytes) return;
+    if (address - self().stack < kStackBytes) {
+        if (machine.asynchronous) async::touch_registers(address, bytes, write);
+        return;
+    }
     if (!write && address - reinterpret_cast<uintptr_t>(machine.arguments) < machine.argument_bytes) return;
     if (address % alignment)
         fail("a misaligned access: " + std::to_string(bytes) + " bytes at " + shadow.name(address));
-    const std::string wrong = shadow.access(address, bytes, write, machine.current);
+    const uintptr_t shared = address - reinterpret_cast<uintptr_t>(machine.shared_begin);
+    const std::string wrong = machine.asynchronous && shared < machine.shared.size()
+                                  ? async::touch_shared(shared, bytes, write)
+                                  : shadow.access(address, bytes, write, machine.current);
     if (!wrong.empty()) fail(wrong);
 }
 
@@ -203,6 +217,7 @@ static void run_block() {
     for (Warp& warp : machine.warps) warp.shuffle.arrived = 0;
     for (int i = 0; i < machine.threads; i++) machine.fibres[i].done = false;
     shadow.begin_block();
+    if (machine.asynchronous) async::begin_block();
     while (machine.alive > 0) {
         const uint64_t before = machine.progress;
         for (int i : machine.order) {
@@ -210,11 +225,14 @@ static void run_block() {
             resume(i);
             if (!machine.failure.empty()) return;
         }
+        if (machine.asynchronous && machine.alive > 0) async::between_rounds(machine.progress == before);
+        if (!machine.failure.empty()) return;
         if (machine.progress == before) {
             machine.failure = "threads wait for a barrier or a shuffle that the others never reach";
             return;
         }
     }
+    if (machine.asynchronous) async::end_block();
 }
 
 static std::string coordinates(dim3 p) {
@@ -244,7 +262,7 @@ static std::string whereabouts() {
 }
 
 int run(dim3 grid, dim3 block, size_t shared_bytes, void (*kernel)(const void*), const void* arguments,
-        size_t argument_bytes) {
+        size_t argument_bytes, bool asynchronous) {
     machine.failure.clear();
     machine.where.clear();
     machine.kernel = kernel;
@@ -255,7 +273,9 @@ int run(dim3 grid, dim3 block, size_t shared_bytes, void (*kernel)(const void*),
     machine.threads = block.x * block.y * block.z;
     if (machine.threads < 1 || machine.threads > 1024)
         machine.failure = "a block of " + std::to_string(machine.threads) + " threads";
-    if (shared_bytes > (48 << 10)) machine.failure = std::to_string(shared_bytes) + " bytes of shared memory";
+    machine.asynchronous = asynchronous;
+    if (shared_bytes > (asynchronous ? kMostShared : size_t{48 << 10}))
+        machine.failure = std::to_string(shared_bytes) + " bytes of shared memory";
     if (!machine.failure.empty()) return kFailed;
     if (static_cast<int>(machine.fibres.size()) < machine.threads) machine.fibres.resize(machine.threads);
     machine.warps.assign((machine.threads + kLanes - 1) / kLanes, Warp{});
@@ -271,8 +291,11 @@ int run(dim3 grid, dim3 block, size_t shared_bytes, void (*kernel)(const void*),
     if (machine.order_seed == 1) std::reverse(machine.order.begin(), machine.order.end());
     if (machine.order_seed > 1)
         std::shuffle(machine.order.begin(), machine.order.end(), std::mt19937(machine.order_seed));
-    machine.shared.resize((shared_bytes + 3) / 4 + 1);
-    shadow.begin_launch(reinterpret_cast<uintptr_t>(machine.shared.data()), shared_bytes);
+    machine.shared.resize(shared_bytes + 2 * kSharedAlignment);
+    const auto unaligned = reinterpret_cast<uintptr_t>(machine.shared.data());
+    machine.shared_begin = machine.shared.data() + (kSharedAlignment - unaligned % kSharedAlignment);
+    shadow.begin_launch(reinterpret_cast<uintptr_t>(machine.shared_begin), shared_bytes);
+    if (asynchronous) async::begin_launch(machine.threads, shared_bytes);
     for (uint64_t b = 0; b < uint64_t{grid.x} * grid.y * grid.z && machine.failure.empty(); b++) {
         machine.block_index = dim3(b % grid.x, b / grid.x % grid.y, b / (uint64_t{grid.x} * grid.y));
         run_block();
@@ -317,7 +340,7 @@ uint16_t to_bfloat(float value) {
 
 namespace mimo {
 
-float* shared_memory() { return emulated::machine.shared.data(); }
+float* shared_memory() { return reinterpret_cast<float*>(emulated::machine.shared_begin); }
 
 uint4 load16(const void* p) {
     emulated::access(p, 16, false, 16);
