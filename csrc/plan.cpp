@@ -34,6 +34,7 @@
 
 #include "arrays.h"
 #include "bindings.h"
+#include "frame_table.h"
 #include "schedule.h"
 
 namespace py = pybind11;
@@ -48,25 +49,11 @@ constexpr int kRowGroupsPerTile =
 constexpr int kKeyGroupsPerTile =
     8;  // with more the rows that see a tile do not tell its blocks: where a tile of keys ends is decided on the spot
 
-struct Interval {
-    int start, end;
-};
-
-// One row of the table, laid out as in memory.
-struct Group {
-    int row_start, row_end;
-    Interval keys[kIntervals];
-
-    int rows() const { return row_end - row_start; }
-    bool empty() const { return keys[0].end == 0; }
-    const Interval* begin() const { return keys; }
-    const Interval* end() const {
-        return keys[0].end == 0 ? keys : keys[1].end == 0 ? keys + 1 : keys[2].end == 0 ? keys + 2 : keys + 3;
-    }
-};
-static_assert(sizeof(Group) == kGroupCells * sizeof(int32_t));
-
 using mimo::Array;
+using mimo::fail;
+using mimo::Group;
+using mimo::Interval;
+using mimo::LentTable;
 using mimo::radix_sort;
 using Intervals = Array<Interval>;  // ascending
 
@@ -617,53 +604,6 @@ private:
     int64_t viewers_ = 0;  // rows that see the current key
 };
 
-[[noreturn]] void fail(const std::string& message) { throw py::value_error(message); }
-
-// The groups that an object lends: a contiguous int32 [groups, 8], of which nothing more is believed. Whoever holds the
-// memory can write to it, so the planner, which writes where the table says, looks at every cell first.
-struct Lent {
-    py::buffer_info info;
-    const Group* groups;
-    int count;
-};
-
-Lent lend(const py::buffer& frames) {
-    py::buffer_info info = frames.request();
-    const bool table = info.ndim == 2 && info.shape[1] == kGroupCells && info.item_type_is_equivalent_to<int32_t>() &&
-                       info.strides[1] == info.itemsize && (info.shape[0] < 2 || info.strides[0] == sizeof(Group)) &&
-                       reinterpret_cast<uintptr_t>(info.ptr) % alignof(Group) == 0;
-    if (!table) fail("the frame table is not a contiguous int32 [groups, " + std::to_string(kGroupCells) + "]");
-    if (info.shape[0] > kMaxRows) fail("the frame table has " + std::to_string(info.shape[0]) + " groups");
-    const auto* groups = static_cast<const Group*>(info.ptr);
-    const int count = static_cast<int>(info.shape[0]);
-    return {std::move(info), groups, count};
-}
-
-// What frame_mask.cpp writes: groups of at least one row one after another, intervals of keys that ascend with gaps
-// between them, inside the rows.
-void check(const Lent& lent) {
-    if (lent.count == 0) return;
-    const int rows = lent.groups[lent.count - 1].row_end;
-    if (rows > kMaxRows)
-        fail("a mask of " + std::to_string(rows) + " rows; the kernels number at most " + std::to_string(kMaxRows));
-    int row = 0;
-    for (int g = 0; g < lent.count; ++g) {
-        const Group& group = lent.groups[g];
-        bool legal = group.row_start == row && group.row_end > row && group.row_end <= rows, unused = false;
-        int end = -1;
-        for (const Interval& key : group.keys) {
-            if (key.start == 0 && key.end == 0) {
-                unused = true;
-                continue;
-            }
-            legal = legal && !unused && key.start > end && key.start < key.end && key.end <= rows;
-            end = key.end;
-        }
-        if (!legal) fail("frames[" + std::to_string(g) + "] is not what a FrameMask holds: its table was written to");
-        row = group.row_end;
-    }
-}
-
 template <typename Kind>
 py::tuple plan(const py::buffer& frames, int tile, int block, int band_rows) {
     if (tile <= 0 || tile > kMaxTile || block <= 0 || block > kMaxTile || (block & (block - 1)) || band_rows <= 0) {
@@ -671,8 +611,7 @@ py::tuple plan(const py::buffer& frames, int tile, int block, int band_rows) {
              " and bands of " + std::to_string(band_rows) + " rows; expected 1 to " + std::to_string(kMaxTile) +
              ", a power of two for the blocks, and a positive number");
     }
-    const Lent lent = lend(frames);
-    check(lent);
+    const LentTable lent(frames);
     return Kind(lent.groups, lent.count, tile, block, band_rows).result();
 }
 

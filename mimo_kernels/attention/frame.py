@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from mimo_kernels.attention import reference
+from mimo_kernels.attention import reference, sm90
 from mimo_kernels.attention.mask import FrameMask
 from mimo_kernels.core import backends
 
@@ -36,7 +36,8 @@ def frame_attention(
             bf16, all three alike; head_dim any multiple of 8 up to 256. Strides are free.
         mask: a FrameMask over `tokens` rows; lengths, clips and masks may change from call to call without recompiling.
         scale: factor on the scores; None: head_dim ** -0.5.
-        backend: "auto" takes the fastest that serves (Triton on a GPU, else the reference); "triton", "cuda" and "reference" insist on one.
+        backend: "auto" takes the fastest that serves (Triton on a GPU, else the reference); "triton", "cuda" (Hopper alone, head_dim 64,
+            72, 80 or 128, fp16 or bf16) and "reference" insist on one.
         return_lse: also return lse, fp32 [heads, tokens] or [batch, heads, tokens], in natural log.
 
     Returns:
@@ -55,7 +56,7 @@ def frame_attention(
     """
     _check(q, k, v, mask)
     scale = q.shape[-1] ** -0.5 if scale is None else finite(scale)
-    backend = _serving_backend(backend, q.device, q.dtype)
+    backend = _serving_backend(backend, q.device, q.dtype, q.shape[-1])
     batched = q.dim() == 4
     if not batched:
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
@@ -66,9 +67,9 @@ def frame_attention(
 
 
 def describe_backends(device: torch.device | str) -> dict[str, list[str]]:
-    """Backend -> every reason why it cannot serve bf16 tensors on this device; empty: it can."""
+    """Backend -> every reason why it cannot serve bf16 tensors with 64 channels on this device; empty: it can."""
     device = torch.device(device)
-    return {name: _refusals(name, device, torch.bfloat16) for name in _preference(device)}
+    return {name: _refusals(name, device, torch.bfloat16, 64) for name in _preference(device)}
 
 
 def finite(scale: float) -> float:
@@ -133,27 +134,29 @@ def _preference(device: torch.device) -> tuple[str, ...]:
 
 
 @torch.compiler.assume_constant_result
-def _serving_backend(requested: str, device: torch.device, dtype: torch.dtype) -> str:
-    return _choose(requested, device, dtype)
+def _serving_backend(requested: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    return _choose(requested, device, dtype, head_dim)
 
 
 @functools.cache
-def _choose(requested: str, device: torch.device, dtype: torch.dtype) -> str:
+def _choose(requested: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """Depends on nothing that changes from step to step: a look-up in eager mode, a constant under torch.compile."""
     refusals = {}
     for name in _preference(device):
         # Only the reasons that can matter: asking Triton loads it.
-        refusals[name] = _refusals(name, device, dtype) if requested in ("auto", name) else []
+        refusals[name] = _refusals(name, device, dtype, head_dim) if requested in ("auto", name) else []
+        if requested == "auto" and name == "cuda":
+            refusals[name].insert(0, "no results of a GPU confirm it yet, so it serves by name alone")
         if requested == "auto" and not refusals[name]:
             break
     return backends.choose("frame_attention", requested, refusals)
 
 
-def _refusals(backend: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+def _refusals(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
     if backend == "reference":
         return reference.refusals(device)
     if backend == "cuda":
-        return ["there is no hand-written CUDA attention kernel yet", *backends.cuda_refusals(device)]
+        return [*sm90.input_refusals(dtype, head_dim), *sm90.device_refusals(device)]
     if reasons := backends.triton_refusals(device):
         return reasons
     try:
@@ -167,6 +170,8 @@ def _refusals(backend: str, device: torch.device, dtype: torch.dtype) -> list[st
 def _attention(backend: str):
     if backend == "reference":
         return reference.attention
+    if backend == "cuda":
+        return sm90.attention
     from mimo_kernels.attention.triton import operator as triton_op
 
     return triton_op.attention

@@ -11,16 +11,18 @@ from mimo_kernels.core.register import register
 MASK = "Tensor frames, SymInt repeats, float scale"
 
 
-def register_attention(name: str, forward: Callable, backward: Callable) -> Callable:
+def register_attention(
+    name: str, forward: Callable, backward: Callable, *, dtype: torch.dtype = torch.float32, head_dim: int = 8
+) -> Callable:
     """Registers `mimo_kernels::{name}` and `mimo_kernels::{name}_backward` and returns the first.
 
     forward(q, k, v, frames, repeats, scale) -> (out, lse);  q, k, v, out [B, L, h, d], lse fp32 [B, h, L];
     backward(dout, dlse or None, q, k, v, out, lse, frames, repeats, scale) -> (dq, dk, dv).
-    frames is a mask's host table of one clip, which `repeats` clips share.
+    frames is a mask's host table of one clip, which `repeats` clips share. dtype, head_dim: of tensors that it serves.
     """
 
     def sample(tokens: int) -> tuple:
-        q, k, v = torch.randn(3, 1, tokens, 2, 8).unbind()
+        q, k, v = torch.randn(3, 1, tokens, 2, head_dim, dtype=dtype).unbind()
         return q, k, v, FrameMask.block_causal([[tokens]]).pattern, 1, 0.35
 
     def sample_backward(tokens: int) -> tuple:

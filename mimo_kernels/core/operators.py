@@ -18,7 +18,12 @@ class Operator(NamedTuple):
 
 
 OPERATORS = (
-    Operator("frame_attention", "attention.frame", ("triton", "cuda", "reference")),
+    Operator(
+        "frame_attention",
+        "attention.frame",
+        ("triton", "cuda", "reference"),
+        ("attention_sm90.cu", "attention_sm90_backward.cu"),
+    ),
     Operator("paged_frame_attention", "attention.paged", ("triton", "reference")),
     Operator("gather_tokens", "ops.token_rows", ("cuda", "reference"), ("tokens.cu",)),
     Operator("scatter_tokens", "ops.token_rows", ("cuda", "reference"), ("tokens.cu",)),

@@ -17,8 +17,8 @@ from pathlib import Path
 from .registry import fuzzer
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("bindings.cpp", "frame_mask.cpp", "plan.cpp")
-HEADERS = ("arrays.h", "bindings.h", "schedule.h")
+SOURCES = ("bindings.cpp", "frame_mask.cpp", "plan.cpp", "plan_sm90.cpp")
+HEADERS = ("arrays.h", "attention_sm90.h", "bindings.h", "frame_table.h", "schedule.h")
 FLAGS = (
     "-std=c++17",
     "-O1",

@@ -33,7 +33,11 @@ FLAGS = [
 # The kernels: before every access to memory a call, which the emulator answers itself; the compiler's own library stays out.
 WATCHED = ["-O1", "-fsanitize=thread"]
 PLAIN = ["-O2"]
-SOURCES = [*sorted({source for operator in OPERATORS for source in operator.sources}), "bind_launchers.cpp"]
+SOURCES = [
+    *sorted({source for operator in OPERATORS for source in operator.sources}),
+    "probe_sm90.cu",
+    "bind_launchers.cpp",
+]
 # Outputs of which a call writes some rows and leaves the others as they are.
 WRITTEN_IN_PART = {"k_cache", "v_cache"}
 
@@ -134,9 +138,13 @@ class Emulated:
         size = tensor.element_size()
         if tensor.is_contiguous():
             rows, width, stride = 1, tensor.numel(), 0
-        else:
+        elif tensor.dim() == 2:
             (rows, width), (stride, step) = tensor.shape, tensor.stride()
             assert step == 1, f"{name} has strides {tensor.stride()}"
+        else:
+            for part in tensor.unbind(0):  # a slice of a wider projection, per batch entry and row
+                self.lend(name, part, writable)
+            return
         storage = tensor.untyped_storage()
         self._module.lend(
             name, tensor.data_ptr(), rows, width * size, stride * size, writable, storage.data_ptr(), storage.nbytes()
@@ -154,3 +162,4 @@ def emulated(monkeypatch):
     monkeypatch.setattr(backends, "cuda_refusals", lambda device: [])
     yield kernels
     kernels.set_order(0)
+    kernels.set_asynchrony(0, 0)

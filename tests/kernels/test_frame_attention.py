@@ -288,12 +288,12 @@ def test_auto_takes_the_reference_on_the_cpu():
 
 def test_triton_comes_first_on_a_gpu():
     backends = describe_backends("cuda")
-    assert list(backends) == ["triton", "cuda", "reference"] and backends["cuda"]
-    assert torch.cuda.is_available() or backends["triton"]
+    assert list(backends) == ["triton", "cuda", "reference"]
+    assert torch.cuda.is_available() or (backends["triton"] and backends["cuda"])
 
 
-def test_the_cuda_backend_says_that_it_is_not_there():
-    reason = "backend 'cuda' cannot serve: there is no hand-written CUDA attention kernel yet"
+def test_the_cuda_backend_says_every_reason():
+    reason = "backend 'cuda' cannot serve: q, k and v are torch.float32; .*; head_dim is 16; the kernels serve 64, 72, 80, 128"
     with pytest.raises(ValueError, match=reason):
         frame_attention(*tensors(MASK), MASK, backend="cuda")
 
