@@ -374,7 +374,7 @@ py::tuple from_cells(py::handle groups_of_cells, py::handle clip_lens) {
 }
 
 void bind(py::module_& m) {
-    m.def("frame_table_from_cells", &from_cells);
+    m.def("frame_table_from_table", &from_cells);
     m.def("frame_table_teacher_forcing", &teacher_forcing);
     m.def("frame_table_block_causal", [](py::handle lens, int64_t window, int64_t sink) {
         return one_copy(lens, true, "frame_lens", window, sink);

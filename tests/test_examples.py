@@ -1,6 +1,7 @@
 """The examples on small random weights: the outputs equal those of SDPA with a dense mask, and each runs as a script."""
 
 import importlib.util
+import re
 import runpy
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-from mimo_kernels.attention import FrameMask
+from mimo_kernels.attention import FrameMask, frame_attention
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -110,11 +111,23 @@ def test_dit_block(mask):
     torch.testing.assert_close(gradients(after, actual), gradients(before, expected), atol=1e-4, rtol=1e-3)
 
 
+def test_rollout_with_a_cache_equals_the_whole_mask():
+    example = load("rollout")
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 5, 12, example.HEADS, example.HEAD_DIM)
+    whole = frame_attention(*(x.flatten(1, 2) for x in (q, k, v)), FrameMask.block_causal([[12] * 5]))
+    torch.testing.assert_close(example.rollout(q, k, v).flatten(1, 2), whole, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("dit_block", "largest difference of the outputs"), ("wan", "velocity of the noisy frames: [1, 4, 3, 8, 8]")],
+    [
+        ("dit_block", "largest difference of the outputs"),
+        ("wan", "velocity of the noisy frames: [1, 4, 3, 8, 8]"),
+        ("rollout", "largest difference from attention under the whole mask"),
+    ],
 )
 def test_examples_run_as_scripts(name, says, capsys):
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     printed = capsys.readouterr().out
-    assert "FrameMask.teacher_forcing: 1 clip" in printed and says in printed
+    assert re.search(r"FrameMask\.\w+: 1 clip", printed) and says in printed

@@ -1,6 +1,7 @@
 """Imports run one way: csrc <- mimo_kernels <- mimo <- benchmarks, tests. Read from the sources; nothing is imported."""
 
 import ast
+import graphlib
 import re
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = ("attention", "cache", "ops")  # and in ops every file is one: op families, strangers to each other
 SHARED = ("frame_rows",)  # in ops, but data that several families take: the layout of a batch
+# The one file that shows users what belongs together: no code.
+DOORS = {"mimo_kernels/attention/__init__.py"}
 NEVER = {"mimo_kernels": {"mimo", "benchmarks", "tests"}, "mimo": {"benchmarks", "tests"}, "benchmarks": {"tests"}}
 
 
@@ -67,9 +70,20 @@ def test_op_families_do_not_import_each_other():
     for path in sources("mimo_kernels"):
         own = family(".".join(path.relative_to(ROOT).with_suffix("").parts))
         for module in imported(path) - type_checking_only(path):
-            if own and family(module) not in (None, own, *SHARED):
+            if own and family(module) not in (None, own, *SHARED) and path.relative_to(ROOT).as_posix() not in DOORS:
                 crossings.add(f"{path.relative_to(ROOT)} imports {module}")
     assert not crossings
+
+
+def test_no_import_goes_in_a_circle():
+    """Inside functions and under TYPE_CHECKING neither: what has to be read together belongs into one file."""
+    files = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sources("mimo_kernels")}
+    graph = {}
+    for module, path in files.items():
+        named = {name if name in files else name.rpartition(".")[0] for name in imported(path)}
+        graph[module] = {name for name in named if name in files and name != module}
+    assert graph["mimo_kernels.cache.pages"] >= {"mimo_kernels.cache.view", "mimo_kernels.cache.book"}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError with the circle
 
 
 def test_importing_the_package_needs_only_the_standard_library():

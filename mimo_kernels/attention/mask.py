@@ -2,6 +2,7 @@
 
 import functools
 import operator
+import sys
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -15,6 +16,7 @@ INTERVALS = 3  # key intervals a row can have: sinks, the latest frames, its own
 COLUMNS = 2 + 2 * INTERVALS
 DRAWN_FRAMES = 10  # a drawing shows at most so many frames of each copy
 DRAWN_CLIPS = 2
+MARKS = {"■": "#", "▒": "+", "·": ".", "…": "~"}  # of a drawing, and what stands for them in ASCII
 
 Lens = Sequence[Sequence[int]] | torch.Tensor
 
@@ -97,9 +99,7 @@ class FrameMask:
             window: how many of the latest frames a frame sees, itself included; None: all. Future frame t sees itself and history t-window+1 .. t-1.
             sink: the first `sink` frames stay visible to the frames after them.
         """
-        window, sink = _check_window(window, sink)
-        table = _table("teacher_forcing", history_lens, future_lens, drop_history, window or 0, sink)
-        return cls("teacher_forcing", table, window, sink)
+        return _make(cls, "teacher_forcing", history_lens, future_lens, drop_history, window=window, sink=sink)
 
     @classmethod
     def block_causal(cls, frame_lens: Lens, *, window: int | None = None, sink: int = 0) -> "FrameMask":
@@ -114,14 +114,12 @@ class FrameMask:
             frame_lens: token counts, a list (clips) of lists (frames) or an int tensor [clips, frames]; 0 is legal.
             window, sink: as in `teacher_forcing`: frame t sees frames t-window+1 .. t and the first `sink` ones.
         """
-        window, sink = _check_window(window, sink)
-        table = _table("block_causal", frame_lens, window or 0, sink)
-        return cls("block_causal", table, window, sink)
+        return _make(cls, "block_causal", frame_lens, window=window, sink=sink)
 
     @classmethod
     def bidirectional(cls, lens: Lens) -> "FrameMask":
         """Every token of a clip sees the whole clip. `lens`: token counts [clips][frames], or an int tensor [clips, frames]."""
-        return cls("bidirectional", _table("bidirectional", lens))
+        return _make(cls, "bidirectional", lens)
 
     @classmethod
     def from_table(cls, frames: torch.Tensor, *, clip_lens: Sequence[int] | None = None) -> "FrameMask":
@@ -133,7 +131,7 @@ class FrameMask:
             raise ValueError(
                 f"frames is {frames.dtype} of shape {list(frames.shape)}; expected int32 or int64 [groups, {COLUMNS}]"
             )
-        return cls("from_table", _table("from_cells", frames, clip_lens))
+        return _make(cls, "from_table", frames, clip_lens)
 
     def pattern_for(self, x: torch.Tensor) -> torch.Tensor:
         """`pattern` for an operator on x: where x has no numbers, a table without numbers."""
@@ -170,6 +168,15 @@ class FrameMask:
             return seen
 
         return mask_mod
+
+    def __str__(self) -> str:
+        """The drawing, in the characters that the standard output can show."""
+        drawing = repr(self)
+        try:
+            "".join(MARKS).encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+        except UnicodeEncodeError:
+            drawing = drawing.translate(str.maketrans(MARKS))
+        return drawing
 
     def __repr__(self) -> str:
         share = f" ({self.num_pairs / self.num_tokens**2:.1%} of all)" if self.num_tokens else ""
@@ -240,16 +247,21 @@ def _is_int(value: object) -> bool:
     return not isinstance(value, bool) and hasattr(value, "__index__")
 
 
-def _table(kind: str, *arguments) -> tuple:
+@torch.compiler.disable(reason="a FrameMask is built on the host from numbers")
+def _make(cls: type[FrameMask], kind: str, *numbers, window: int | None = None, sink: int = 0) -> FrameMask:
     """What csrc/frame_mask.cpp makes of the numbers in lists, arrays and tensors."""
     module = extension()
     if module is None:
         raise ImportError(f"FrameMask needs the compiled module mimo_kernels._C: {extension_reason()}")
+    window, sink = _check_window(window, sink)
+    if kind in ("teacher_forcing", "block_causal"):
+        numbers = (*numbers, window or 0, sink)
     try:
-        return getattr(module, f"frame_table_{kind}")(*arguments)
+        table = getattr(module, f"frame_table_{kind}")(*numbers)
     except RuntimeError as error:  # of torch: tensors that stand for others
         reason = (str(error).splitlines() or [""])[0]
         raise ValueError(
             f"a FrameMask is built from numbers, and a tensor here has none to read ({type(error).__name__}: {reason}); "
             "build it outside of FakeTensorMode and of torch.func's transforms"
         ) from None
+    return cls(kind, table, window, sink)

@@ -125,7 +125,7 @@ def from_cells(r):
     )
     if r.random() < 0.1 and groups:
         groups[0] = r.choice([[], [0] * 9, [None] * 8, "12345678", Lists(groups[0])])
-    return _C.frame_table_from_cells(groups, clip_lens)
+    return _C.frame_table_from_table(groups, clip_lens)
 
 
 def lent(cells, r):

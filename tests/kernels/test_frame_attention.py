@@ -1,6 +1,7 @@
 """frame_attention and its reference backend. The same file runs on the CPU and, where there is one, on a GPU."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -263,6 +264,26 @@ def test_compiles_whole_and_once_for_all_lengths():
         torch.testing.assert_close(gradients(*actual, inputs), gradients(*expected, inputs))
     # The first lengths as constants, then all others as variables.
     assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize(
+    "make", [FrameMask.block_causal, FrameMask.bidirectional, lambda x: FrameMask.teacher_forcing(x, x)]
+)
+@pytest.mark.parametrize("lens", [[[3, 4]], torch.tensor([[3, 4]])])
+def test_a_mask_built_inside_breaks_the_graph_and_no_more(make, lens):
+    def function(q):
+        mask = make(lens)
+        return frame_attention(2 * q[: mask.num_tokens], q[: mask.num_tokens], q[: mask.num_tokens], mask) + 1
+
+    q = torch.randn(14, 2, 16, device=DEVICE)
+    counter = CompileCounterWithBackend("eager")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        actual = torch.compile(function, backend=counter)(q)
+    assert torch.equal(actual, function(q)) and counter.frame_count >= 1
+    assert not [warning for warning in caught if "mimo_kernels" in str(warning.message)]
+    with pytest.raises(Exception, match="a FrameMask is built on the host from numbers"):
+        torch.compile(function, backend="eager", fullgraph=True)(q)
 
 
 def test_compiles_with_the_mask_closed_over_and_any_backend():

@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -137,6 +141,18 @@ def test_drawing():
         "  f1  64 ·  ·  ·  ■  ·",
         "  f2  64 ■  ·  ·  ·  ■",
     ]
+
+
+def test_drawing_where_the_output_is_ascii():
+    code = "from mimo_kernels.attention import FrameMask; print(FrameMask.block_causal([[2] * 12], window=2))"
+    said = {}
+    for encoding in ("ascii", "utf-8"):
+        environment = os.environ | {"PYTHONIOENCODING": encoding}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()
+        said[encoding] = done.stdout.decode(encoding)
+    assert said["utf-8"].strip() == repr(FrameMask.block_causal([[2] * 12], window=2))
+    assert "  10  2 .  .  .  .  .  ~  .  .  #  #  ." in said["ascii"].splitlines()
 
 
 def test_long_drawings_are_abbreviated():
