@@ -58,6 +58,48 @@ def follow(tree: Path, where: str, code: str) -> None:
             assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
 
 
+def test_an_operator_in_a_day(tree):
+    for folder in ("csrc", "tests"):
+        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tree)
+    *files, (_, commands) = steps("An operator in a day")
+    assert [where for where, _ in files] == [
+        "Create `csrc/scale_rows.cu`",
+        "Create `mimo_kernels/ops/scale_rows.py`",
+        "In `mimo_kernels/core/operators.py`, add to `OPERATORS`",
+        "Create `tests/kernels/test_scale_rows.py`",
+    ]
+    for where, code in files:
+        follow(tree, where, code)
+        assert max(map(len, code.splitlines())) <= 120
+    code = "import torch, mimo_kernels as m; print(m.scale_rows(torch.ones(2, 3), torch.tensor([2.0, 3.0])).tolist())"
+    assert output(tree, "-c", code) == "[[2.0, 2.0, 2.0], [3.0, 3.0, 3.0]]\n"
+    test, report = (shlex.split(line)[1:] for line in commands.splitlines())
+    assert re.search(r"^  scale_rows +reference$", output(tree, *report), re.M)
+    told = output(tree, *test, "-n0", "-p", "no:cacheprovider", "-rA")
+    passed = set(re.findall(r"^PASSED tests/\S+::(\w+)", told, re.M))
+    assert passed >= {
+        "test_output_and_gradient",
+        "test_bad_input",
+        "test_is_well_formed",
+        "test_forward_mode_is_refused_for_every_argument",
+        "test_compiles_whole",
+        "test_no_rows",
+        "test_shapes_without_values",
+        "test_public_names_load",
+        "test_every_operator_is_served_on_the_cpu_by_its_reference",
+    }
+
+
+def output(tree: Path, *arguments: str) -> str:
+    """What Python says in the tree; this run of pytest is none of its business."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "PYTHONPATH"))}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
 @pytest.fixture
 def tree(tmp_path):
     return copy(tmp_path)

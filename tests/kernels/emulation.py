@@ -44,7 +44,7 @@ WRITTEN_IN_PART = {"k_cache", "v_cache"}
 
 @functools.cache
 def module():
-    """The emulated module, built once per state of the sources, by the first of several processes that want it."""
+    """The emulated module, each source compiled once per state of it, by the first of several processes that want it."""
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
     # The emulator first: of an inline function that several files hold the linker takes the first, and these must not be watched.
@@ -54,40 +54,43 @@ def module():
         *(ROOT / "csrc" / name for name in SOURCES),
     ]
     headers = sorted([*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc").glob("*.cuh"), *EMULATOR.glob("*.h")])
-    state = hashlib.sha256(repr((compiler, FLAGS, WATCHED, PLAIN, suffix)).encode())
-    for path in [*sources, *headers]:
-        state.update(path.read_bytes())
-    folder = Path(tempfile.gettempdir()) / f"mimo-emulated-{os.getuid()}-{state.hexdigest()[:16]}"
+    common = hashlib.sha256(repr((compiler, FLAGS, WATCHED, PLAIN, suffix)).encode())
+    for path in headers:
+        common.update(path.read_bytes())
+    states = {source: hashlib.sha256(common.digest() + source.read_bytes()).hexdigest()[:16] for source in sources}
+    whole = hashlib.sha256(repr(list(states.values())).encode()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / f"mimo-emulated-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    target = folder / f"emulated_kernels{suffix}"
+    target = folder / f"emulated_kernels-{whole}{suffix}"
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
-            build(compiler, sources, target)
+            build(compiler, {source: folder / f"{source.name}-{state}.o" for source, state in states.items()}, target)
     spec = importlib.util.spec_from_file_location("emulated_kernels", target)
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
 
 
-def build(compiler: str, sources: list[Path], target: Path) -> None:
+def build(compiler: str, objects: dict[Path, Path], target: Path) -> None:
+    """Compiles the sources whose object is not there yet, and links all of them."""
     import pybind11
 
     folders = (EMULATOR, ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include"))
     command = [compiler, *FLAGS, *(f"-I{folder}" for folder in folders)]
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
 
-        def compile_one(source: Path) -> str:
+        def compile_one(source: Path) -> None:
             out = f"{scratch}/{source.name}.o"
             options = WATCHED if source.suffix == ".cu" else PLAIN
             subprocess.run([*command, *options, "-x", "c++", "-c", str(source), "-o", out], check=True)
-            return out
+            os.replace(out, objects[source])  # whole or not there
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(compile_one, sources))
+            list(pool.map(compile_one, (source for source, out in objects.items() if not out.exists())))
         linked = f"{scratch}/{target.name}"
-        subprocess.run([compiler, "-shared", *objects, "-o", linked], check=True)
-        os.replace(linked, target)  # whole or not there
+        subprocess.run([compiler, "-shared", *map(str, objects.values()), "-o", linked], check=True)
+        os.replace(linked, target)
 
 
 class Address(int):

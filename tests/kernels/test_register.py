@@ -1,6 +1,8 @@
 """Every operator that is registered, called with its sample: what torch.library asks of it, and derivatives that it does not have."""
 
 import importlib
+import re
+import warnings
 
 import pytest
 import torch
@@ -39,6 +41,14 @@ def sample(name: str, rows: int = 5, requires_grad: bool = False) -> tuple:
         arg.detach().requires_grad_() if requires_grad and isinstance(arg, Tensor) and arg.is_floating_point() else arg
         for arg in args
     )
+
+
+def copied(args: tuple) -> tuple:
+    return tuple(arg.clone() if isinstance(arg, Tensor) else arg for arg in args)
+
+
+def detached(arg):
+    return arg.detach() if isinstance(arg, Tensor) else arg
 
 
 def facts(tensors) -> list[tuple]:
@@ -103,12 +113,37 @@ def test_a_derivative_that_is_not_there_is_refused(name: str):
         return
     gradients = torch.autograd.grad(outputs, inputs, weights, create_graph=True, allow_unused=True)
     twice = [g for g in gradients if g is not None and g.requires_grad]
-    # Rows that are copied have a second derivative: each of the two operators is the other's gradient.
-    if name in ("gather_rows", "scatter_rows"):
-        torch.autograd.grad(twice[:1], weights[:1], [torch.ones_like(twice[0])])
-    else:
-        with pytest.raises(NotImplementedError, match=r"^mimo_kernels::\w+ has no second derivative"):
-            torch.autograd.grad(twice, inputs, [torch.ones_like(g) for g in twice], allow_unused=True)
+    try:
+        torch.autograd.grad(twice, [*inputs, *weights], [torch.ones_like(g) for g in twice], allow_unused=True)
+    except NotImplementedError as error:
+        assert re.fullmatch(r"mimo_kernels::\w+ has no (gradient|second derivative \(double backward\))", str(error))
+    else:  # the gradient is an operator that has one: rows that are copied
+        differentiable = [x for x, gradient in zip(inputs, gradients, strict=True) if gradient is not None]
+        at = [next(i for i, arg in enumerate(args) if arg is x) for x in differentiable]
+
+        def function(*given: Tensor):
+            chosen = dict(zip(at, given, strict=True))
+            return overload(name)(*[chosen.get(i, detached(arg)) for i, arg in enumerate(args)])
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of single precision, in which what is linear is exact enough
+            assert torch.autograd.gradgradcheck(function, tuple(differentiable), eps=1e-2, atol=1e-2, rtol=1e-2)
+
+
+@every_operator
+def test_compiles_whole(name: str):
+    args = sample(name)
+    expected = call(name, copied(args))
+
+    def function(*tensors: Tensor):
+        given = list(tensors)
+        return overload(name)(*[given.pop(0) if isinstance(arg, Tensor) else arg for arg in args])
+
+    tensors = [arg for arg in copied(args) if isinstance(arg, Tensor)]
+    torch.compiler.reset()  # all operators are one function to it
+    actual = torch.compile(function, fullgraph=True, backend="aot_eager")(*tensors)
+    actual = actual if isinstance(actual, tuple) else () if actual is None else (actual,)
+    assert len(actual) == len(expected) and all(map(torch.equal, actual, expected))
 
 
 @every_operator
@@ -146,7 +181,7 @@ def test_no_rows(name: str):
 @pytest.mark.parametrize("name", [name for name in SAMPLES if not writes(name)])
 def test_functionalize(name: str):
     args = sample(name)
-    expected = call(name, tuple(arg.clone() if isinstance(arg, Tensor) else arg for arg in args))
+    expected = call(name, copied(args))
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
 
     def function(*tensors: Tensor):

@@ -170,5 +170,5 @@ def test_tube_mask():
     assert torch.equal(sample_tube_mask(2, 4, 4), torch.arange(4).expand(2, 4))
     with pytest.raises(ValueError, match="num_kept is 5, expected a whole number in 0..4"):
         sample_tube_mask(1, 4, 5)
-    with pytest.raises(ValueError, match="batch is -1, expected 0 or more"):
+    with pytest.raises(ValueError, match="batch is -1, expected a whole number of at least 0"):
         sample_tube_mask(-1, 4, 2)
