@@ -20,6 +20,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -47,10 +48,13 @@ log = logging.getLogger("mimo.checkpoint")
 FORMAT = 3  # 2 had no checksum of state.json; 1 had one file per part and knew no shards
 # All that lies in a step folder, and in a folder with checkpoints; see mimo.folders.
 STEP_FILES = ("state.json", "*/shard-?????-model-?????-of-?????.safetensors")
-RUN_FILES = tuple(f"checkpoints/{step}/{name}" for step in ("step_*", ".unfinished-*") for name in STEP_FILES)
+RUN_FILES = tuple(
+    f"checkpoints/{step}/{name}" for step in ("step_*", ".unfinished-*", "superseded-*") for name in STEP_FILES
+)
 _STEP = re.compile(r"step_(\d{8,})")
 _SHARD = re.compile(r"\w+/shard-[\w-]+\.safetensors")
 _UNFINISHED = ".unfinished-"
+_SUPERSEDED = "superseded-"
 
 
 @dataclass
@@ -86,7 +90,7 @@ def save(
     """Write one checkpoint atomically, then delete old ones.
 
     The run is at `step`: checkpoints of later steps, which it has passed over because they are damaged, or which another run
-    left in its folder, make way for it.
+    left in its folder, make way for it: they are kept as superseded-step_..., which nobody reads.
 
     tensors: part ("model", "ema", ...) -> named tensors.  state: JSON-serialisable; format, step and files are added here.
     keep_last: how many of the newest checkpoints stay; keep_every: those whose step is a multiple of it stay for good.
@@ -116,9 +120,10 @@ def save(
     with world.together(), _writing(final):
         if world.leads:
             _replace(final, temporary)
+            _put_aside(run, step)
             for path in (final.parent, run):
                 flush(path)
-            _delete_old(run, step, keep_last, keep_every)
+            _delete_old(run, keep_last, keep_every)
     return final
 
 
@@ -421,12 +426,23 @@ def _replace(final: Path, temporary: Path) -> None:
         temporary.rename(final)
 
 
-def _delete_old(run: Path, step: int, keep_last: int, keep_every: int | None) -> None:
-    """Of the checkpoints up to `step` the newest stay; none of a later step."""
-    found = step_folders(run)
-    later = [folder for folder in found if _step_of(folder) > step]
-    earlier = found[: len(found) - len(later)][:-keep_last]
-    doomed = later + [folder for folder in earlier if not (keep_every and _step_of(folder) % keep_every == 0)]
+def _put_aside(run: Path, step: int) -> None:
+    """Checkpoints of later steps than `step` no longer count as the newest. Nothing is lost: they may be all that is left of
+    another run, or what somebody can repair."""
+    for folder in step_folders(run):
+        if _step_of(folder) > step:
+            names = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+            free = (folder.with_name(f"{_SUPERSEDED}{folder.name}{name}") for name in names)
+            aside = next(path for path in free if not os.path.lexists(path))
+            folder.rename(aside)
+            log.warning("%s is of a later step than this run: it is kept as %s", folder, aside.name)
+
+
+def _delete_old(run: Path, keep_last: int, keep_every: int | None) -> None:
+    """All but the newest checkpoints of a run."""
+    doomed = [
+        folder for folder in step_folders(run)[:-keep_last] if not (keep_every and _step_of(folder) % keep_every == 0)
+    ]
     for folder in doomed:
         try:
             list(folders.ours(folder, STEP_FILES))

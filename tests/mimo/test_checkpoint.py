@@ -126,8 +126,16 @@ def test_checkpoints_of_later_steps_make_way(tmp_path):
     """They are another run's, or damaged: the newest is that of the run that saves."""
     for step in (3, 5, 7):
         save(tmp_path, step)
-    assert save(tmp_path, 4, keep_last=1) == checkpoint.latest(tmp_path)[0]
-    assert [folder.name for folder in checkpoint.step_folders(tmp_path)] == ["step_00000004"]
+    for step in (4, 6, 4):
+        assert save(tmp_path, step, keep_last=1) == checkpoint.latest(tmp_path)[0]
+        assert [checkpoint.read_state(folder)["step"] for folder in checkpoint.step_folders(tmp_path)] == [step]
+    names = ["superseded-step_00000005", "superseded-step_00000006", "superseded-step_00000007", "step_00000004"]
+    assert {folder.name for folder in (tmp_path / "checkpoints").iterdir()} == set(names)
+    for folder in names[:3]:  # nothing of another run is lost
+        assert checkpoint.read_state(tmp_path / "checkpoints" / folder)["step"] == int(folder[-1])
+    save(tmp_path, 5)
+    save(tmp_path, 4)
+    assert (tmp_path / "checkpoints" / "superseded-step_00000005-2").is_dir()
 
 
 def tell(folder, **changes):
