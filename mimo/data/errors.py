@@ -30,5 +30,6 @@ class OutOfRange(UnreadableVideo):
 
 
 def reason(error: Exception) -> str:
-    """What an exception says, in one line."""
-    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
+    """What an exception says, in one line that may quote a file, but not a kilobyte of it."""
+    words = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
+    return words if len(words) <= 200 else f"{words[:197]}..."

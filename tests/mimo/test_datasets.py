@@ -459,3 +459,13 @@ def test_a_trajectory_without_actions_among_others_is_unreadable(tmp_path):
     with pytest.raises(UnreadableVideo, match="a.npz: holds no actions, though other files do"):
         dataset.sample(0, 0)
     assert "actions" not in NpzTrajectories(tmp_path, num_frames=3, height=4, width=4, use_actions=False).sample(0, 0)
+
+
+def test_a_refusal_quotes_no_kilobyte_of_the_file(tmp_path):
+    np.savez(tmp_path / "a.npz", video=np.zeros((3, 4, 4, 3), np.uint8))
+    data = (tmp_path / "a.npz").read_bytes()
+    # Where zip keeps the length of the name in front of the member: zipfile quotes all that it then takes for a name.
+    (tmp_path / "a.npz").write_bytes(data[:26] + (300).to_bytes(2, "little") + data[28:])
+    with pytest.raises(UnreadableVideo, match="a.npz: not a readable npz file") as caught:
+        NpzTrajectories(tmp_path, num_frames=3, height=4, width=4).sample(0, 0)
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))
