@@ -22,10 +22,11 @@ rows, G rows of modulation, C latent channels, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from typing import Literal, NamedTuple
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,60 +71,72 @@ class FrameList:
             return self
         return replace(self, alone=alone.flatten())
 
-    @cached_property
+    @property
     def frames(self) -> list[Frame]:
-        return [frame for clip in self.clips for frame in clip]
+        return self._once("frames", lambda: [frame for clip in self.clips for frame in clip])
 
     @cached_property
     def mask(self) -> FrameMask:
+        lens = self._once("lens", lambda: [[frame.tokens for frame in clip] for clip in self.clips])
         if self.sees == "bidirectional":
             if self.alone is not None or self.window is not None:
                 raise ValueError("sees='bidirectional': expected no window and no frame alone, as all see all")
-            return FrameMask.bidirectional([[frame.tokens for frame in clip] for clip in self.clips])
+            return FrameMask.bidirectional(lens)
         bounds = {"window": self.window, "sink": self.sink}
         if self.sees == "block_causal":
-            mask = FrameMask.block_causal([[frame.tokens for frame in clip] for clip in self.clips], **bounds)
+            mask = FrameMask.block_causal(lens, **bounds)
             return mask if self.alone is None else _seeing(mask, self._mentioned(self.alone), alone=True)
-        clean = [[frame for frame in clip if frame.kind == "clean"] for clip in self.clips]
-        others = [[frame for frame in clip if frame.kind != "clean"] for clip in self.clips]
-        for clip, first, then in zip(self.clips, clean, others, strict=True):
-            fits = [f.time for f in first] == [f.time for f in then] or not then
-            if list(clip) != first + then or not fits:
-                raise ValueError("sees='teacher_forcing': expected clean frames, then others of the same times")
-        lens = [[[frame.tokens for frame in clip] for clip in copy] for copy in (clean, others)]
-        lens[1] = [then or [0] * len(first) for first, then in zip(*lens, strict=True)]
-        drop = None if self.alone is None else self.alone.split([len(clip) for clip in others])
-        drop = None if drop is None else [clip.tolist() for clip in drop]
-        return FrameMask.teacher_forcing(*lens, drop_history=drop, **bounds)
+        clean, others = self._once("copies", self._copies)
+        drop = self.alone
+        if drop is not None:
+            counts = [len(clip) for clip in others]
+            drop = drop.view(len(counts), -1) if len(set(counts)) == 1 else [d.tolist() for d in drop.split(counts)]
+        return FrameMask.teacher_forcing(clean, others, drop_history=drop, **bounds)
 
     @cached_property
     def blind_mask(self) -> FrameMask:
         """`mask`, but clean frames see nothing: of a last block, in which nobody reads what they collect."""
-        clean = torch.tensor([frame.kind == "clean" for frame in self.frames])
-        return self.mask if clean.all() or not clean.any() else _seeing(self.mask, self._with_rows(clean), alone=False)
+        clean = self._once("clean", lambda: torch.tensor([frame.kind == "clean" for frame in self.frames]))
+        if clean.all() or not clean.any():
+            return self.mask
+        return _seeing(self.mask, clean[self._once("with rows", self._with_rows)], alone=False)
 
     def packed(self, *, separate_ln: bool, device: torch.device) -> Packed:
         """What the network needs of the list, on a device. separate_ln: clean frames have norms of their own."""
-        key = "packed", separate_ln, str(device)
-        if key not in self._kept:
-            self._kept[key] = _pack(self, separate_ln, device)
-        return self._kept[key]._replace(mask=self.mask, blind_mask=self.blind_mask)
+        packed = self._once(f"packed {separate_ln} {device}", lambda: _pack(self, separate_ln, device))
+        return packed._replace(mask=self.mask, blind_mask=self.blind_mask)
 
     def decoding(self, offset: int, tokens: int, device: torch.device) -> Decoding | None:
         """How clean frames are decoded into those `offset` later, of `tokens` tokens; None if no clip has any."""
-        key = "decoding", offset, tokens, str(device)
-        if key not in self._kept:
-            self._kept[key] = _decoding(self, offset, tokens, device)
-        return self._kept[key]
+        return self._once(f"decoding {offset} {tokens} {device}", lambda: _decoding(self, offset, tokens, device))
+
+    def _once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `alone` has no part in is made once for the list and those that isolate frames of it."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        return self._kept[name]
+
+    def _copies(self) -> tuple[list[list[int]], list[list[int]]]:
+        """Token counts of the clean frames and of the others, per clip, as FrameMask.teacher_forcing takes them."""
+        lens = [], []
+        for clip in self.clips:
+            clean = [frame for frame in clip if frame.kind == "clean"]
+            others = [frame for frame in clip if frame.kind != "clean"]
+            fits = not others or [f.time for f in clean] == [f.time for f in others]
+            if list(clip) != clean + others or not fits:
+                raise ValueError("sees='teacher_forcing': expected clean frames, then others of the same times")
+            lens[0].append([frame.tokens for frame in clean])
+            lens[1].append([frame.tokens for frame in others] or [0] * len(clean))
+        return lens
 
     def _mentioned(self, alone: Tensor) -> Tensor:
         """From frames that are not clean to frames that have rows."""
         every = torch.zeros(len(self.frames), dtype=torch.bool)
         every[[i for i, frame in enumerate(self.frames) if frame.kind != "clean"]] = alone
-        return self._with_rows(every)
+        return every[self._once("with rows", self._with_rows)]
 
-    def _with_rows(self, per_frame: Tensor) -> Tensor:
-        return per_frame[[i for i, frame in enumerate(self.frames) if frame.tokens]]
+    def _with_rows(self) -> Tensor:
+        return torch.tensor([i for i, frame in enumerate(self.frames) if frame.tokens])
 
 
 def _seeing(mask: FrameMask, chosen: Tensor, *, alone: bool) -> FrameMask:
@@ -156,13 +169,13 @@ class Part(NamedTuple):
 
     alike: (B, T, rows per frame), when all clips are alike; the part then begins at row `start` of each clip. Else None,
         and `index` has the rows and `frame` the number in the part of every row's frame, int64 [n].
-    frame_rows: FrameRows of the part by itself.
+    frame_rows: of the part by itself, where something is done with it by itself: of the frames that are not clean.
     clip, time: int64 [frames of the part].
     """
 
     alike: tuple[int, int, int] | None
     start: int
-    frame_rows: FrameRows
+    frame_rows: FrameRows | None
     clip: Tensor
     time: Tensor
     index: Tensor | None
@@ -266,7 +279,7 @@ def _pack(given: FrameList, separate_ln: bool, device: torch.device) -> Packed:
     frame, token = _rows_of(lens)
     return Packed(
         clips=len(given.clips),
-        clean=_part(given, clean, groups, device),
+        clean=_part(given, clean, None, device),
         predicted=_part(given, others, groups, device),
         rows=FrameRows(lens, groups),
         mask=None,
@@ -279,26 +292,26 @@ def _pack(given: FrameList, separate_ln: bool, device: torch.device) -> Packed:
     )
 
 
-def _part(given: FrameList, chosen: list[int], groups: list[int], device: torch.device) -> Part | None:
-    """The part of the frames with the numbers `chosen`."""
+def _part(given: FrameList, chosen: list[int], groups: list[int] | None, device: torch.device) -> Part | None:
+    """The part of the frames with the numbers `chosen`. groups: rows of modulation of all frames."""
     if not chosen:
         return None
     lens = [frame.tokens for frame in given.frames]
-    first = torch.tensor([0, *lens]).cumsum(0)
+    first = list(accumulate(lens, initial=0))
     counts = [lens[i] for i in chosen]
     clip = [b for b, clip in enumerate(given.clips) for _ in clip]
     alike, start, index, frame = None, 0, None, None
     here = [i for i in chosen if clip[i] == 0]
     if len(set(given.clips)) == 1 and here == list(range(here[0], here[-1] + 1)) and len(set(counts)) == 1:
-        alike, start = (len(given.clips), len(here), counts[0]), int(first[here[0]])
+        alike, start = (len(given.clips), len(here), counts[0]), first[here[0]]
     else:
         frame, token = _rows_of(counts)
-        index = _upload(first[torch.tensor(chosen)][frame] + token, device)
+        index = _upload(torch.tensor([first[i] for i in chosen])[frame] + token, device)
         frame = _upload(frame, device)
     return Part(
         alike=alike,
         start=start,
-        frame_rows=FrameRows(counts, [groups[i] for i in chosen]),
+        frame_rows=None if groups is None else FrameRows(counts, [groups[i] for i in chosen]),
         clip=_upload([clip[i] for i in chosen], device),
         time=_upload([given.frames[i].time for i in chosen], device),
         index=index,
@@ -313,9 +326,9 @@ def _decoding(given: FrameList, offset: int, tokens: int, device: torch.device) 
     if not any(counts):
         return None
     history = FrameList(clean, "block_causal")
-    starts = torch.tensor([0, *map(len, clean)]).cumsum(0).tolist()
+    starts = accumulate(map(len, clean), initial=0)
     read = [start + t for start, count in zip(starts, counts, strict=False) for t in range(count)]
-    kept = _part(history, read, [-1] * len(history.frames), device)
+    kept = _part(history, read, None, device)
     frame, _ = _rows_of([history.frames[i].tokens for i in read])
     return Decoding(
         kept=kept,
