@@ -63,7 +63,7 @@ def config_tokenizer(config: MiMoConfig, weights: str | Path | None = None, *, t
 def recorded_tokenizer(configs: dict[str, Any]) -> dict[str, str | None]:
     """Path of the tokenizer's weights (None: it has none) and its checksum in a checkpoint; one of before they were
     recorded has no checksum, which is that of no tokenizer."""
-    return configs.get("tokenizer", {"weights": None, "sha256": None})
+    return {"weights": None, "sha256": None} | configs.get("tokenizer", {})
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -17,6 +17,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,8 +44,11 @@ from mimo.tokenizers.weights import checksum
 log = logging.getLogger("mimo.encode")
 
 _END = 1 << 16  # bytes of a source file that are looked at, at its start and at its end
-# What a process that was killed leaves: our temporary shard, and safetensors' own.
-_TEMPORARY = re.compile(r"\.shard-\d+\.\d+\.tmp\.safetensors|\.tmp[A-Za-z0-9]{6}")
+# What a process that was killed leaves: our temporary shard, safetensors' own, and those of the other files.
+_TEMPORARY = re.compile(
+    r"\.shard-\d+\.\d+\.tmp\.safetensors|\.tmp[A-Za-z0-9]{6}|\.(?:plan|index|files)\.json\.\d+\.tmp"
+)
+_LEFT_FOR = 60  # seconds after which nobody is writing an index any more
 Likeness = tuple[int | None, str]  # of a source file: see `_likeness`
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -367,7 +371,11 @@ def _finish(out: Path, plan: dict, shards: int) -> None:
     records.write(out / "index.json", plan | {"shards": entries})
     for left in out.iterdir():
         if _TEMPORARY.fullmatch(left.name) and left.is_file() and not left.is_symlink():
-            left.unlink(missing_ok=True)
+            with suppress(
+                FileNotFoundError
+            ):  # another process that comes last deletes them too, or has written its index
+                if not left.name.startswith(".index") or time.time() - left.stat().st_mtime > _LEFT_FOR:
+                    left.unlink()
 
 
 def _compare_clip(file: Path, row: int, walk: _Walk, tokenizer: Tokenizer, device, plan: Mapping) -> None:

@@ -350,8 +350,10 @@ class Sampler:
         """The frames that a saved run, interrupted at any moment, has yet to make: bit for bit those that it would have
         made on the same device and software. `Stream.saved` has the frames made before.
 
-        Raises InputError when there is no saved run, when it is damaged, and when it was made by other weights, another
-        configuration or for another request; the message says what there is and what is expected.
+        A damaged state is passed over for the one before it, and the log says so.
+
+        Raises InputError when there is no saved run, when no state of it is whole, and when it was made by other weights,
+        another configuration or for another request; the message says what there is and what is expected.
         """
         self._check_saves()
         saved = load_run(saving.folder, self.identity(saving.request))

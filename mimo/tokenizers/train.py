@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mimo import checkpoint
+from mimo import checkpoint, records
 from mimo.config import TokenizerTraining
 from mimo.data import batches, to_float
 from mimo.errors import InputError
@@ -23,6 +24,13 @@ log = logging.getLogger("mimo.tokenizers")
 
 # Settings that a resumed run may change.
 _FREE = frozenset(("steps", "workers", "log_every", "save_every"))
+
+
+@dataclass
+class _State:
+    config: dict[str, Any]
+    ema_updates: int
+    OTHER_KEYS: ClassVar[bool] = True
 
 
 class TokenizerTrainer:
@@ -97,6 +105,7 @@ class TokenizerTrainer:
 
     def load(self, folder: Path) -> None:
         state = checkpoint.read_state(folder)
+        records.convert(state, _State, f"checkpoint {folder}: state.json")
         checkpoint.require_same_config(state["config"], self._settings(), folder, may_differ=_FREE)
         for name, module in (("model", self.model), ("ema", self.ema.module), ("disc", self.disc)):
             checkpoint.load_module(module, checkpoint.read_tensors(folder, name, state), folder)
@@ -135,6 +144,8 @@ def train_tokenizer(
         raise InputError(f"{out} already holds checkpoints: pass --resume to continue it, or another --out")
     trainer = TokenizerTrainer(config, dataset, device)
     newest, passed_over = checkpoint.latest(out)
+    if newest is None and passed_over:
+        raise InputError(f"{out} has no whole checkpoint to resume from: {passed_over[0]}; another --out begins anew")
     for reason in passed_over:
         log.warning("passed over: %s", reason)
     if newest is not None:

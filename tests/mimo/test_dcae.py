@@ -1,6 +1,7 @@
 """DC-AE: FAR's configurations and released layouts, the losses, and training one."""
 
 import itertools
+import json
 import os
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from mimo import checkpoint, records
 from mimo.data import ShapesDataset, batches, to_float
 from mimo.errors import InputError
 from mimo.tokenizers import build_tokenizer
@@ -308,3 +310,21 @@ def test_bad_settings(tmp_path, small_network):
         next(trainer.model.parameters()).fill_(float("nan"))
     with pytest.raises(InputError, match="the loss of step 0 is nan"):
         trainer.train_step(next(batches(trainer.dataset, 1, seed=0))["video"])
+
+
+def test_damaged_checkpoints_of_a_tokenizer_are_passed_over_or_refused(tmp_path, small_network, caplog):
+    config = TRAINING | {"steps": 2, "save_every": 1}
+    train_tokenizer(shapes(), tmp_path, TokenizerTraining(**config))
+    older, newest = checkpoint.step_folders(tmp_path)
+    state = json.loads((newest / "state.json").read_text())
+    (newest / "state.json").write_text(records.sealed(state | {"ema_updates": "2"}))
+    with pytest.raises(InputError, match='ema_updates is "2", expected a whole number'):
+        train_tokenizer(shapes(), tmp_path, TokenizerTraining(**config), resume=True)
+    (newest / "state.json").write_text("{")
+    train_tokenizer(shapes(), tmp_path, TokenizerTraining(**config), resume=True)
+    assert "passed over: " in caplog.text and "step_00000002: state.json: is damaged" in caplog.text
+    assert checkpoint.latest(tmp_path) == (newest, [])
+    for folder in (older, newest):
+        (folder / "state.json").write_text("{")
+    with pytest.raises(InputError, match="has no whole checkpoint to resume from: .*step_00000002.*begins anew"):
+        train_tokenizer(shapes(), tmp_path, TokenizerTraining(**config), resume=True)

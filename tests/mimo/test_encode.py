@@ -584,3 +584,23 @@ def test_latents_that_overflow_are_refused(tmp_path):
 
     with pytest.raises(DataError, match="clip 0, pass 0: its latents are not finite in fp16"):
         run(ShapesDataset(**SHAPE, length=2), Huge(), tmp_path / "out")
+
+
+def test_what_killed_processes_left_is_deleted_and_nothing_else(tmp_path, tokenizer):
+    dataset = VideoFolder(videos(tmp_path / "in"), **SHAPE)
+    out = run(dataset, tokenizer, tmp_path / "out")
+    whole = sorted(file.name for file in out.iterdir())
+    left = [
+        ".shard-00000.12.tmp.safetensors",
+        ".plan.json.12.tmp",
+        ".files.json.12.tmp",
+        ".tmpAb12Cd",
+        ".index.json.12.tmp",
+    ]
+    kept = [".tmpnotes.txt", ".index.json.13.tmp", ".shard-notes"]
+    for name in left + kept:
+        (out / name).write_text("x")
+    os.utime(out / ".index.json.12.tmp", (0, 0))  # the other one may be of a process that is writing it
+    (out / ".tmpLinked").symlink_to(tmp_path / "in")
+    run(dataset, tokenizer, tmp_path / "out")
+    assert sorted(file.name for file in out.iterdir()) == sorted([*whole, *kept, ".tmpLinked"])

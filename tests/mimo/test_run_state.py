@@ -65,6 +65,12 @@ def test_commands_refuse_it_in_one_line(tmp_path, capsys, keys, value, words):
         assert words in err[-1] and err[-1].startswith("error: ")
 
 
+def test_a_tokenizer_without_weights_is_none_that_has_some(tmp_path, capsys):
+    run = changed(tmp_path, "configs", "tokenizer", "weights", value=KeyError).parent.parent
+    assert main(["train", "--out", str(run), "--resume", "--data", "shapes", "--steps", "3", "--device", "cpu"]) == 0
+    assert "nothing to do: step 3" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("told", "words"),
     [
