@@ -1,18 +1,21 @@
 """Checkpoints that are either whole or not there.
 
     RUN/checkpoints/step_00001234/
-        model/  ema/  optimizer/    shard-00001-model-00001-of-00001.safetensors, ...: what rank 0, 1, ... wrote; never pickles
-        state.json                  format, step, configurations, random seed, the size and SHA-256 of every other file, and
-                                    its own checksum
+        model/  ema/  optimizer/    shard-00001-model-00001-of-00001.safetensors, ...: what rank 0, 1, ... wrote; never
+                                    pickles
+        state.json                  format, step, configurations, random seed, the size and SHA-256 of every other file,
+                                    and its own checksum
 
-The shards are those of torch.distributed.checkpoint's safetensors storage: a header says which part of which tensor follows,
-so that any number of processes reads what any other number wrote, each the parts it needs.
+The shards are those of torch.distributed.checkpoint's safetensors storage: a header says which part of which tensor
+follows, so that any number of processes reads what any other number wrote, each the parts it needs.
 
-A checkpoint is written into a hidden folder beside its place, flushed to disk, and renamed: the rename is the moment it exists.
-A process killed at any other moment leaves a hidden folder, which nobody reads and the next training run deletes.
+A checkpoint is written into a hidden folder beside its place, flushed to disk, and renamed: the rename is the moment
+it exists. A process killed at any other moment leaves a hidden folder, which nobody reads and the next training run
+deletes.
 
 A checkpoint is whole when its state fits its checksum and the name of its folder, and every file that it lists its own
-checksum; no other file is read. Whoever asks for the newest one gets the newest whole one, and why others were passed over.
+checksum; no other file is read. Whoever asks for the newest one gets the newest whole one, and why others were passed
+over.
 """
 
 import hashlib
@@ -89,15 +92,16 @@ def save(
 ) -> Path:
     """Write one checkpoint atomically, then delete old ones.
 
-    The run is at `step`: checkpoints of later steps, which it has passed over because they are damaged, or which another run
-    left in its folder, make way for it: they are kept as superseded-step_..., which nobody reads.
+    The run is at `step`: checkpoints of later steps, which it has passed over because they are damaged, or which
+    another run left in its folder, make way for it: they are kept as superseded-step_..., which nobody reads.
 
-    tensors: part ("model", "ema", ...) -> named tensors.  state: JSON-serialisable; format, step and files are added here.
+    tensors: part ("model", "ema", ...) -> named tensors.  state: JSON-serialisable; format, step and files are added
+        here.
     keep_last: how many of the newest checkpoints stay; keep_every: those whose step is a multiple of it stay for good.
     world: ranks that all make this call. Each writes the shards it holds, and its share of what all hold.
 
-    Raises: InputError, on every rank, for a tensor that is not finite and when the file system refuses, as a full one does.
-        What was written by then is deleted.
+    Raises: InputError, on every rank, for a tensor that is not finite and when the file system refuses, as a full one
+        does. What was written by then is deleted.
     """
     world = world or World()
     final = step_folder(run, step)
@@ -299,7 +303,8 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> di
 def load_optimizer(
     optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dict[str, Tensor], source: Path
 ) -> None:
-    """The inverse of `optimizer_tensors`, for an optimizer just made over the parameters of `module`, in their order."""
+    """The inverse of `optimizer_tensors`, for an optimizer just made over the parameters of `module`, in their
+    order."""
     parameters = dict(module.named_parameters())
     numbers = {name: number for number, name in enumerate(parameters)}
     state: dict[int, dict[str, Tensor]] = {}
@@ -317,7 +322,8 @@ def load_optimizer(
 def require_same_config(
     saved: dict[str, Any], wanted: dict[str, Any], source: Path, *, may_differ: frozenset[str] = frozenset()
 ) -> None:
-    """Raise naming every field in which two nested configurations differ, with both values. may_differ: dotted names."""
+    """Raise naming every field in which two nested configurations differ, with both values. may_differ: dotted
+    names."""
     there, here = (_flatten(json.loads(json.dumps(config))) for config in (saved, wanted))  # JSON has no tuples
     differing = [
         f"{name} is {there.get(name, 'absent')} there and {here.get(name, 'absent')} here"
@@ -395,7 +401,8 @@ def _compare_checksums(folder: Path, parts: Iterable[str] | None, state: dict[st
 
 
 def _require_finite(tensors: dict[str, dict[str, Tensor]], place: Path) -> None:
-    """Nothing good can follow from a checkpoint with NaN or infinity in it, and it would take the place of a good one."""
+    """Nothing good can follow from a checkpoint with NaN or infinity in it, and it would take the place of a good
+    one."""
     for part, named in tensors.items():
         for name, tensor in zip(named, local(named.values()), strict=True):
             if not tensor.isfinite().all():
@@ -427,8 +434,8 @@ def _replace(final: Path, temporary: Path) -> None:
 
 
 def _put_aside(run: Path, step: int) -> None:
-    """Checkpoints of later steps than `step` no longer count as the newest. Nothing is lost: they may be all that is left of
-    another run, or what somebody can repair."""
+    """Checkpoints of later steps than `step` no longer count as the newest. Nothing is lost: they may be all that is
+    left of another run, or what somebody can repair."""
     for folder in step_folders(run):
         if _step_of(folder) > step:
             names = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
@@ -490,7 +497,8 @@ class _Reader(HuggingFaceStorageReader):
 
 @contextmanager
 def _understanding(folder: Path, part: str) -> Iterator[None]:
-    """What torch and safetensors cannot make tensors of is said in one line. It fits its checksum: it was written so."""
+    """What torch and safetensors cannot make tensors of is said in one line. It fits its checksum: it was written
+    so."""
     try:
         yield
     except (torch.OutOfMemoryError, AssertionError):

@@ -23,8 +23,9 @@ def tell_launcher(error: InputError) -> None:
 
 
 def let_others_speak(seconds: float = 60) -> None:
-    """In a process that ends with nothing to say: torchrun, if it has started this process, ends all others as soon as one
-    has ended, also the one that is about to name the cause. That one's end is this one's then; `seconds`: at most."""
+    """In a process that ends with nothing to say: torchrun, if it has started this process, ends all others as soon
+    as one has ended, also the one that is about to name the cause. That one's end is this one's then; `seconds`: at
+    most."""
     if os.environ.get("TORCHELASTIC_ERROR_FILE"):
         time.sleep(seconds)
 

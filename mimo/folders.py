@@ -1,4 +1,5 @@
-"""Folders that this package made, and how they are deleted: nothing in them but what it wrote itself, and never through a link.
+"""Folders that this package made, and how they are deleted: nothing in them but what it wrote itself, and never
+through a link.
 
     claim(out / "unfinished", KNOWN)      the folder is there, is no link, and bears our marker
     remove(out / "unfinished", KNOWN)     every file and folder in it, if all of them are known

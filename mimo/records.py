@@ -1,4 +1,5 @@
-"""JSON files, read as typed records or refused in one line: the file, the place in it, what is there, what was expected.
+"""JSON files, read as typed records or refused in one line: the file, the place in it, what is there, what was
+expected.
 
     @dataclass
     class Shard:
@@ -16,12 +17,13 @@
 
     index.json: shards[3].clips is "64", expected a whole number
 
-Kinds: dataclasses, list, dict[str, X], tuple, Literal, unions, bool, int (of 64 bits), float, str, None and Any. A key that a
-dataclass does not know is refused, as one that was renamed would otherwise take its default; where others may add keys of
-their own, the dataclass says `OTHER_KEYS: ClassVar[bool] = True`. What `__post_init__` raises as ValueError is refused alike.
+Kinds: dataclasses, list, dict[str, X], tuple, Literal, unions, bool, int (of 64 bits), float, str, None and Any. A
+key that a dataclass does not know is refused, as one that was renamed would otherwise take its default; where others
+may add keys of their own, the dataclass says `OTHER_KEYS: ClassVar[bool] = True`. What `__post_init__` raises as
+ValueError is refused alike.
 
-Written over dataclasses and not with a schema library: it is a page, the configurations are dataclasses already, keys that
-stand twice and checksums have to be seen below the schema, and what reads checkpoints asks for no package more.
+Written over dataclasses and not with a schema library: it is a page, the configurations are dataclasses already, keys
+that stand twice and checksums have to be seen below the schema, and what reads checkpoints asks for no package more.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ class _Tokenizer:
 
 @dataclass
 class _Configs:
-    """model, train, sample: of a mimo.config record each. data: the dataset in words. told: see mimo.training.changes."""
+    """model, train, sample: of a mimo.config record each. data: the dataset in words. told: see
+    mimo.training.changes."""
 
     model: dict[str, Any]
     train: dict[str, Any]

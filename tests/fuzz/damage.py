@@ -1,5 +1,5 @@
-"""Damage to files: every class of byte positions once, and at random. Whoever reads a damaged file has to refuse it in one line
-that names it, to pass it over for an older one and say so, or to read what was written."""
+"""Damage to files: every class of byte positions once, and at random. Whoever reads a damaged file has to refuse it
+in one line that names it, to pass it over for an older one and say so, or to read what was written."""
 
 import json
 import random
@@ -16,8 +16,8 @@ DEEP = b"[" * 100_000
 def every_class(file: Path) -> Iterator[tuple[str, bytes | None]]:
     """One damage (what it is, the file's new bytes or None for no file) per class of positions.
 
-    A class in JSON is a line and a kind of character in it; in safetensors one of the eight bytes of the header's length, a
-    byte of the header, and the ends of every tensor; in other files 64 places.
+    A class in JSON is a line and a kind of character in it; in safetensors one of the eight bytes of the header's
+    length, a byte of the header, and the ends of every tensor; in other files 64 places.
     """
     data = file.read_bytes()
     if file.suffix == ".safetensors":
@@ -65,7 +65,8 @@ def _safetensors_places(data: bytes) -> list[int]:
 
 
 def at_random(data: bytes, others: list[bytes], draw: random.Random) -> tuple[str, bytes | None]:
-    """One damage of a kind that disks, interrupted copies and people make. others: what may stand in the file's place."""
+    """One damage of a kind that disks, interrupted copies and people make. others: what may stand in the file's
+    place."""
     kind = draw.choice(["bits", "block", "zeros", "cut", "more", "moved", "other", "key", "noise", "gone"])
     place = draw.randrange(len(data) + 1) if data else 0
     length = draw.choice([1, 2, 16, 512, 4096])
@@ -96,7 +97,8 @@ VALUES = (None, True, 0, -1, 1.5, 2**63, 2**70, "", "x", "../x", "\ud800", [], {
 
 
 def change_json(data: bytes, draw: random.Random, *, values: tuple = VALUES) -> bytes:
-    """JSON with one value of another type, one key missing or renamed, one list longer or shorter; noise if it is none."""
+    """JSON with one value of another type, one key missing or renamed, one list longer or shorter; noise if it is
+    none."""
     try:
         root = json.loads(data)
     except (ValueError, RecursionError):

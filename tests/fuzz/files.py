@@ -1,8 +1,8 @@
-"""Damaged files before every reader: what is read is what was written, or an older whole one with the reason said, or the
-refusal is one line that names the file. Nothing else is raised, and nothing else is believed.
+"""Damaged files before every reader: what is read is what was written, or an older whole one with the reason said, or
+the refusal is one line that names the file. Nothing else is raised, and nothing else is believed.
 
-Files that carry no checksum, as logs, annotations and npz from elsewhere do, may say other things when they are damaged;
-they are read or refused.
+Files that carry no checksum, as logs, annotations and npz from elsewhere do, may say other things when they are
+damaged; they are read or refused.
 """
 
 import contextlib
@@ -153,7 +153,8 @@ def log_files(seed: int) -> int:
 
 @fuzzer("run states", ci_seeds=1)
 def run_states(seed: int) -> int:
-    """state.json of a training run says something else, under a checksum that fits: refused by every command, or done."""
+    """state.json of a training run says something else, under a checksum that fits: refused by every command, or
+    done."""
     draw, cases = random.Random(seed), 25
     source = next((OLD_RUN / "checkpoints").iterdir())
     data = (source / "state.json").read_bytes()
@@ -233,7 +234,8 @@ def encode(clips: Path, out: Path) -> None:
 
 @fuzzer("latent shards", ci_seeds=1)
 def latent_shards(seed: int) -> int:
-    """Read for training: the clips that were written, or a refusal. Encoded again: the folder that was, or a refusal."""
+    """Read for training: the clips that were written, or a refusal. Encoded again: the folder that was, or a
+    refusal."""
 
     def samples(latents: Path) -> list[dict]:
         clips = LatentShards(latents, num_actions=3)
@@ -311,7 +313,8 @@ def npz_files(seed: int) -> int:
 
 @fuzzer("tokenizer configurations", ci_seeds=1)
 def tokenizer_configurations(seed: int) -> int:
-    """config.json of a tokenizer with a value of another type, a key missing, renamed or added: refused, or a tokenizer."""
+    """config.json of a tokenizer with a value of another type, a key missing, renamed or added: refused, or a
+    tokenizer."""
     draw, cases = random.Random(seed), 12
     values = (
         None,

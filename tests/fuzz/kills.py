@@ -1,5 +1,5 @@
-"""Processes killed (SIGKILL) at any moment of what they write: nothing that was there is lost, nothing half is believed, and who
-goes on ends where nobody was killed.
+"""Processes killed (SIGKILL) at any moment of what they write: nothing that was there is lost, nothing half is
+believed, and who goes on ends where nobody was killed.
 
 The moments are drawn from the seed; where in the work they fall, the machine decides.
 """

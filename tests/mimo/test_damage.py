@@ -1,5 +1,6 @@
-"""Damage of every class of byte positions in every file of a checkpoint, of an unfinished video and of latent shards: refused
-with file and reason, passed over for an older one with the reason said, or without effect. Never something else instead."""
+"""Damage of every class of byte positions in every file of a checkpoint, of an unfinished video and of latent shards:
+refused with file and reason, passed over for an older one with the reason said, or without effect. Never something
+else instead."""
 
 import json
 from pathlib import Path
@@ -32,7 +33,8 @@ def as_bytes(tensors: dict) -> dict:
 
 
 def check_every_damage(file: Path, read, *names: str) -> tuple[int, int]:
-    """read() gives what is read and whether something was said. Returns how much was refused and how much had no effect."""
+    """read() gives what is read and whether something was said. Returns how much was refused and how much had no
+    effect."""
     whole, (expected, said) = file.read_bytes(), read()
     assert not said
     refused = harmless = 0

@@ -1,5 +1,5 @@
-"""A checkpoint of format 2, written by `mimo train` before state.json had a checksum: today's code loads it, resumes it and
-samples from it, and makes of it what the code of that time made (expected.npz)."""
+"""A checkpoint of format 2, written by `mimo train` before state.json had a checksum: today's code loads it, resumes
+it and samples from it, and makes of it what the code of that time made (expected.npz)."""
 
 import shutil
 from pathlib import Path
