@@ -93,7 +93,8 @@ class _ClipFiles:
         self.interval, self.dynamic = (low, high), not isinstance(interval, int)
         self.random_start, self.random_crop, self.flip = random_start, random_crop, flip
         self.num_actions, self.use_actions, self.use_labels = num_actions, use_actions, use_labels
-        self.kept, self.shortened = KeptFrames(frame_memory << 20), {}
+        self.kept = KeptFrames(frame_memory << 20)
+        self.shortened: dict[str, str] = {}
         self.path = _split_folder(Path(path), split)
         if annotation is not None:
             self.clips = read_clips(Path(annotation), self.path, allow_outside=allow_outside)

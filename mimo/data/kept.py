@@ -46,7 +46,7 @@ class KeptFrames:
         return {"limit": self.limit}
 
     def __setstate__(self, state: dict) -> None:
-        self.__init__(**state)
+        KeptFrames.__init__(self, **state)
 
 
 def identity(path: os.PathLike, status: os.stat_result) -> tuple:

@@ -249,12 +249,12 @@ class LatentShards:
             interval, flip: how training would cut a clip; procedural clips know neither.
             posterior: "mean" or "sample", which latents training would take.
         """
-        here = {"tokenizer": name, "compression": list(tokenizer.compression)}
+        here: dict[str, Any] = {"tokenizer": name, "compression": list(tokenizer.compression)}
         here |= {"latent_shape": list(tokenizer.latent_shape(self.num_frames, self.height, self.width))}
         here |= {"tokenizer_sha256": checksum, "posterior": posterior}
         there = {key: list(value) if isinstance(value := getattr(self.index, key), tuple) else value for key in here}
-        drawn = not isinstance(interval, int)
-        cut = {"interval": list(interval) if drawn else [interval, interval], "dynamic": drawn, "flip": flip}
+        low_high = [interval, interval] if isinstance(interval, int) else list(interval)
+        cut: dict[str, Any] = {"interval": low_high, "dynamic": not isinstance(interval, int), "flip": flip}
         for key in cut.keys() & self.index.settings.keys():
             here[key], there[key] = cut[key], self.index.settings[key]
         differing = [f"{key} {there[key]!r}, training has {here[key]!r}" for key in here if here[key] != there[key]]

@@ -158,7 +158,7 @@ def batches(
         prefetch_factor=4 if num_workers else None,
         generator=torch.Generator(),  # or starting to iterate would draw from torch's global generator
     )
-    return _checked(loader)
+    return _checked(loader, dataset)
 
 
 def report(reported: set[str], unreadable: Iterable[tuple[str, str]], shortened: Mapping[str, str]) -> None:
@@ -170,11 +170,11 @@ def report(reported: set[str], unreadable: Iterable[tuple[str, str]], shortened:
             log.warning("%s", words)
 
 
-def _checked(loader: DataLoader) -> Iterator[dict[str, torch.Tensor]]:
+def _checked(loader: DataLoader, dataset: Clips) -> Iterator[dict[str, torch.Tensor]]:
     reported: set[str] = set()
     for batch, unreadable, shortened, error in loader:
         report(reported, unreadable, shortened)
         if error is not None:
             reason = f"; the first is {unreadable[0][0]}: {unreadable[0][1]}" if unreadable else ""
-            raise DataError(f"{loader.dataset.dataset!r}: {error}{reason}")
+            raise DataError(f"{dataset!r}: {error}{reason}")
         yield batch

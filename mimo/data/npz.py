@@ -60,7 +60,7 @@ class NpzReader:
         return np.stack([fit.crop(fit.resize(frame)) for frame in frames])
 
     def close(self) -> None:
-        self._video = None
+        del self._video
 
     def __enter__(self):
         return self

@@ -92,7 +92,7 @@ def _draw(
     u, v = cos * x + sin * y, cos * y - sin * x  # turning coordinates, [F, S, S]
 
     alpha = np.clip(0.5 - _distance(u, v, radius, sides), 0, 1)[..., None]
-    mix = _texture(u, v, radius, textures, rng)[..., None]
+    mix = np.asarray(_texture(u, v, radius, textures, rng))[..., None]
     light = np.asarray(rng.uniform(140, 255, 3) if color is None else color, dtype=np.float32)
     dark = light * rng.uniform(0.0, 0.7, 3).astype(np.float32)
     paint = dark + (light - dark) * mix  # [F, S, S, 3]

@@ -20,6 +20,8 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from av.container import InputContainer
+from av.video.stream import VideoStream
 from einops import rearrange
 
 from mimo.data.errors import DamagedVideo, UnreadableVideo, reason
@@ -89,7 +91,7 @@ class VideoReader:
     def __init__(self, path: str | Path, kept: KeptFrames | None = None):
         self.path = str(path)
         self._kept = KeptFrames(0) if kept is None else kept
-        self._container = None
+        self._container: InputContainer | None = None
         file, status = local_file(path)
         self._url, self._identity = f"file:{file}", identity(file, status)
         try:
@@ -199,24 +201,23 @@ class VideoReader:
 
     # ---- the file
 
-    def _open(self) -> None:
-        self._container = av.open(self._url, metadata_errors="ignore", options=_LOCAL_ONLY)
-        if not self._container.streams.video:
+    def _open(self) -> tuple[InputContainer, VideoStream]:
+        """The file from its beginning, and its first video."""
+        self.close()
+        self._container = container = av.open(self._url, metadata_errors="ignore", options=_LOCAL_ONLY)
+        if not container.streams.video:
             raise UnreadableVideo(self.path, "holds no video stream")
-        self._stream = self._container.streams.video[0]
-        if self._stream.codec_context is None:
+        stream = container.streams.video[0]
+        if stream.codec_context is None:
             raise UnreadableVideo(self.path, "its codec is unknown here")
-        self._stream.codec_context.thread_count = 1
+        stream.codec_context.thread_count = 1
+        return container, stream
 
     def _list_packets(self) -> _Listing:
-        self._open()
-        stream, packets, damaged, others = (
-            self._stream,
-            [],
-            0,
-            -1,
-        )  # the last packet is an empty one that ends the stream
-        for packet in self._container.demux(stream):
+        container, stream = self._open()
+        packets, damaged = [], 0
+        others = -1  # the last packet is an empty one that ends the stream
+        for packet in container.demux(stream):
             if not packet.size or packet.is_discard:
                 others += 1
             elif packet.is_corrupt:
@@ -229,13 +230,16 @@ class VideoReader:
         pts = [packet.pts for packet in packets]
         # AVI keeps no presentation times (what the demuxer invents is wrong when there are B-frames), raw streams none
         # at all: there frames are counted from the first one.
-        timed = self._container.format.name != "avi" and None not in pts and len(set(pts)) == len(pts)
+        times = {time for time in pts if time is not None}
+        told_apart = len(times) == count
         keys = {packet.pts for packet in packets if packet.is_keyframe}
-        shown = sorted(pts) if timed else []
+        timed = told_apart and container.format.name != "avi"
+        shown = sorted(times) if timed else []
+        lasts = _length_in_header(container, stream, times) if told_apart else 0
         listing = _Listing(
             *(height, width, float(stream.average_rate or stream.guessed_rate or 25)),
             count=count,
-            total=max(count + damaged, stream.frames - others, self._length_in_header(packets)),
+            total=max(count + damaged, stream.frames - others, lasts),
             timed=timed,
             pts=tuple(shown),
             starts=(0, *(index for index, time in enumerate(shown) if time in keys and index)),
@@ -243,51 +247,39 @@ class VideoReader:
         self._kept.add(("listing", self._identity), listing, 100 * count)
         return listing
 
-    def _length_in_header(self, packets: list[av.Packet]) -> int:
-        """About how many frames a Matroska file lasts for, whose header says how long but not how many; 0: unknown."""
-        last, container = packets[-1], self._container
-        alone = container.format.name.startswith("matroska") and len(container.streams) == 1
-        if not alone or not container.duration or any(packet.pts is None for packet in packets):
-            return 0
-        first, last = min(packet.pts for packet in packets), max(packet.pts for packet in packets)
-        shown = float((last - first) * self._stream.time_base)
-        frame = shown / (len(packets) - 1) if len(packets) > 1 else 0.0
-        lasts = container.duration / av.time_base
-        return round(lasts / frame) if frame and lasts > shown + 2.5 * frame else 0
-
     def _decoded(self, number: int, wanted: set[int] | None) -> Iterator[tuple[int, av.VideoFrame]]:
         """(index, frame) from the start of a run on; None wants all, else those not wanted may be missing."""
         listing = self._listing
-        if self._container is None:
-            self._open()
         if listing.timed:
+            container = self._container or self._open()[0]
+            stream = container.streams.video[0]
             times = None if wanted is None else {listing.pts[i] for i in wanted}
             begin = listing.pts[listing.starts[number]]
             # A container may miss the key frame it was sent to (seek tables can be wrong): then the one before is
             # tried.
             for start in reversed(listing.starts[: number + 1]):
                 with suppress(av.error.FFmpegError):
-                    self._container.seek(listing.pts[start], stream=self._stream)
-                frames = self._decode(times)
+                    container.seek(listing.pts[start], stream=stream)
+                frames = self._decode(container, stream, times)
                 first = next(frames, None)
                 if first is not None and first.pts is not None and first.pts <= begin:
                     for frame in chain([first], frames):
                         if (index := listing.index(frame.pts)) is not None:
                             yield index, frame
                     return
-        self.close()
-        self._open()
-        yield from enumerate(self._decode(None))
+        yield from enumerate(self._decode(*self._open(), None))
 
-    def _decode(self, wanted: set[int] | None) -> Iterator[av.VideoFrame]:
+    def _decode(
+        self, container: InputContainer, stream: VideoStream, wanted: set[int] | None
+    ) -> Iterator[av.VideoFrame]:
         """The frames from where the file stands; what is not wanted is decoded only if other frames refer to it.
 
         At a packet that does not decode, the frames before it that wait for their turn still come, then the error is
         raised.
         """
-        context = self._stream.codec_context
+        context = stream.codec_context
         try:
-            for packet in self._container.demux(self._stream):
+            for packet in container.demux(stream):
                 skips = wanted is not None and packet.pts is not None and packet.pts not in wanted
                 context.skip_frame = "NONREF" if skips else "DEFAULT"
                 for frame in packet.decode():
@@ -308,6 +300,16 @@ class VideoReader:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def _length_in_header(container: InputContainer, stream: VideoStream, times: set[int]) -> int:
+    """About how many frames a Matroska file lasts for, whose header says how long but not how many; 0: unknown."""
+    alone = container.format.name.startswith("matroska") and len(container.streams) == 1
+    if not alone or not container.duration or len(times) < 2 or stream.time_base is None:
+        return 0
+    shown = float((max(times) - min(times)) * stream.time_base)
+    frame, lasts = shown / (len(times) - 1), container.duration / av.time_base
+    return round(lasts / frame) if lasts > shown + 2.5 * frame else 0
 
 
 def open_clip(path: str | Path, kept: KeptFrames | None = None) -> VideoReader | NpzReader:

@@ -44,6 +44,7 @@ class DCTTokenizer(nn.Module):
     # To be counted up whenever the latents of a clip change: what was made with other ones is refused then. In 1, unit
     # variance was that of the average channel.
     definition = "dct 2"
+    basis: torch.Tensor
 
     def __init__(self, compression: tuple[int, int, int] = (1, 8, 8), channels: int | None = None):
         super().__init__()

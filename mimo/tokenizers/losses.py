@@ -26,11 +26,15 @@ class LPIPS(nn.Module):
         linear: the published weights of the linear layers (lin0.model.1.weight, ...).
     """
 
+    shift: torch.Tensor
+    scale: torch.Tensor
+
     def __init__(self, vgg: str | Path, linear: str | Path):
         super().__init__()
-        layers, channels = [], 3
+        layers: list[nn.Module] = []
+        channels = 3
         for width in _VGG16:
-            if width == "pool":
+            if isinstance(width, str):
                 layers.append(nn.MaxPool2d(2))
             else:
                 layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
@@ -61,7 +65,7 @@ class LPIPS(nn.Module):
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """x, y [N, 3, H, W] in [-1, 1], sides of 16 or more -> mean distance, a scalar."""
         h = (torch.cat([x, y]) - self.shift) / self.scale
-        distance = 0
+        distance = torch.zeros((), device=x.device)
         for i, layer in enumerate(self.features):
             h = layer(h)
             if i in self.ends:
