@@ -243,6 +243,10 @@ def latent_shards(seed: int) -> int:
         every = [clips.sample(number, 0) for number in range(len(clips))]
         return [as_bytes({name: torch.from_numpy(x) for name, x in sample.items()}) for sample in every]
 
+    def says(data: bytes) -> dict:
+        """What is left without the checksum, which may be lost: folders of before have none."""
+        return {name: value for name, value in json.loads(data).items() if name != records.CHECKSUM}
+
     with folder() as place:
         write_clips(place / "clips")
         encode(place / "clips", place / "latents")
@@ -262,9 +266,7 @@ def latent_shards(seed: int) -> int:
                 found = {file.name: file.read_bytes() for file in files_of(latents)}
                 assert found.keys() == contents.keys()
                 for name, data in contents.items():
-                    assert found[name] == data or (
-                        name.endswith(".json") and json.loads(found[name]) == json.loads(data)
-                    )
+                    assert found[name] == data or (name.endswith(".json") and says(found[name]) == says(data))
 
         victims = [file.relative_to(whole) for file in files_of(whole)]
         return damaged_copies(whole, victims, random.Random(seed), 40, check)

@@ -515,3 +515,13 @@ def test_npz_actions_beyond_int64(tmp_path):
     np.savez(tmp_path / "a.npz", actions=np.array([0, 2**64 - 1], np.uint64))
     with pytest.raises(UnreadableVideo, match=r"'actions' holds 18446744073709551615, expected less than 2\*\*63"):
         load_actions(tmp_path / "a.npz")
+
+
+def test_npz_files_with_damaged_names_are_refused_in_one_short_line(tmp_path):
+    np.savez(tmp_path / "a.npz", video=np.zeros((200, 8, 8, 3), np.uint8))
+    data = bytearray((tmp_path / "a.npz").read_bytes())
+    data[26:28] = b"\xff\xff"  # the length of a file's name
+    (tmp_path / "a.npz").write_bytes(data)
+    with pytest.raises(UnreadableVideo, match="not a readable npz file") as error:
+        read_clip(tmp_path / "a.npz", 1)
+    assert len(error.value.why) < 300
