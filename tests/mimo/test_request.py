@@ -12,6 +12,8 @@ from PIL import Image
 from mimo.cli import main
 from mimo.data import VideoReader, read_clip, write_video
 from mimo.data.npz import NpzReader
+from mimo.errors import InputError
+from mimo.runtime import memory_of
 from mimo.sampling import request, videos
 from mimo.sampling.loading import load
 from mimo.sampling.sampler import Sampler
@@ -129,6 +131,35 @@ def test_absurd_sizes_are_refused_before_anything_is_made(sample, tmp_path, monk
     status, errors = sample(*words.split())
     assert status == 2 and re.search(needed, errors) and errors.endswith("this machine has 16 GiB\n"), errors
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5])
+@pytest.mark.parametrize("compression", [1, 4])
+def test_frames_are_counted_in_the_latents_that_cover_them(chunk, compression):
+    """Against trying every number: latents that come in chunks, of which the first covers fewer frames."""
+
+    class Chunks:
+        def num_frames(self, latents: int) -> int:
+            if latents % chunk:
+                raise ValueError(f"{latents} latents")
+            return (latents // chunk - 1) * chunk * compression + 1
+
+    cover = {Chunks().num_frames(chunk * n): chunk * n for n in range(1, 100)}
+    for frames in range(1, 60):
+        if frames in cover:
+            assert request._latents("--frames", frames, Chunks()) == cover[frames]
+            continue
+        low, high = max(n for n in cover if n < frames), min(n for n in cover if n > frames)
+        with pytest.raises(InputError, match=f"--frames {frames}: this model's latents cover {low} or {high} frames"):
+            request._latents("--frames", frames, Chunks())
+    for frames in (0, -1, 2**63):
+        with pytest.raises(InputError, match=f"--frames {frames}: expected at least 1, and less than"):
+            request._latents("--frames", frames, Chunks())
+
+
+def test_the_memory_of_this_machine_is_known():
+    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 2**26 < memory_of(torch.device("cpu")) <= pages
 
 
 @pytest.mark.parametrize(

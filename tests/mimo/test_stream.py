@@ -263,6 +263,23 @@ def test_only_what_a_run_saved_is_deleted(model, tmp_path):
     assert not folder.exists() and tmp_path.exists()
 
 
+def test_a_link_in_the_place_of_the_folder_is_not_followed(model, tmp_path):
+    saving = saved_run(model, tmp_path / "elsewhere")
+    link, before = tmp_path / "unfinished", sorted(saving.folder.rglob("*"))
+    link.symlink_to(saving.folder)
+    for refused in (
+        lambda: delete_folder(link),
+        lambda: Sampler(model, config()).resume(Saving(link, request=saving.request)),
+    ):
+        with pytest.raises(InputError, match="unfinished is a link"):
+            refused()
+    assert sorted(saving.folder.rglob("*")) == before
+    delete_folder(saving.folder)
+    saving.folder.mkdir()
+    with pytest.raises(InputError, match="unfinished is a link"):
+        start(Sampler(model, config()), Saving(link))
+
+
 def test_long_run_is_saved_and_continued_in_constant_space(tmp_path):
     """300 frames, of which what is kept is the cache's window and, on disk, every frame once."""
     model = network(depth=1, num_classes=0, num_actions=0)
