@@ -131,3 +131,16 @@ def test_examples_run_as_scripts(name, says, capsys):
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     printed = capsys.readouterr().out
     assert re.search(r"FrameMask\.\w+: 1 clip", printed) and says in printed
+
+
+def test_readme_says_what_runs(capsys, monkeypatch):
+    """Its Python, block after block, and the drawing that it shows. The network of the last block is not built: it is large."""
+    page = (EXAMPLES.parent / "README.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    assert len(blocks) == 3
+    monkeypatch.setattr("mimo.MiMo", lambda config: config, raising=False)
+    names = {}
+    for block in blocks:
+        exec(block, names)
+    assert capsys.readouterr().out.strip() in page
+    assert names["model"].depth == 12
