@@ -27,7 +27,14 @@ class Fuzzer:
 
 
 FUZZERS: dict[str, Fuzzer] = {}
-MODULES = ("masks", "host", "files", "kills")  # of this folder: each registers its fuzzers when it is imported
+MODULES = (
+    "masks",
+    "host",
+    "cache",
+    "gradients",
+    "files",
+    "kills",
+)  # of this folder: each registers its fuzzers when it is imported
 
 
 def load() -> dict[str, Fuzzer]:

@@ -174,6 +174,10 @@ def test_follows_a_refreshed_view(backend):
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_one_view_through_everything_a_cache_does(data):
+    follow_a_cache(data)
+
+
+def follow_a_cache(data):
     """The reference keeps what it took out of the pages, per layer, and adds to it: it must never show what is gone."""
     clips = Clips(1, 8, data.draw(st.integers(1, 9), label="page size"))
     seqs = [clips.new(3, 4), clips.new(3), None]
