@@ -114,8 +114,8 @@ def video_paths(out: Path, count: int, kind: Format) -> list[Path]:
 
 
 def require_replaceable(path: Path) -> None:
-    """NotOurs for a folder in the place of our pictures that holds anything else."""
-    if path.is_dir():
+    """NotOurs for what is no file in the place of a file, and no folder of our pictures in the place of one."""
+    if path.is_dir() or not path.suffix:
         if not folders.is_ours(path):
             raise folders.NotOurs(path, path, "was not written by mimo")
         for _ in folders.ours(path, _PICTURES):

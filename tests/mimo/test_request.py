@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -113,6 +114,10 @@ def test_a_folder_of_pictures_with_a_file_of_the_user_stays(sample, tmp_path, mo
     monkeypatch.setattr(request, "generate", lambda *_, **__: pytest.fail("sampled in vain"))
     status, errors = sample("--format", "png", "--overwrite")
     assert status == 2 and f"{note} was not written by mimo" in errors and note.read_text() == "mine"
+    shutil.rmtree(note.parent)
+    note.parent.write_text("mine")
+    assert f"{note.parent} was not written by mimo" in sample("--format", "png", "--overwrite")[1]
+    assert note.parent.read_text() == "mine"
 
 
 @pytest.mark.parametrize(
