@@ -20,6 +20,7 @@ import os
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +30,7 @@ from mimo.data.fitting import clip_span
 from mimo.data.kept import KeptFrames
 from mimo.data.latents import LatentShards, is_latents
 from mimo.data.npz import NpzReader, load_actions, npz_names
+from mimo.data.protocols import ClipDataset
 from mimo.data.shapes import SIDES, TEXTURES, moving_shapes
 from mimo.data.video import VIDEO_SUFFIXES, VideoReader, open_clip
 
@@ -106,12 +108,12 @@ class _ClipFiles:
                 self.clips = _label_by_folder(self.clips)
             if self.suffixes == VIDEO_SUFFIXES and use_actions:
                 self.clips = _attach_actions(self.clips)
-        labels = [clip.label for clip in self.clips]
+        labels = [clip.label for clip in self.clips if clip.label is not None]
         self.num_classes = num_classes
-        if labels[0] is not None and use_labels:
+        if labels and use_labels:
             self.num_classes = num_classes or max(labels) + 1
             if max(labels) >= self.num_classes:
-                worst = max(self.clips, key=lambda clip: clip.label)
+                worst = max(self.clips, key=lambda clip: clip.label or 0)
                 raise DataError(f"{worst.path}: label {worst.label}, expected one below num_classes {self.num_classes}")
         if flip and use_actions and self.clips[0].actions is not None:
             raise DataError(f"{self.path}: flip mirrors the video but not its actions: turn one of them off")
@@ -161,9 +163,9 @@ class _ClipFiles:
             actions = self.actions_of(clip, reader)
         if self.flip and at_flip < 0.5:
             video = np.ascontiguousarray(video[:, :, ::-1])
-        sample = {"video": video}
+        sample: dict[str, Any] = {"video": video}
         if self.has_labels:
-            sample["label"] = np.int64(clip.label)
+            sample["label"] = np.int64(clip.label or 0)
         if actions is not None:
             sample["actions"] = actions[start : start + clip_span(self.num_frames, interval) : interval]
         if self.dynamic:
@@ -296,7 +298,13 @@ class ShapesDataset:
         if min(num_frames, height, width, length) < 1:
             raise ValueError(f"{length} clips of {num_frames} x {height} x {width}: expected all >= 1")
         self.num_frames, self.height, self.width, self.length = num_frames, height, width, length
-        self.options = {"shapes": shapes, "speed": speed, "textures": textures, "sides": sides, "color": color}
+        self.options: dict[str, Any] = {
+            "shapes": shapes,
+            "speed": speed,
+            "textures": textures,
+            "sides": sides,
+            "color": color,
+        }
 
     def __len__(self) -> int:
         return self.length
@@ -325,7 +333,7 @@ class ShapesDataset:
 
 
 # How the papers read their datasets, as options of `open_dataset`.
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     # train/ and val/ folders of videos, searched recursively
     "kinetics600": {"num_frames": 17, "height": 128, "width": 128, "split": "train"},
     # FAR: an annotation with video_path and label
@@ -340,7 +348,7 @@ LAYOUTS = {
 }
 
 
-def open_dataset(path: str | Path, *, layout: str | None = None, **options):
+def open_dataset(path: str | Path, *, layout: str | None = None, **options) -> ClipDataset:
     """The dataset that `path` holds: "shapes", a folder of videos, of npz trajectories or of latent shards, one such
     file, or an annotation (.json).
 
@@ -357,9 +365,9 @@ def open_dataset(path: str | Path, *, layout: str | None = None, **options):
     if is_latents(Path(path)):
         names = ("num_classes", "num_actions", "use_labels", "use_actions", "allow_outside")
         shape = tuple(options[key] for key in ("num_frames", "height", "width"))
-        dataset = LatentShards(path, clip_shape=shape, **{name: options[name] for name in names if name in options})
-        dataset.check_readable()
-        return dataset
+        shards = LatentShards(path, clip_shape=shape, **{name: options[name] for name in names if name in options})
+        shards.check_readable()
+        return shards
     kinds, path, options = find_kinds(Path(path), options)
     if len(kinds) != 1:
         contents = " and ".join(f"{count} {kind.kind}" for kind, count in kinds.items()) or "no video and no npz file"

@@ -18,9 +18,9 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ from mimo.data.protocols import VideoDataset
 from mimo.data.video import to_float
 from mimo.data.writing import atomic_path
 from mimo.errors import InputError
-from mimo.tokenizers.protocols import Tokenizer, require_posterior
+from mimo.tokenizers.protocols import Tokenizer, VariationalTokenizer, require_posterior
 from mimo.tokenizers.weights import checksum
 
 log = logging.getLogger("mimo.encode")
@@ -53,7 +53,8 @@ Likeness = tuple[int | None, str]  # of a source file: see `_likeness`
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-class _Drawn(NamedTuple):
+@dataclass(frozen=True)
+class _Drawn:
     """Clip `index` of pass `turn`: its sample, or what is wrong with it.
 
     Args:
@@ -66,7 +67,7 @@ class _Drawn(NamedTuple):
     noise_seed: int
     sample: dict[str, np.ndarray] | None
     failure: UnreadableVideo | None = None
-    shortened: Mapping[str, str] = {}
+    shortened: Mapping[str, str] = field(default_factory=dict)
 
 
 class _Walk(Dataset):
@@ -170,14 +171,15 @@ def _encoded_shards(
 ) -> Iterator[list]:
     """The rows of each range of the walk, one after the other. Clips that cannot be used are named and left out."""
     batches = [
-        covered[i : i + config.batch_size] for covered in ranges for i in range(0, len(covered), config.batch_size)
+        [*covered[i : i + config.batch_size]] for covered in ranges for i in range(0, len(covered), config.batch_size)
     ]
     walk, generator, workers = _Walk(dataset, config.seed), torch.Generator(), config.workers
     if workers is None:
         sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = default_workers(dataset, gpu=torch.device(device).type == "cuda", processes=sharing)
     loader = DataLoader(walk, batch_sampler=batches, collate_fn=list, num_workers=workers, generator=generator)
-    decoded, reported = iter(loader), set()
+    reported: set[str] = set()
+    decoded = iter(loader)
     for covered in ranges:
         rows, done = [], 0
         while done < len(covered):
@@ -236,8 +238,8 @@ def _begin(out: Path, plan: dict, dataset) -> None:
         wanted = json.loads(json.dumps(plan))
         for key in wanted | begun:
             if begun.get(key) != wanted.get(key) or key not in wanted:
-                there, here = (repr(some.get(key)) for some in (begun, wanted))
-                raise DataError(f"{out}: was begun with {key} {there}, not {here}: take another --out")
+                then, now = (repr(some.get(key)) for some in (begun, wanted))
+                raise DataError(f"{out}: was begun with {key} {then}, not {now}: take another --out")
         _compare_files(out, dataset)
         return
     # files.json and names with a dot are of another process that is just beginning too, or was killed doing so.
@@ -267,7 +269,7 @@ def _likeness(file: Path) -> Likeness:
             stream.seek(max(0, size - _END))
             digest.update(stream.read())
     except OSError as error:
-        return None, error.strerror
+        return None, error.strerror or str(error)
     return size, digest.hexdigest()
 
 
@@ -295,20 +297,20 @@ def _encode_batch(
     clips: list[_Drawn], tokenizer: Tokenizer, device: torch.device | str, plan: Mapping
 ) -> list[dict[str, torch.Tensor]]:
     """The rows of a shard, of those clips that have a sample."""
-    clips = [clip for clip in clips if clip.sample is not None]
-    if not clips:
+    drawn = [(clip, clip.sample) for clip in clips if clip.sample is not None]
+    if not drawn:
         return []
-    video = to_float(torch.stack([torch.from_numpy(clip.sample["video"]) for clip in clips]).to(device))
-    if plan.get("posterior") == "sample":
-        latents = tokenizer.draw(video, torch.tensor([clip.noise_seed for clip in clips]))
+    video = to_float(torch.stack([torch.from_numpy(sample["video"]) for _, sample in drawn]).to(device))
+    if plan.get("posterior") == "sample" and isinstance(tokenizer, VariationalTokenizer):
+        latents = tokenizer.draw(video, torch.tensor([clip.noise_seed for clip, _ in drawn]))
     else:
         latents = tokenizer.encode(video)
     rows = []
-    for z, clip in zip(latents.to(_DTYPES[plan["dtype"]]).cpu(), clips, strict=True):
+    for z, (clip, sample) in zip(latents.to(_DTYPES[plan["dtype"]]).cpu(), drawn, strict=True):
         if not torch.isfinite(z).all():
             raise DataError(f"clip {clip.index}, pass {clip.turn}: its latents are not finite in {plan['dtype']}")
         row = {"latents": z, "index": torch.tensor(clip.index), "pass": torch.tensor(clip.turn)}
-        row |= {key: torch.as_tensor(value) for key, value in clip.sample.items() if key != "video"}
+        row |= {key: torch.as_tensor(value) for key, value in sample.items() if key != "video"}
         rows.append(row)
     return rows
 
@@ -355,7 +357,7 @@ def _digest(tensors: dict[str, torch.Tensor]) -> str:
     for key in sorted(tensors):
         tensor = tensors[key].contiguous()
         digest.update(f"{key}{tensor.dtype}{list(tensor.shape)}".encode())
-        digest.update(tensor.view(torch.uint8).numpy() if tensor.numel() else b"")
+        digest.update(tensor.view(torch.uint8).numpy().data if tensor.numel() else b"")
     return digest.hexdigest()
 
 
