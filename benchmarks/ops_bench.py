@@ -1,14 +1,17 @@
-"""The memory-bound operators as a fraction of the speed of a copy, against eager PyTorch, torch.compile, Liger and QuACK.
+"""The memory-bound operators as a fraction of the speed of a copy, against eager PyTorch, torch.compile, Liger and
+QuACK.
 
-    python benchmarks/ops_bench.py [--out bench_results] [--shapes k600-xl wan-tf] [--ops modulate] [--seconds 0.3] [--minutes 4]
+    python benchmarks/ops_bench.py [--out bench_results] [--shapes k600-xl wan-tf] [--ops modulate] [--seconds 0.3]
+                                   [--minutes 4]
 
-Writes ops.json and ops.csv under --out after every operator, ops.png at the end, and prints a table last. With --minutes it begins no operator that
-would not fit. Exits with status 1 if a kernel of ours failed or was wrong. On a GPU every time is that of a captured graph, so it holds no host
-time; the graph goes through copies of the inputs that together exceed any L2 cache. Bytes are those that have to move: every input read
-once, every output written once. Without a GPU it runs a small shape on the CPU, where the compiled kernels do not run.
+Writes ops.json and ops.csv under --out after every operator, ops.png at the end, and prints a table last. With
+--minutes it begins no operator that would not fit. Exits with status 1 if a kernel of ours failed or was wrong. On a
+GPU every time is that of a captured graph, so it holds no host time; the graph goes through copies of the inputs that
+together exceed any L2 cache. Bytes are those that have to move: every input read once, every output written once.
+Without a GPU it runs a small shape on the CPU, where the compiled kernels do not run.
 
-Then counts what one block of MiMo-XL costs beside its arithmetic, forward and backward: operator calls that touch memory, and the bytes of their
-operands and results; once with plain PyTorch, once with the kernels of this package.
+Then counts what one block of MiMo-XL costs beside its arithmetic, forward and backward: operator calls that touch
+memory, and the bytes of their operands and results; once with plain PyTorch, once with the kernels of this package.
 """
 
 import argparse
@@ -100,7 +103,8 @@ CPU_SHAPES = [Shape("cpu-small", 2, 4, 64, 40, 4, 72)]
 
 @dataclass
 class Op:
-    """inputs: a new set of tensors, in which the differentiable ones have gradients. forward_bytes, backward_bytes: what has to move."""
+    """inputs: a new set of tensors, in which the differentiable ones have gradients. forward_bytes, backward_bytes:
+    what has to move."""
 
     name: str
     inputs: Callable[[], list[torch.Tensor]]
@@ -200,7 +204,8 @@ def operators(shape: Shape, device: torch.device, dtype: torch.dtype) -> list[Op
 
 
 def layer_norm_peers() -> dict[str, Callable]:
-    """Plain LayerNorm with weight and bias of other packages: fewer operands than ours, the same passes over the tokens."""
+    """Plain LayerNorm with weight and bias of other packages: fewer operands than ours, the same passes over the
+    tokens."""
     peers = {}
     try:
         from liger_kernel.ops.layer_norm import LigerLayerNormFunction
@@ -386,7 +391,8 @@ def main() -> int:
     common.print_header("memory-bound operators", header, limits)
     if device.type != "cuda":
         print(
-            "  no GPU: a small shape in fp32 on the CPU without the compiled kernels; the figures say nothing about them"
+            "  no GPU: a small shape in fp32 on the CPU without the compiled kernels; the figures say"
+            " nothing about them"
         )
     pieces = [
         (shape, op)

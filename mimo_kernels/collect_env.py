@@ -46,7 +46,8 @@ def _load(name: str) -> tuple[types.ModuleType | None, str]:
 
 
 def _version(package: str) -> str:
-    """The version that loads, its local part (torch's +cu130) included, or that of the files, and why they do not load."""
+    """The version that loads, its local part (torch's +cu130) included, or that of the files, and why they do not
+    load."""
     try:
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -83,7 +84,8 @@ def _extension() -> dict[str, str]:
 
 
 def _serves(family: str, device) -> str:
-    """The backend that "auto" takes for a typical call on a torch.device; then, a line each, those that cannot serve, and why."""
+    """The backend that "auto" takes for a typical call on a torch.device; then, a line each, those that cannot serve,
+    and why."""
     try:
         refusals = importlib.import_module(f"mimo_kernels.{family}").describe_backends(device)
     except Exception as error:

@@ -1,4 +1,5 @@
-"""The package as installed: lazy names, the extension's account of itself, backend choice, collect_env without torch or Triton."""
+"""The package as installed: lazy names, the extension's account of itself, backend choice, collect_env without torch or
+Triton."""
 
 import importlib
 import importlib.util

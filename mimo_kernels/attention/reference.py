@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mimo_kernels.attention.mask import FrameMask
 from mimo_kernels.attention.operator import register_attention
+from mimo_kernels.core import torch_private
 
 DEVICES = ("cpu", "cuda", "meta")
 
@@ -113,11 +114,9 @@ def _take(x: Tensor, keys: list[slice]) -> Tensor:
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of one frame, all [clips, h, rows or keys, d], with its log-sum-exp [clips, h, rows]."""
     if q.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+        return torch_private.cpu_attention(q, k, v, scale=scale)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out, lse, *_ = torch.ops.aten._efficient_attention_forward(
-        q, k, v, None, None, None, None, None, 0.0, 0, True, scale=scale
-    )
+    out, lse, *_ = torch_private.cuda_attention(q, k, v, None, None, None, None, None, 0.0, 0, True, scale=scale)
     return out.transpose(1, 2), lse[:, :, : q.shape[1]]
 
 
@@ -125,15 +124,13 @@ def _attend_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     if q.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dout, q, k, v, out, lse, 0.0, False, scale=scale
-        )
+        return torch_private.cpu_attention_backward(dout, q, k, v, out, lse, 0.0, False, scale=scale)
     dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
     rows, keys = q.shape[1], k.shape[1]
     # The kernel reads the log-sum-exp in 32s. One split of the keys keeps it deterministic.
     lse = F.pad(lse, (0, -rows % 32), value=torch.inf).contiguous()
     unused = torch.empty((), dtype=torch.int64, device=q.device)  # seed and offset of the dropout that is not there
-    gradients = torch.ops.aten._efficient_attention_backward(
+    gradients = torch_private.cuda_attention_backward(
         dout,
         q,
         k,

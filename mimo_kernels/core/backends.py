@@ -109,7 +109,8 @@ def _sm(capability: tuple[int, int]) -> str:
 
 
 def _runs_on(capability: tuple[int, int], archs: tuple[str, ...]) -> bool:
-    """sm_80 runs on every 8.x, sm_90a on 9.0 alone, sm_100f on every 10.x; compute_100 is translated for all newer ones."""
+    """sm_80 runs on every 8.x, sm_90a on 9.0 alone, sm_100f on every 10.x; compute_100 is translated for all newer
+    ones."""
     for arch in archs:
         kind, name = arch.split("_")
         number = int(name.rstrip("af"))

@@ -27,7 +27,8 @@ def expect_tensor(op: str, name: str, x: object) -> None:
 
 
 def expect_shape(op: str, name: str, x: Tensor, *shape: int | str) -> None:
-    """Numbers have to agree; a word stands for any number, and a word that begins with `...` for any leading dimensions."""
+    """Numbers have to agree; a word stands for any number, and a word that begins with `...` for any leading
+    dimensions."""
     expect_tensor(op, name, x)
     actual, wanted = x.shape, shape
     if wanted and isinstance(wanted[0], str) and wanted[0].startswith("...") and len(actual) >= len(wanted) - 1:

@@ -3,8 +3,10 @@
 The rules, for every one of them:
 - a device gets its copy once, from pinned memory, without waiting for it;
 - a copy cannot be made inside a CUDA graph capture, where the upload would become part of the graph: it is refused;
-- a stream other than the one of the upload is ordered behind it, and the copy's memory goes to nobody else before that stream is done;
-- a captured graph that reads a copy keeps it alive: with `kept()` as long as whoever holds the graph says, else for good;
+- a stream other than the one of the upload is ordered behind it, and the copy's memory goes to nobody else before that
+  stream is done;
+- a captured graph that reads a copy keeps it alive: with `kept()` as long as whoever holds the graph says, else for
+  good;
 - tables are made outside of inference mode and of dispatch modes, so that they serve training and tracing as well.
 """
 
@@ -25,7 +27,8 @@ _capturing = threading.local()  # .kept: where the captures of this thread put w
 
 @contextlib.contextmanager
 def kept() -> Iterator[Copies]:
-    """Collects the copies that captures inside hand to their graph. Who replays the graph keeps what this yields as long:
+    """Collects the copies that captures inside hand to their graph. Who replays the graph keeps what this yields as
+    long:
 
         with kept() as copies, torch.cuda.graph(graph):
             ...
@@ -86,7 +89,7 @@ class DeviceCopies:
     def _order(self, key: str) -> None:
         copies = self._copies[key]
         if torch.cuda.is_current_stream_capturing():
-            # Whoever captures has waited for the device, torch.cuda.graph does; an event from outside cannot be waited for.
+            # Whoever captures has waited for the device (torch.cuda.graph does); here no event can be waited for.
             getattr(_capturing, "kept", _kept_for_good)[id(copies)] = copies
             return
         uploaded, ordered = self._uploads.get(key) or (None, None)  # without it: uploaded while torch.compile traced

@@ -18,7 +18,8 @@ def _remembered(ask: Callable[[torch.device], list[str]], device: torch.device) 
 
 @torch.compiler.assume_constant_result
 def device_refusals(device: torch.device) -> list[str]:
-    """Why the compiled kernels cannot work on tensors of this device; empty when they can. Every call asks, so it is remembered."""
+    """Why the compiled kernels cannot work on tensors of this device; empty when they can. Every call asks, so it is
+    remembered."""
     return list(_remembered(backends.cuda_refusals, device))
 
 

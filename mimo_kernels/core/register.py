@@ -1,4 +1,5 @@
-"""The one way to become an operator of torch: `mimo_kernels::<name>`, with shapes for tracing and an answer to every derivative.
+"""The one way to become an operator of torch: `mimo_kernels::<name>`, with shapes for tracing and an answer to every
+derivative.
 
     bias_gelu_op = register(
         "bias_gelu(Tensor x, Tensor? bias) -> Tensor",
@@ -46,7 +47,7 @@ def register(
     sample: Callable[[int], tuple],
     gradients: Callable | None = None,
     save: Callable | None = None,
-) -> torch._ops.OpOverload:
+) -> torch_private.OpOverload:
     """Defines an operator from its schema, "name(Tensor x, ...) -> ...", and returns it.
 
     Args:
@@ -92,7 +93,7 @@ def _without_tangents(name: str, kernel: Callable) -> Callable:
             )
         if torch.is_grad_enabled() and torch_private.functorch_active() and _any_requires_grad(args):
             raise NotImplementedError(
-                f"mimo_kernels::{name} has no gradient in transforms of torch.func; use backward() or torch.autograd.grad"
+                f"mimo_kernels::{name} has no gradient in transforms of torch.func; use torch.autograd"
             )
         return kernel(keyset, *args, **kwargs)
 
@@ -113,7 +114,7 @@ def refuse_torch_func(name: str) -> None:
         raise NotImplementedError(f"{name} writes into its arguments and has no place in transforms of torch.func")
 
 
-def _without_gradients(name: str, operator: torch._ops.OpOverload) -> Callable:
+def _without_gradients(name: str, operator: torch_private.OpOverload) -> Callable:
     def autograd_kernel(keyset, *args):
         refuse_torch_func(f"mimo_kernels::{name}")
         if torch.is_grad_enabled() and _any_requires_grad(args):

@@ -1,5 +1,5 @@
-"""Every private name of torch that the package uses. tests/kernels/test_torch_private.py tries each one on its own, so that
-a torch that has moved or changed one is named by the test that fails."""
+"""Every private name of torch that the package uses. tests/kernels/test_torch_private.py tries each one on its own:
+the test that fails names what a torch has moved or changed."""
 
 import torch
 from torch._guards import detect_fake_mode
@@ -11,6 +11,15 @@ below_autograd = torch._C._AutoDispatchBelowAutograd  # context: what is called 
 AFTER_AUTOGRAD = torch._C._after_autograd_keyset  # the dispatch keys that follow autograd's, for OpOverload.redispatch
 
 functorch_active = torch._C._are_functorch_transforms_active  # whether a torch.func transform is under way
+
+
+OpOverload = torch._ops.OpOverload  # what torch.ops.<library>.<operator>.default is
+
+# Fused attention with its log-sum-exp, which scaled_dot_product_attention does not tell.
+cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+cpu_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+cuda_attention = torch.ops.aten._efficient_attention_forward
+cuda_attention_backward = torch.ops.aten._efficient_attention_backward
 
 
 def forward_level() -> int:

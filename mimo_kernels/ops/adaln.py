@@ -294,10 +294,11 @@ def modulate(
         weight, bias: [D], of x's dtype or both float32; None means 1 and 0.
         backend: "auto", "cuda" or "reference".
 
-    Returns y [rows, D] in x's dtype. Differentiable in all five tensors; sums over rows have a fixed order, so gradients
-    are the same bits in every run. Raises ValueError for shapes, dtypes or devices that do not fit.
+    Returns y [rows, D] in x's dtype. Differentiable in all five tensors; sums over rows have a fixed order, so
+    gradients are the same bits in every run. Raises ValueError for shapes, dtypes or devices that do not fit.
 
-    Source: adaptive LayerNorm of DiT (Peebles and Xie, arXiv 2212.09748, Sec. 3.2), and MiMo's separate LayerNorm for history.
+    Source: adaptive LayerNorm of DiT (Peebles and Xie, arXiv 2212.09748, Sec. 3.2), and MiMo's separate LayerNorm for
+    history.
     """
     _check("modulate", x, rows, None, {"scale": scale, "shift": shift}, {"weight": weight, "bias": bias}, eps)
     if backends.choose("modulate", backend, _refusals(x.device, x.dtype, x.shape[1])) == "reference":
@@ -326,7 +327,8 @@ def gated_residual_modulate(
         gate: [groups, D], with the dtype of scale and shift.
         The others as in `modulate`. LN sees x_new as it is stored, rounded to x's dtype.
 
-    Returns (x_new, y), both [rows, D] in x's dtype. Differentiable in all seven tensors. Raises ValueError as `modulate`.
+    Returns (x_new, y), both [rows, D] in x's dtype. Differentiable in all seven tensors. Raises ValueError as
+    `modulate`.
     """
     modulation = {"scale": scale, "shift": shift, "gate": gate}
     _check("gated_residual_modulate", x, rows, branch, modulation, {"weight": weight, "bias": bias}, eps)

@@ -23,8 +23,8 @@ class FrameRows:
 
     Args:
         lens, groups: one int per frame, as sequences or 1-d CPU tensors.
-    Raises ValueError for what is not a list of whole numbers, a negative length, a group below -1, or unequal numbers of
-    them. Building them breaks a graph of torch.compile; pass them in.
+    Raises ValueError for what is not a list of whole numbers, a negative length, a group below -1, or unequal numbers
+    of them. Building them breaks a graph of torch.compile; pass them in.
     """
 
     @torch.compiler.disable
@@ -66,7 +66,8 @@ class FrameRows:
         return self._copies.on(device)[2]
 
     def chunks_on(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
-        """The backward's work list: int32 [chunks, 3] of (first row, end row, group), ascending in the group, and int32 [groups + 2]:
+        """The backward's work list: int32 [chunks, 3] of (first row, end row, group), ascending in the group, and int32
+        [groups + 2]:
         where the chunks of history and of every group begin."""
         return self._copies.on(device)[3:5]
 
@@ -83,7 +84,8 @@ def _integers(name: str, values: Sequence[int] | Tensor) -> Tensor:
 
 
 def _chunks(row: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """Runs of rows of one group cut into nearly equal pieces, small enough to fill a GPU and large enough that their sums are few."""
+    """Runs of rows of one group cut into nearly equal pieces, small enough to fill a GPU and large enough that their
+    sums are few."""
     longest = 64 if row.numel() >= 1 << 15 else 32 if row.numel() >= 1 << 14 else 16
     groups, lens = torch.unique_consecutive(row, return_counts=True)
     offsets = F.pad(lens.cumsum(0), (1, 0))

@@ -106,7 +106,8 @@ def describe_backends(device: torch.device | str) -> dict[str, list[str]]:
 def bias_gelu(x: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
     """y = gelu(x + bias), gelu(z) = z / 2 * (1 + tanh(sqrt(2 / pi) * (z + 0.044715 z^3))).
 
-    Put behind a matrix product without bias. The backward reads x again and computes the activation anew, so nothing but x is kept.
+    Put behind a matrix product without bias. The backward reads x again and computes the activation anew, so nothing
+    but x is kept.
 
     Args:
         x: [..., D], float32, float16 or bfloat16; the cuda backend wants D a multiple of 8.

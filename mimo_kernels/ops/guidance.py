@@ -1,4 +1,5 @@
-"""Guidance and one sampler step in one pass: the velocities of all branches are combined and the latents updated in place."""
+"""Guidance and one sampler step in one pass: the velocities of all branches are combined and the latents updated in
+place."""
 
 import contextlib
 
@@ -85,6 +86,8 @@ def guided_step(
     op = "guided_step"
     checks.expect_tensor(op, "x", x)
     checks.expect_shape(op, "weights", weights, "G")
+    if not weights.shape[0]:
+        checks.refuse(op, "weights", "has shape [0]", "[G], at least one branch")
     checks.expect_shape(op, "v", v, weights.shape[0], *x.shape)
     checks.expect_shape(op, "coefficients", coefficients, "steps", 2)
     checks.expect_shape(op, "index", index, 1)

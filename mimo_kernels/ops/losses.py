@@ -1,4 +1,5 @@
-"""Weighted squared error in one pass: the diffusion loss (a weight per frame) and the mask loss (a weight per token)."""
+"""Weighted squared error in one pass: the diffusion loss (a weight per frame) and the mask loss (a weight per
+token)."""
 
 import torch
 from torch import Tensor
@@ -91,7 +92,8 @@ def _weight_dtypes(prediction: Tensor) -> tuple[torch.dtype, ...]:
 
 
 def weighted_squared_error(prediction: Tensor, target: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
-    """loss = sum over i of weight[i] * |prediction[i] - target[i]|^2, with the squares of all that lies behind the weight's dimensions.
+    """loss = sum over i of weight[i] * |prediction[i] - target[i]|^2, with the squares of all that lies behind the
+    weight's dimensions.
 
         diffusion loss   prediction [B, T, N, C]   weight [B, T]      w(tau) / (B T N C)
         mask loss        prediction [B, T, N, C]   weight [B, T, N]   dropped / (number of dropped values)
@@ -99,12 +101,14 @@ def weighted_squared_error(prediction: Tensor, target: Tensor, weight: Tensor, *
     Args:
         prediction: float32, float16 or bfloat16; the reference takes float64 too.
         target: of the same shape and dtype; not differentiable.
-        weight: float32 (float64 beside float64), its shape the leading dimensions of the prediction; not differentiable.
+        weight: float32 (float64 beside float64), its shape the leading dimensions of the prediction; not
+            differentiable.
         backend: "auto", "cuda" or "reference".
 
     Returns a float32 scalar, summed in float32 (float64 both for float64) and in a fixed order. Differentiable in the
     prediction.
-    Raises ValueError for shapes, dtypes or devices that do not fit, and for a target or weight that requires a gradient.
+    Raises ValueError for shapes, dtypes or devices that do not fit, and for a target or weight that requires a
+    gradient.
     """
     op = "weighted_squared_error"
     checks.expect_tensor(op, "prediction", prediction)

@@ -22,11 +22,13 @@ from mimo_kernels.core.register import refuse_torch_func, register
 
 MAX_HEAD_DIM = 256
 MAX_POSITIONS = 1 << 20  # 300 MB of table for heads of 72
-GRAD_BLOCKS = 528  # blocks of the backward, each with its own sum of the weights' gradients: a constant fixes the order of addition
+# Blocks of the backward, each with its own sum of the weights' gradients: a constant fixes the order of addition.
+GRAD_BLOCKS = 528
 
 
 class _Table(NamedTuple):
-    """Cosine and sine of every position and channel pair: [positions, head_dim / 2, 2], and per axis [positions, channels]."""
+    """Cosine and sine of every position and channel pair: [positions, head_dim / 2, 2], and per axis [positions,
+    channels]."""
 
     whole: Tensor
     axes: list[Tensor]
@@ -40,9 +42,9 @@ class AxialRoPE:
     Args:
         head_dim: channels of a head, even.
         theta: base of the frequencies.
-        split: channels for t, y and x, each even; their sum is head_dim. Default: a third each, rounded down to even. Of
-            the channel pairs that are left, one goes to t, two go to y and x, so that space is even: 72 -> 24, 24, 24,
-            128 -> 44, 42, 42 (as in Wan and DFoT), 64 -> 20, 22, 22.
+        split: channels for t, y and x, each even; their sum is head_dim. Default: a third each, rounded down to
+            even. Of the channel pairs that are left, one goes to t, two go to y and x, so that space is even:
+            72 -> 24, 24, 24, 128 -> 44, 42, 42 (as in Wan and DFoT), 64 -> 20, 22, 22.
 
     Raises ValueError for an odd head_dim or a split that does not fit.
     Source: Su et al., arXiv 2104.09864, Sec. 3.2, applied to each axis.
@@ -77,10 +79,12 @@ class AxialRoPE:
         return torch.cat(pairs)
 
     def tables_on(self, device: torch.device | str, max_position: int = 1023) -> tuple[Tensor, Tensor]:
-        """(cos, sin) of every position and channel pair: float32 [positions, head_dim / 2], at least up to `max_position`.
+        """(cos, sin) of every position and channel pair: float32 [positions, head_dim / 2], at least up to
+        `max_position`.
 
-        Made on the host, kept per device; a larger position makes a table of twice the size, once. Call it where positions from 1024 on
-        are about to come in on a GPU: the kernel cannot make its table longer, and stops with a message.
+        Made on the host, kept per device; a larger position makes a table of twice the size, once. Call it where
+        positions from 1024 on are about to come in on a GPU: the kernel cannot make its table longer, and stops with a
+        message. There are at most 1,048,576 positions.
         """
         checks.expect_count("tables_on", "max_position", max_position, high=MAX_POSITIONS - 1)
         table = self._table(torch.device(device), max_position).whole
@@ -298,13 +302,15 @@ def qk_norm_rope(
 ) -> tuple[Tensor, ...]:
     """q = RoPE(RMSNorm(qkv[:, 0]) * q_weight), k = RoPE(RMSNorm(qkv[:, 1]) * k_weight), per row and head.
 
-    RMSNorm divides a head's channels by sqrt(mean of their squares + eps); everything between the load and the store is float32.
+    RMSNorm divides a head's channels by sqrt(mean of their squares + eps); everything between the load and the store is
+    float32.
 
     Args:
         qkv: [rows, 3, heads, head_dim], a view of the projection's output; float32, float16 or bfloat16. The cuda
             backend wants head_dim a multiple of 8 up to 256.
         q_weight, k_weight: [head_dim], both of qkv's dtype or both float32.
-        coords: int32 [rows, 3], the (t, y, x) position of every row, 0 or more; None together with rope for no rotation.
+        coords: int32 [rows, 3], the (t, y, x) position of every row, 0 or more; None together with rope for no
+            rotation.
         rope: frequencies and channel split.
         return_v: also return v, as a tensor of its own. The values stay available as the view qkv[:, 2]; but where
             gradients flow, v from here costs one copy each way, and the view's backward several passes over qkv.
@@ -335,7 +341,8 @@ def qk_norm_rope_cache(
     eps: float = 1e-6,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`qk_norm_rope` that also stores k and v in cache pages: k_cache[cache_rows[i]] = k[i], v_cache[cache_rows[i]] = v[i].
+    """`qk_norm_rope` that also stores k and v in cache pages: k_cache[cache_rows[i]] = k[i], v_cache[cache_rows[i]] =
+    v[i].
 
     Args:
         k_cache, v_cache: [slots, heads, head_dim], contiguous, of qkv's dtype: the pages of a layer, one after the
@@ -398,7 +405,8 @@ def apply_rope(x: Tensor, coords: Tensor, rope: AxialRoPE) -> Tensor:
         coords: int32 [rows, 3], the (t, y, x) position of every row, 0 or more.
         rope: frequencies and channel split.
 
-    Returns x rotated, of its shape and dtype; angles and products are float32 (float64 for float64). Differentiable in x.
+    Returns x rotated, of its shape and dtype; angles and products are float32 (float64 for float64). Differentiable in
+    x.
     """
     op = "apply_rope"
     checks.expect_tensor(op, "x", x)

@@ -172,7 +172,8 @@ def gather_tokens(x: Tensor, index: Tensor, *, backend: str = "auto") -> Tensor:
 def scatter_tokens(
     x: Tensor, index: Tensor, num_rows: int, fill: Tensor | None = None, *, backend: str = "auto"
 ) -> Tensor:
-    """y[index[i]] = x[i]; every other row of y is `fill`, or zero: put kept tokens back, with a learned query in the holes.
+    """y[index[i]] = x[i]; every other row of y is `fill`, or zero: put kept tokens back, with a learned query in the
+    holes.
 
     Args:
         x: [kept, D]. float32, float16 or bfloat16 for the cuda backend, any dtype for the reference.

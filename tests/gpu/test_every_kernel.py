@@ -1,6 +1,8 @@
 """Every kernel once, small, forward and backward: the first thing to run on a new GPU, and what `benchmarks/report.py --sanitize` runs under
 compute-sanitizer. Whether results are right is for the other files; here they have to be finite and to need no more than the memory they own."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -17,10 +19,14 @@ from mimo_kernels import (
 )
 from mimo_kernels.attention import FrameMask, frame_attention
 from mimo_kernels.attention.paged import _triton_op
+from mimo_kernels.core.operators import OPERATORS
+from mimo_kernels.core.register import SAMPLES
 from mimo_kernels.ops.gelu import bias_gelu
 from mimo_kernels.ops.guidance import guided_step
 from mimo_kernels.ops.losses import weighted_squared_error
 
+for family in {operator.family for operator in OPERATORS}:
+    importlib.import_module(f"mimo_kernels.{family}")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -105,3 +111,18 @@ def test_tokens_and_loss(dtype, dim):
 def test_bias_gelu(dtype, dim):
     x, bias = draw(71, dim, dtype=dtype), draw(dim)
     finish((bias_gelu(x, bias, backend="cuda"),), [x, bias])
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_sample_of_every_operator(name):
+    """What a new operator gets without a line here."""
+    on_host = SAMPLES[name](37)
+    operator = getattr(torch.ops.mimo_kernels, name).default
+    # The table of an attention mask lies on the host.
+    stays = {i for i, argument in enumerate(operator._schema.arguments) if argument.name == "frames"}
+    args = [arg.cuda() if isinstance(arg, torch.Tensor) and i not in stays else arg for i, arg in enumerate(on_host)]
+    results = operator(*args)
+    torch.cuda.synchronize()
+    results = results if isinstance(results, tuple) else () if results is None else (results,)
+    written = [arg for arg, it in zip(args, operator._schema.arguments) if it.alias_info is not None]
+    assert all(t.isfinite().all() for t in (*results, *written))

@@ -1,4 +1,5 @@
-"""The fused operators on a GPU: the same budgets as under emulation, at the shapes that matter, and what only a device shows."""
+"""The fused operators on a GPU: the same budgets as under emulation, at the shapes that matter, and what only a device
+shows."""
 
 import pytest
 import torch
@@ -257,7 +258,8 @@ def test_tensors_of_more_than_two_to_the_31_elements():
 
 
 def test_the_host_never_waits():
-    """Everything a training step does with the operators, uploads of frame tables included, without a synchronisation."""
+    """Everything a training step does with the operators, uploads of frame tables included, without a
+    synchronisation."""
     step = everything()
     step()
     torch.cuda.set_sync_debug_mode("error")

@@ -1,4 +1,5 @@
-"""Executes the CUDA kernels of csrc/ on the CPU: compiles them with the host compiler against the block emulator in emulate/."""
+"""Executes the CUDA kernels of csrc/ on the CPU: compiles them with the host compiler against the block emulator in
+emulate/."""
 
 import fcntl
 import functools
@@ -30,7 +31,8 @@ FLAGS = [
     "-U_FORTIFY_SOURCE",
     "-w",
 ]
-# The kernels: before every access to memory a call, which the emulator answers itself; the compiler's own library stays out.
+# The kernels: before every access to memory a call, which the emulator answers itself; the compiler's own library stays
+# out.
 WATCHED = ["-O1", "-fsanitize=thread"]
 PLAIN = ["-O2"]
 SOURCES = [
@@ -44,10 +46,12 @@ WRITTEN_IN_PART = {"k_cache", "v_cache"}
 
 @functools.cache
 def module():
-    """The emulated module, each source compiled once per state of it, by the first of several processes that want it."""
+    """The emulated module, each source compiled once per state of it, by the first of several processes that want
+    it."""
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
-    # The emulator first: of an inline function that several files hold the linker takes the first, and these must not be watched.
+    # The emulator first: of an inline function that several files hold the linker takes the first, and these must not
+    # be watched.
     sources = [
         *sorted(EMULATOR.glob("*.cpp")),
         *sorted(EMULATOR.glob("*.cu")),
@@ -94,8 +98,8 @@ def build(compiler: str, objects: dict[Path, Path], target: Path) -> None:
 
 
 class Address(int):
-    """What Tensor.data_ptr gives while kernels are emulated: a number that knows its tensor, so that an operator's call tells how far
-    each of its pointers reaches."""
+    """What Tensor.data_ptr gives while kernels are emulated: a number that knows its tensor, so that an operator's call
+    tells how far each of its pointers reaches."""
 
     tensor: Tensor
 
@@ -110,9 +114,10 @@ def data_ptr(tensor: Tensor) -> Address:
 
 
 class Emulated:
-    """The emulated module as operators see it. For the time of a call the kernels may touch the tensors that it was given and no
-    byte beside them: what is const in its launcher to read, the rest to write, and to read what is written. Afterwards the rest has
-    to be full. RuntimeError for what a kernel does, AssertionError for what it leaves empty."""
+    """The emulated module as operators see it. For the time of a call the kernels may touch the tensors that it was
+    given and no byte beside them: what is const in its launcher to read, the rest to write, and to read what is
+    written. Afterwards the rest has to be full. RuntimeError for what a kernel does, AssertionError for what it leaves
+    empty."""
 
     def __init__(self, module):
         self._module = module

@@ -1,4 +1,5 @@
-"""Tables of the host on a device: one upload, refused in a capture, other streams behind it, kept by a graph that reads it.
+"""Tables of the host on a device: one upload, refused in a capture, other streams behind it, kept by a graph that reads
+it.
 
 The device is simulated here, so that every rule is tried without a GPU; tests/gpu tries them on one."""
 

@@ -94,14 +94,10 @@ def test_no_columns_are_the_references():
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_a_step_of_nothing_without_branches_and_of_one_number(backend: str):
+def test_a_step_of_nothing_and_of_one_number(backend: str):
     coefficients, index = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1])
     x = torch.zeros(0)
     assert guided_step(x, torch.zeros(2, 0), torch.ones(2), coefficients, index, backend=backend) is x
-    x = torch.ones(4)
-    assert torch.equal(
-        guided_step(x, torch.zeros(0, 4), x[:0], coefficients, index, backend=backend), 3 * torch.ones(4)
-    )
     assert guided_step(torch.tensor(2.0), torch.ones(1), torch.ones(1), coefficients, index, backend=backend) == 10
 
 
@@ -227,6 +223,9 @@ REFUSED = {
     ),
     r"guided_step: index holds 3, expected values in \[0, 3\)": lambda: guided_step(*STEP, torch.tensor([3])),
     r"guided_step: index holds -1, expected values in \[0, 3\)": lambda: guided_step(*STEP, torch.tensor([-1])),
+    r"guided_step: weights has shape \[0\], expected \[G\], at least one branch": lambda: guided_step(
+        STEP[0], torch.zeros(0, 3), torch.ones(0), STEP[3], torch.tensor([1])
+    ),
     "guided_step: v is on meta, expected cpu": lambda: guided_step(
         STEP[0], STEP[1].to("meta"), *STEP[2:], torch.tensor([1])
     ),

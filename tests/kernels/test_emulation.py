@@ -11,7 +11,8 @@ UNWRITTEN = "which nobody has written"
 
 
 def run(emulated, *names: str, blocks: int = 1, size: int = 64) -> str:
-    """What goes wrong in kernels of faulty.cu, one after the other on the same operands, each the middle of a larger buffer."""
+    """What goes wrong in kernels of faulty.cu, one after the other on the same operands, each the middle of a larger
+    buffer."""
     out, x = torch.zeros(2, size + 128)[:, 64 : 64 + size]
     emulated.lend("out", out, writable=True)
     emulated.lend("in", x, writable=False)

@@ -1,4 +1,5 @@
-"""Sizes at which the CUDA kernels, executed by the block emulator, take a path that the operators' own tests do not reach."""
+"""Sizes at which the CUDA kernels, executed by the block emulator, take a path that the operators' own tests do not
+reach."""
 
 import pytest
 import torch

@@ -21,7 +21,8 @@ def kernels():
 
 
 def definitions() -> dict[str, list[tuple[str, str]]]:
-    """Launcher -> (name, type) of its parameters, as csrc defines them; what MIMO_LAUNCHER repeats must say the same."""
+    """Launcher -> (name, type) of its parameters, as csrc defines them; what MIMO_LAUNCHER repeats must say the
+    same."""
     rows, functions = {}, {}
     for path in CSRC.glob("*.cu"):
         text = path.read_text()
@@ -49,6 +50,7 @@ def test_rows_repeat_the_names_of_their_functions(kernels):
 
 def test_every_file_of_kernels_has_a_row_in_the_table():
     files = {path.name for path in CSRC.glob("*.cu") if "MIMO_LAUNCHER" in path.read_text()}
+    files.discard("probe_sm90.cu")  # instructions alone, for a test
     assert files == {source for operator in OPERATORS for source in operator.sources}
 
 

@@ -26,7 +26,8 @@ def run(tensors, backend, kind=None):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("shape", "weight_dims"),
-    [((2, 3, 5, 16), 2), ((2, 3, 5, 16), 3), ((2, 3, 5, 3), 3), ((7,), 1), ((9, 8), 0), ((1, 1), 2), ((0, 4), 1), ((3000, 48), 1)],
+    [((2, 3, 5, 16), 2), ((2, 3, 5, 16), 3), ((2, 3, 5, 3), 3), ((7,), 1), ((9, 8), 0), ((1, 1), 2), ((0, 4), 1),
+    ((3000, 48), 1)],
 )  # fmt: skip
 def test_loss_and_gradient(emulated, shape, weight_dims, dtype):
     tensors = sample(shape, weight_dims, dtype)

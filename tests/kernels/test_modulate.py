@@ -1,4 +1,5 @@
-"""modulate and gated_residual_modulate: the CUDA kernels, executed by the block emulator, against plain PyTorch; and FrameRows."""
+"""modulate and gated_residual_modulate: the CUDA kernels, executed by the block emulator, against plain PyTorch; and
+FrameRows."""
 
 import pytest
 import torch
@@ -178,7 +179,8 @@ def test_compiles_whole_and_under_checkpointing(emulated, backend):
 
 @pytest.mark.parametrize("backend", ["cuda", "reference"])
 def test_autocast_with_float_parameters(emulated, backend):
-    """What a network under autocast hands over: tokens and modulation from matrix products, weight and bias as they are."""
+    """What a network under autocast hands over: tokens and modulation from matrix products, weight and bias as they
+    are."""
     tensors = sample(frames(), 16, torch.bfloat16)
     tensors |= {name: tensors[name].float() for name in ("weight", "bias")}
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,5 @@
-"""Every operator that is registered, called with its sample: what torch.library asks of it, and derivatives that it does not have."""
+"""Every operator that is registered, called with its sample: what torch.library asks of it, and derivatives that it
+does not have."""
 
 import importlib
 import re

@@ -1,4 +1,5 @@
-"""gather_tokens, scatter_tokens and sample_tube_mask: the CUDA kernels, executed by the block emulator, against plain PyTorch."""
+"""gather_tokens, scatter_tokens and sample_tube_mask: the CUDA kernels, executed by the block emulator, against plain
+PyTorch."""
 
 import pytest
 import torch
