@@ -42,6 +42,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from mimo.errors import InputError
 
 T = TypeVar("T")
+_ABSENT = object()
 CHECKSUM = "sha256_of_the_rest"  # the key under which an object carries its own checksum
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
 
@@ -73,12 +74,13 @@ def parse(data: bytes, source: Path | str, *, error: type[InputError] = InputErr
     """What JSON text in UTF-8 says, its checksum compared and left out. source: named when it is refused."""
     try:
         value = json.loads(data.decode(), object_pairs_hook=_unique)
+        recorded = value.pop(CHECKSUM, _ABSENT) if isinstance(value, dict) else _ABSENT
+        found = "" if recorded is _ABSENT else digest(value)
     except RecursionError:
         raise error(f"{source}: is damaged: nested too deeply") from None
     except ValueError as failure:
         raise error(f"{source}: is damaged, not JSON: {' '.join(str(failure).split())[:200]}") from None
-    if isinstance(value, dict) and CHECKSUM in value:
-        recorded, found = value.pop(CHECKSUM), digest(value)
+    if recorded is not _ABSENT:
         if recorded != found:
             written = recorded[:12] if isinstance(recorded, str) else _shown(recorded)
             raise error(f"{source}: is damaged: its checksum is {found[:12]}..., {written!r} was written")

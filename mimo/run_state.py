@@ -8,7 +8,11 @@ from mimo import checkpoint, records
 from mimo.config import MiMoConfig, SampleConfig, TrainConfig
 from mimo.errors import InputError
 
-KINDS = {"model": MiMoConfig, "train": TrainConfig, "sample": SampleConfig}
+KINDS: dict[str, type[MiMoConfig] | type[TrainConfig] | type[SampleConfig]] = {
+    "model": MiMoConfig,
+    "train": TrainConfig,
+    "sample": SampleConfig,
+}
 
 
 @dataclass

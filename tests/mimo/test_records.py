@@ -158,3 +158,11 @@ def test_a_file_that_cannot_be_written_is_named_and_the_old_one_stays(tmp_path):
     with pytest.raises(TypeError):
         records.write(file, {"x": object()})
     assert file.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("depth", range(200, 1200, 50))
+def test_depth_at_the_limit_is_refused_or_read(tmp_path, depth):
+    """Reading goes as deep as Python lets it, and so does the checksum, which is taken a few calls further down."""
+    nested = "[" * depth + "]" * depth
+    with pytest.raises(InputError, match="is damaged"):
+        read(tmp_path, f'{{"format": "a-1", "rest": {nested}, "{records.CHECKSUM}": "x"}}')
