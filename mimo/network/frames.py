@@ -33,6 +33,7 @@ from torch import Tensor
 
 from mimo_kernels import FrameRows
 from mimo_kernels.attention import FrameMask
+from mimo_kernels.core.device_copies import DeviceCopies
 
 Kind = Literal["clean", "noisy", "masked", "coarse"]
 
@@ -103,12 +104,12 @@ class FrameList:
 
     def packed(self, *, separate_ln: bool, device: torch.device) -> Packed:
         """What the network needs of the list, on a device. separate_ln: clean frames have norms of their own."""
-        packed = self._once(f"packed {separate_ln} {device}", lambda: _pack(self, separate_ln, device))
-        return packed._replace(mask=self.mask, blind_mask=self.blind_mask)
+        packed = self._once(f"packed {separate_ln}", lambda: _Copied(_pack(self, separate_ln)))
+        return packed.on(device)._replace(mask=self.mask, blind_mask=self.blind_mask)
 
     def decoding(self, offset: int, tokens: int, device: torch.device) -> Decoding | None:
         """How clean frames are decoded into those `offset` later, of `tokens` tokens; None if no clip has any."""
-        return self._once(f"decoding {offset} {tokens} {device}", lambda: _decoding(self, offset, tokens, device))
+        return self._once(f"decoding {offset} {tokens}", lambda: _Copied(_decoding(self, offset, tokens))).on(device)
 
     def _once(self, name: str, make: Callable[[], Any]) -> Any:
         """What `alone` has no part in is made once for the list and those that isolate frames of it."""
@@ -266,7 +267,7 @@ class Decoding(NamedTuple):
 
 
 @torch.inference_mode(False)  # what is made in it could not serve training later
-def _pack(given: FrameList, separate_ln: bool, device: torch.device) -> Packed:
+def _pack(given: FrameList, separate_ln: bool) -> Packed:
     frames = given.frames
     clean = [i for i, frame in enumerate(frames) if frame.kind == "clean"]
     others = [i for i, frame in enumerate(frames) if frame.kind != "clean"]
@@ -279,20 +280,20 @@ def _pack(given: FrameList, separate_ln: bool, device: torch.device) -> Packed:
     frame, token = _rows_of(lens)
     return Packed(
         clips=len(given.clips),
-        clean=_part(given, clean, None, device),
-        predicted=_part(given, others, groups, device),
+        clean=_part(given, clean, None),
+        predicted=_part(given, others, groups),
         rows=FrameRows(lens, groups),
         mask=None,
         blind_mask=None,
-        clip=None if len(set(per_clip)) == 1 else _upload(_rows_of(per_clip)[0], device),
-        frame=_upload(frame.int(), device),
-        token=_upload(token.int(), device),
-        time=_upload([frame.time for frame in frames], device),
-        stride=None if set(strides) == {1} else _upload(strides, device),
+        clip=None if len(set(per_clip)) == 1 else _rows_of(per_clip)[0],
+        frame=frame.int(),
+        token=token.int(),
+        time=torch.tensor([frame.time for frame in frames]),
+        stride=None if set(strides) == {1} else torch.tensor(strides),
     )
 
 
-def _part(given: FrameList, chosen: list[int], groups: list[int] | None, device: torch.device) -> Part | None:
+def _part(given: FrameList, chosen: list[int], groups: list[int] | None) -> Part | None:
     """The part of the frames with the numbers `chosen`. groups: rows of modulation of all frames."""
     if not chosen:
         return None
@@ -306,21 +307,20 @@ def _part(given: FrameList, chosen: list[int], groups: list[int] | None, device:
         alike, start = (len(given.clips), len(here), counts[0]), first[here[0]]
     else:
         frame, token = _rows_of(counts)
-        index = _upload(torch.tensor([first[i] for i in chosen])[frame] + token, device)
-        frame = _upload(frame, device)
+        index = torch.tensor([first[i] for i in chosen])[frame] + token
     return Part(
         alike=alike,
         start=start,
         frame_rows=None if groups is None else FrameRows(counts, [groups[i] for i in chosen]),
-        clip=_upload([clip[i] for i in chosen], device),
-        time=_upload([given.frames[i].time for i in chosen], device),
+        clip=torch.tensor([clip[i] for i in chosen]),
+        time=torch.tensor([given.frames[i].time for i in chosen]),
         index=index,
         frame=frame,
     )
 
 
 @torch.inference_mode(False)
-def _decoding(given: FrameList, offset: int, tokens: int, device: torch.device) -> Decoding | None:
+def _decoding(given: FrameList, offset: int, tokens: int) -> Decoding | None:
     clean = tuple(tuple(frame for frame in clip if frame.kind == "clean") for clip in given.clips)
     counts = [max(0, len(clip) - offset) for clip in clean]
     if not any(counts):
@@ -328,11 +328,11 @@ def _decoding(given: FrameList, offset: int, tokens: int, device: torch.device) 
     history = FrameList(clean, "block_causal")
     starts = accumulate(map(len, clean), initial=0)
     read = [start + t for start, count in zip(starts, counts, strict=False) for t in range(count)]
-    kept = _part(history, read, None, device)
+    kept = _part(history, read, None)
     frame, _ = _rows_of([history.frames[i].tokens for i in read])
     return Decoding(
         kept=kept,
-        first=_upload((frame * tokens).int(), device),
+        first=(frame * tokens).int(),
         mask=FrameMask.block_causal([[tokens] * count for count in counts]),
         frame_rows=FrameRows([tokens] * len(read), [-1] * len(read)),
         time=kept.time,
@@ -340,17 +340,35 @@ def _decoding(given: FrameList, offset: int, tokens: int, device: torch.device) 
     )
 
 
-def _upload(values: Tensor | list[int], device: torch.device) -> Tensor:
-    """Host numbers -> int64, or what they are, on a device, without waiting for it."""
-    host = torch.as_tensor(values)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
-
-
 def _rows_of(lens: Iterable[int] | Tensor) -> tuple[Tensor, Tensor]:
     """Of things with these lengths, one after the other: the thing of every row, and the row's number in it."""
     lens = torch.as_tensor(lens, dtype=torch.int64)
     thing = torch.repeat_interleave(lens)
     return thing, torch.arange(len(thing)) - (lens.cumsum(0) - lens)[thing]
+
+
+class _Copied:
+    """A Packed, a Decoding or None on the host, and the same with its tensors on a device."""
+
+    def __init__(self, host: Packed | Decoding | None) -> None:
+        tensors: list[Tensor] = []
+        _each_tensor(host, lambda tensor: tensors.append(tensor) or tensor)
+        self.host, self.copies = host, DeviceCopies("FrameList: these frames", *tensors)
+
+    def on(self, device: torch.device) -> Any:
+        if self.host is None:
+            return None
+        copies = iter(self.copies.on(device))
+        return _each_tensor(self.host, lambda _: next(copies))
+
+
+def _each_tensor(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
+    """A NamedTuple, nested, with f of its tensors in their places."""
+    if isinstance(value, Tensor):
+        return f(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_each_tensor(part, f) for part in value))
+    return value
 
 
 @dataclass
