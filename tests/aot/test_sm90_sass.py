@@ -1,0 +1,101 @@
+"""The Hopper attention kernels as machine code for sm_90a: products issued as they are written, registers and shared
+memory of the design (docs/hopper.md)."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from mimo_kernels.core import backends
+
+from .test_cuda_resources import compiled_objects, dump
+
+FORWARD, DQ, DKV = range(3)
+PRODUCER_REGISTERS, CONSUMER_REGISTERS, REGISTERS, THREADS = 24, 240, 65536, 384
+NAME = r"attention_sm90_kernel<\((?:sm90::)?Pass\)(\d), (half_t|bfloat_t), (\d+), (\d+)>"
+# Pass, channels, rows of a block.
+KERNELS = [(FORWARD, channels, block) for channels in (64, 80, 128) for block in (64, 128)]
+KERNELS += [(passed, channels, 64) for passed in (DQ, DKV) for channels in (64, 80, 128)]
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory) -> list[Path]:
+    if "sm_90a" in backends.cuda_archs():
+        return [Path(backends.extension().__file__)]
+    return compiled_objects(tmp_path_factory.mktemp("objects"))
+
+
+def of_sm90(found) -> dict[tuple[int, str, int, int], str]:
+    named = [(re.search(NAME, name), facts) for arch, name, facts in found if arch == "sm_90a"]
+    return {(int(m[1]), m[2], int(m[3]), int(m[4])): facts for m, facts in named if m}
+
+
+@pytest.fixture(scope="module")
+def code(objects) -> dict[tuple[int, str, int, int], list[str]]:
+    """Kernel -> its instructions."""
+    bodies = of_sm90(dump("-sass", objects, r"Function : (\w+)\n([\s\S]*?)(?=\n\s*Function : |\Z)"))
+    return {name: re.findall(r"/\*[0-9a-f]{4,}\*/\s+([^;]*?)\s*;", body) for name, body in bodies.items()}
+
+
+def test_every_kernel_is_there(code):
+    assert set(code) == {
+        (p, dtype, channels, block) for p, channels, block in KERNELS for dtype in ("half_t", "bfloat_t")
+    }
+
+
+def marks(instructions: list[str]) -> str:
+    """A: products may begin; h and H: one with at most 16 channels, one with more; 0 and 1: until so many groups are left."""
+    text = ""
+    for line in instructions:
+        if "WARPGROUP.ARRIVE" in line:
+            text += "A"
+        elif product := re.search(r"HGMMA\.64x(\d+)x16", line):
+            text += "h" if product[1] == "16" else "H"
+        elif wait := re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", line):
+            text += wait[1]
+        elif "WARPGROUP" in line:
+            text += "?"
+    return text
+
+
+@pytest.mark.parametrize("dtype", ["half_t", "bfloat_t"])
+@pytest.mark.parametrize(("passed", "channels", "block"), KERNELS)
+def test_products_are_issued_as_they_are_written(code, passed, channels, block, dtype):
+    """Scores, and while those of the next block are multiplied, the sums: one wait for either, none between the parts of
+    a product, none of the compiler's own (it serialises what it cannot follow)."""
+    scores = "H" * (channels // 16) * (1 if passed == FORWARD else 2)
+    sums = ("Hh" if channels % 64 else "H") * (block // 16)
+    if passed == DKV:
+        sums *= 2
+    first, last = f"A{scores}0", f"A{sums}0"
+    ahead = "" if (passed, channels) == (DKV, 128) else f"A{scores}A{sums}10"
+    assert marks(code[passed, dtype, channels, block]) == first + ahead + last
+
+
+def test_nothing_is_kept_in_local_memory(code):
+    for name, instructions in code.items():
+        assert not [line for line in instructions if re.search(r"\b(LDL|STL)\b", line)], name
+
+
+def test_registers_change_hands(code):
+    """Either role asks once; what all threads start with is what the roles share in the end, and the most there is."""
+    start = REGISTERS // THREADS // 8 * 8
+    assert start * THREADS >= (PRODUCER_REGISTERS + 2 * CONSUMER_REGISTERS) * 128
+    for name, instructions in code.items():
+        asked = [int(line.split()[-1], 16) for line in instructions if "USETMAXREG" in line]
+        assert sorted(asked) == [PRODUCER_REGISTERS, CONSUMER_REGISTERS], name
+
+
+def test_registers_and_stack(objects):
+    found = of_sm90(dump("--dump-resource-usage", objects, r"Function (\w+):\s*(.+)"))
+    assert len(found) == 2 * len(KERNELS)
+    for name, facts in found.items():
+        amounts = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", facts)}
+        assert amounts["REG"] <= REGISTERS // THREADS and amounts["STACK"] == amounts["LOCAL"] == 0, name
+
+
+def test_copies_are_tensor_copies(code):
+    """No load of a tensor but by TMA: what consumers load from global memory are intervals, runs and statistics."""
+    for name, instructions in code.items():
+        assert any("UTMALDG.4D" in line for line in instructions), name
+        assert not [line for line in instructions if "LDGSTS" in line], name
