@@ -48,7 +48,7 @@ struct Problem {
     int tiles, groups, heads, channels;
     int sequences, repeats, length, band;  // a sequence: a clip of `repeats`, or one of the batch; rows of one; how
                                            // many of them run side by side
-    int padded;  // rows of a sequence in the statistics, a multiple of 4
+    int padded;                            // rows of a sequence in the statistics, a multiple of 4
     float scale, scale_log2;
 };
 
@@ -213,21 +213,22 @@ struct Own<CHANNELS, false> {
     uint32_t tile;
     __device__ void load(uint32_t at) { tile = at; }
     __device__ uint64_t operator[](int k) const {
-        const uint32_t part = tile + k / 4 * kRows * 128;
-        return k < CHANNELS / 64 * 4 ? tile_descriptor<128>(part + k % 4 * 32) : tile_descriptor<32>(part);
+        const bool in_wide = k < CHANNELS / 64 * 4;
+        return in_wide ? advanced(tile_descriptor<128>(tile), k / 4 * kRows * 128 + k % 4 * 32)
+                       : tile_descriptor<32>(tile + k / 4 * kRows * 128);
     }
 };
 
 // s [64, BLOCK] = own [64, CHANNELS] times the rows of a tile
 template <class T, int CHANNELS, int BLOCK, bool IN_REGISTERS>
 __device__ inline void multiply(float (&s)[BLOCK / 2], const Own<CHANNELS, IN_REGISTERS>& own, uint32_t tile) {
+    constexpr int WIDE = CHANNELS / 64;
+    const uint64_t wide = tile_descriptor<128>(tile);
 #pragma unroll
-    for (int k = 0; k < CHANNELS / 16; k++) {
-        const uint32_t part = tile + k / 4 * BLOCK * 128;
-        product<T, BLOCK, 0>(
-            s, own[k], k < CHANNELS / 64 * 4 ? tile_descriptor<128>(part + k % 4 * 32) : tile_descriptor<32>(part),
-            k > 0);
-    }
+    for (int k = 0; k < WIDE * 4; k++)
+        product<T, BLOCK, 0>(s, own[k], advanced(wide, k / 4 * BLOCK * 128 + k % 4 * 32), k > 0);
+    if constexpr (CHANNELS % 64)
+        product<T, BLOCK, 0>(s, own[WIDE * 4], tile_descriptor<32>(tile + WIDE * BLOCK * 128), true);
 }
 
 template <int CHANNELS>
@@ -259,11 +260,12 @@ struct Sums {
 template <class T, int CHANNELS, int BLOCK>
 __device__ inline void add_product(Sums<CHANNELS>& sums, const uint32_t (&p)[BLOCK / 16][4], uint32_t tile) {
     constexpr int WIDE = CHANNELS / 64;
+    const uint64_t wide = tile_descriptor<128>(tile, BLOCK * 128);
+    const uint64_t rest = tile_descriptor<32>(tile + WIDE * BLOCK * 128);
 #pragma unroll
     for (int k = 0; k < BLOCK / 16; k++) {
-        product<T, 64 * WIDE, 1>(sums.wide, p[k], tile_descriptor<128>(tile + k * 16 * 128, BLOCK * 128), true);
-        if constexpr (CHANNELS % 64)
-            product<T, 16, 1>(sums.rest, p[k], tile_descriptor<32>(tile + WIDE * BLOCK * 128 + k * 16 * 32), true);
+        product<T, 64 * WIDE, 1>(sums.wide, p[k], advanced(wide, k * 16 * 128), true);
+        if constexpr (CHANNELS % 64) product<T, 16, 1>(sums.rest, p[k], advanced(rest, k * 16 * 32), true);
     }
 }
 

@@ -27,8 +27,12 @@ __host__ __device__ constexpr uint32_t swizzled(uint32_t row, uint32_t piece) {
 // W bytes / 16; 32-45: bytes between groups of 8 rows / 16; 62-63: the swizzle.
 template <int W>
 __host__ __device__ constexpr uint64_t tile_descriptor(uint32_t address, uint32_t tile_bytes = 16) {
-    return static_cast<uint64_t>(address >> 4 & 0x3fff) | static_cast<uint64_t>(tile_bytes >> 4 & 0x3fff) << 16 |
-           static_cast<uint64_t>(8 * W >> 4) << 32 | static_cast<uint64_t>(W == 128 ? 1 : 3) << 62;
+    return static_cast<uint64_t>(8 * W >> 4 | (W == 128 ? 1u : 3u) << 30) << 32 |
+           static_cast<uint32_t>(address >> 4 | (tile_bytes >> 4) << 16);
+}
+// The same so many bytes further on: an addition to the lower half.
+__host__ __device__ constexpr uint64_t advanced(uint64_t tile, uint32_t bytes) {
+    return tile >> 32 << 32 | static_cast<uint32_t>(static_cast<uint32_t>(tile) + (bytes >> 4));
 }
 
 // A tensor of 16- or 32-bit values with up to four dimensions, the first one contiguous, and the box that a copy takes.

@@ -158,6 +158,9 @@ def plan(r):
     rows = max(cells[1::CELLS], default=0)
     if rows > 10**6 and tile * 10**5 < rows:
         tile = 2**16
+    if rows <= 10**5 and r.random() < 0.4:
+        blocks = r.choice([64, 128, 64, 128, 32])
+        return _C.plan_sm90(lent(cells, r), block=blocks, band_rows=r.choice([1, 60, 16384, 0]), keys=r.random() < 0.5)
     return r.choice([_C.plan_rows, _C.plan_keys])(
         lent(cells, r), tile, block, r.choice([1, 60, 16384, 16384, INT_MAX, 0])
     )
