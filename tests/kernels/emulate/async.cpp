@@ -79,7 +79,7 @@ struct Product {
 
 struct Range {
     uintptr_t begin, end;
-    bool writable_by_kernel;  // false also means that the kernel must not read it
+    bool readable;  // a fragment; else a sum
     int product;
 };
 
@@ -98,7 +98,6 @@ struct Thread {
     Knowledge knows;
     std::vector<Range> registers;  // of products under way
     std::string waits_for;
-    Meeting* unused = nullptr;
 };
 
 struct State {
@@ -111,9 +110,7 @@ struct State {
     NamedBarrier named[kNamedBarriers];
     Warpgroup group[kWarpgroups];
     std::vector<Meeting> warps;
-    std::vector<Knowledge> warp_gathering;
     std::deque<Copy> copies;
-    std::vector<const float*> offered_x;
     int free_registers = 0;
     // What the threads of a warpgroup bring to a product, by thread.
     struct Offer {
@@ -459,7 +456,7 @@ void touch_registers(uintptr_t address, size_t bytes, bool write) {
     for (const Range& range : state.thread[me()].registers) {
         if (address >= range.end || address + bytes <= range.begin) continue;
         if (write) fail("registers of a product under way are written before its wait");
-        if (!range.writable_by_kernel) fail("sums of a product under way are read before its wait");
+        if (!range.readable) fail("sums of a product under way are read before its wait");
     }
 }
 
@@ -570,8 +567,7 @@ using namespace emulated::async;
 
 int make_tensor_map(TensorMap* map, const void* base, const TensorShape& shape) {
     bool takes = reinterpret_cast<uintptr_t>(base) % 16 == 0;
-    for (int i = 0; i < 4; i++)
-        takes = takes && shape.size[i] > 0 && shape.box[i] > 0 && shape.box[i] <= 256 && (i == 0 || true);
+    for (int i = 0; i < 4; i++) takes = takes && shape.size[i] > 0 && shape.box[i] > 0 && shape.box[i] <= 256;
     for (uint64_t stride : shape.stride) takes = takes && stride % 16 == 0 && stride < uint64_t{1} << 40;
     const uint32_t row = shape.box[0] * shape.element_bytes;
     takes = takes && row % 16 == 0 && (shape.swizzle == 0 || row <= static_cast<uint32_t>(shape.swizzle));
