@@ -35,6 +35,12 @@ def _match(coefficient: Tensor, x: Tensor) -> Tensor:
 class _Schedule:
     """What follows from alpha(t) and sigma(t) alone."""
 
+    def alpha(self, t: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def sigma(self, t: Tensor) -> Tensor:
+        raise NotImplementedError
+
     def add_noise(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t = alpha(t) x + sigma(t) eps.  x, eps [..., *], t [...]."""
         return _match(self.alpha(t), x) * x + _match(self.sigma(t), x) * eps

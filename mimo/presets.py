@@ -6,6 +6,8 @@ Sources: MiMo's Tables 10 and 12, and FAR's Tables 1 and 8 where MiMo's experime
 
 from __future__ import annotations
 
+from typing import Any
+
 B = {"depth": 12, "dim": 768, "heads": 12, "decoder_layer": 9}
 XL = {"depth": 28, "dim": 1152, "heads": 16, "decoder_layer": 23}
 
@@ -72,7 +74,7 @@ MINECRAFT_SAMPLING = UCF101_SAMPLING | {"class_guidance": 1.5, "context_frames":
 TINY_SAMPLING = {"sampler": "euler", "steps": 4, "context_frames": 3, "num_frames": 8}
 
 CLASSES = {"num_classes": 101}
-PRESETS = {  # name: network, training, sampling
+PRESETS: dict[str, tuple[dict[str, Any], ...]] = {  # name: network, training, sampling
     "mimo-b-k600": (B | K600, K600_B_TRAINING, K600_SAMPLING),
     # What Tables 3 to 9 compare with: 36.601 is l = 12.
     "mimo-b-k600-l12": (B | K600 | {"decoder_layer": 12}, K600_B_TRAINING, K600_SAMPLING),
@@ -103,4 +105,7 @@ PRESETS = {  # name: network, training, sampling
     "video-dit-b-ucf101-uncond": (FAR_B | UCF101 | VIDEO_DIT, FAR_ABLATION_TRAINING, UCF101_SAMPLING),
     "video-dit-tiny": (TINY | VIDEO_DIT, TINY_TRAINING, TINY_SAMPLING | {"context_frames": 0}),
 }
+NETWORK: dict[str, dict[str, Any]]
+TRAINING: dict[str, dict[str, Any]]
+SAMPLING: dict[str, dict[str, Any]]
 NETWORK, TRAINING, SAMPLING = ({name: parts[i] for name, parts in PRESETS.items()} for i in range(3))

@@ -147,7 +147,7 @@ def _convert(value: Any, kind: Any, place: str) -> Any:
     if origin is Literal:
         _require(any(value == choice and type(value) is type(choice) for choice in arguments), value, kind, place)
         return value
-    if is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind):
         return _record(value, kind, place)
     if origin is dict or kind is dict:
         _require(isinstance(value, dict), value, kind, place)

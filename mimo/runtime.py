@@ -13,7 +13,7 @@ from torch import Tensor
 from mimo.config import MiMoConfig
 from mimo.data import to_float
 from mimo.tokenizers import build_tokenizer
-from mimo.tokenizers.protocols import Tokenizer
+from mimo.tokenizers.protocols import Tokenizer, VariationalTokenizer
 
 
 def best_device() -> torch.device:
@@ -83,8 +83,11 @@ def to_latents(
     else:
         with torch.no_grad():
             video = to_float(batch["video"].to(device, non_blocking=True))
-            drawn = posterior == "sample"
-            latents = tokenizer.draw(video, batch["noise_seed"]) if drawn else tokenizer.encode(video)
+            if posterior == "sample":
+                assert isinstance(tokenizer, VariationalTokenizer)  # see `require_posterior`
+                latents = tokenizer.draw(video, batch["noise_seed"])
+            else:
+                latents = tokenizer.encode(video)
     labels = batch["label"].to(device) if config.num_classes else None
     actions = batch["actions"].to(device) if config.num_actions else None
     intervals = batch["interval"].to(device) if config.max_interval else None

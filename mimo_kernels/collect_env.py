@@ -77,7 +77,7 @@ def _extension() -> dict[str, str]:
     module = backends.extension()
     if module is None:
         return {"mimo_kernels._C": backends.extension_reason()}
-    facts = {"mimo_kernels._C": module.__file__, "compiled for": ", ".join(module.cuda_archs) or "host code only"}
+    facts = {"mimo_kernels._C": str(module.__file__), "compiled for": ", ".join(module.cuda_archs) or "host code only"}
     if module.cuda_archs:
         facts |= {"compiler": module.cuda_compiler, "CUDA runtime": f"{module.cuda_version}, linked statically"}
     return facts | ({"note": module.cuda_reason} if module.cuda_reason else {})

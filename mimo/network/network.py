@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -212,7 +212,7 @@ class MiMo(nn.Module):
 
     def rows_of_frames(self, sequences: int, *, history: bool) -> FrameRows:
         """The rows of `history_frame` or `future_frame`. A captured graph points to their tables: keep them beside it."""
-        modulated = True
+        modulated: bool | None = True
         if history and self.history_policy.timestep is None:
             modulated = False if self.config.separate_ln else None
         return frame_rows(sequences, self.config.tokens, modulated=modulated)
@@ -311,7 +311,8 @@ class MiMo(nn.Module):
     ) -> Tensor | None:
         """x [S * N, D], one frame per sequence -> velocity rows [S * N, C]. Unless it `predicts`, the keys and values of the
         last block are the end."""
-        told, last = [None] * self.config.depth, None
+        told: list[Any] = [None] * self.config.depth
+        last = None
         if modulations is not None:
             m = [Modulation(*three) for three in modulations[:-2].unflatten(0, (-1, 3))]
             told, last = list(zip(m[::2], m[1::2], strict=True)), Modulation(*modulations[-2:])
@@ -344,7 +345,7 @@ class MiMo(nn.Module):
 
     def parameter_report(self) -> str:
         """A table of parameter counts by part; the decoder is needed in training only."""
-        parts = {
+        parts: dict[str, list[Any]] = {
             "embedding": [self.embed, self.positions],
             "conditioning": [self.time, self.classes, self.actions, self.intervals],
             "attention": [block.attention for block in self.blocks],
@@ -353,7 +354,7 @@ class MiMo(nn.Module):
             "head": [self.norm, self.head],
             "decoder": [self.decoder],
         }
-        counts = {
+        counts: dict[str, int] = {
             name: sum(p.numel() for m in modules if m is not None for p in m.parameters())
             for name, modules in parts.items()
         }

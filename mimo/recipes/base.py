@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -171,6 +171,7 @@ class Recipe(ABC):
 
     def diffusion_loss(self, velocity: Tensor, prepared: Prepared) -> Tensor:
         """sum over clips and frames of weight * squared error."""
+        assert prepared.target is not None  # this step optimises L_diff
         return weighted_squared_error(velocity.float(), prepared.target.float(), prepared.weight, backend=self.backend)
 
     def weight(self, x: Tensor, snr: Tensor) -> Tensor:
@@ -196,7 +197,7 @@ class Recipe(ABC):
                 raise ValueError(f"{name}={found!r}: expected {value!r} with recipe={config.recipe!r}")
 
 
-NOTHING_MASKED = {"mask_ratio": (0.0, 0.0), "mask_weight": 0.0, "interleaved": False}
+NOTHING_MASKED: dict[str, Any] = {"mask_ratio": (0.0, 0.0), "mask_weight": 0.0, "interleaved": False}
 
 
 class Objective(nn.Module):

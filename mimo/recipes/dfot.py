@@ -6,6 +6,8 @@ runs it.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from mimo.config import MiMoConfig
@@ -30,7 +32,7 @@ class DiffusionForcing(Recipe):
 
     def frames(self, x: Tensor, conditions: dict[str, Tensor | None], draws: Draws, step: int | None) -> Prepared:
         config, schedule = self.config, self.schedule
-        told = {
+        told: dict[str, Any] = {
             "labels": draws.nulled(conditions["labels"], config.num_classes, config.label_dropout),
             "actions": draws.nulled(conditions["actions"], config.num_actions, config.label_dropout),
             "intervals": conditions["intervals"],

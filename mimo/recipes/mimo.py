@@ -7,6 +7,7 @@ and 3).
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,11 +74,13 @@ class MaskedHistory(Recipe):
         return Prepared(batch, target, self.weight(x, self.schedule.snr(t)), x, keep, reconstruct=with_mask)
 
     def loss_of(self, output, prepared: Prepared) -> LossParts:
+        assert prepared.latents is not None  # `frames` gives them
         zero = prepared.latents.new_zeros((), dtype=torch.float32)
         diffusion, mask = zero, zero
         if prepared.target is not None:
             diffusion = self.diffusion_loss(output.velocity, prepared)
         if output.reconstruction:
+            assert prepared.keep is not None  # some history was dropped
             mask = self._mask_loss(output.reconstruction, prepared.latents, prepared.keep)
         if prepared.target is None:
             return LossParts(self.config.mask_weight * mask, zero, mask.detach())
@@ -89,10 +92,10 @@ class MaskedHistory(Recipe):
         config = self.config
         if step is None and (config.interleaved or self.unmasked_from is not None):
             raise ValueError("step=None: an interleaved objective and an unmasked phase need the number of the step")
-        if self.unmasked_from is not None and step >= self.unmasked_from:
+        if self.unmasked_from is not None and step is not None and step >= self.unmasked_from:
             return True, False, False
         masked = config.mask_ratio[1] > 0
-        if config.interleaved:
+        if config.interleaved and step is not None:
             return step % 2 == 0, step % 2 == 1, masked
         return True, config.mask_weight > 0, masked
 
@@ -104,7 +107,7 @@ class MaskedHistory(Recipe):
             counted = counted.scatter(1, keep, 0.0)
         share = (counted / counted.sum(1, keepdim=True))[:, None]  # [B, 1, N]
         t = torch.arange(frames, device=x.device)
-        offsets = sum((t + offset < frames).int() for offset in reconstruction)  # [T], how many exist at frame t
+        offsets: Any = sum((t + offset < frames).int() for offset in reconstruction)  # [T], how many exist at frame t
         weight = share / (offsets.clamp(min=1) * (offsets > 0).sum() * clips * channels)[:, None]  # [B, T, N]
         return sum(
             weighted_squared_error(

@@ -37,6 +37,7 @@ class AtOnceRun:
 
     def denoise(self, noise: Tensor, extra: Tensor | None = None) -> None:
         """The next frame, in `x`. Its noise was there when the clips were made."""
+        assert self.clips is not None  # `begin` has made them
         self.x.copy_(self.clips[:, self.next])
 
     def remember(self) -> None:
@@ -47,6 +48,7 @@ class AtOnceRun:
 
     def state_dict(self) -> dict[str, Tensor]:
         """What the frames to come depend on, as tensors on the host."""
+        assert self.clips is not None  # `begin` has made them
         return {"clips": self.clips.cpu()}
 
     def load_state_dict(self, state: dict[str, Tensor], positions: list[int]) -> None:

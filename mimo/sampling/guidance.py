@@ -114,7 +114,7 @@ class Conditions:
 
         rows, frames: int64 [R], the frames' sequences and times; default: the frames being made.
         """
-        given = self._now() if rows is None else self._at(rows, frames)
+        given = self._now() if rows is None or frames is None else self._at(rows, frames)
         told = self._told[: self._histories]
         found = {name: self._or_null(name, given[name], told) for name in given if name in self._history_conditions}
         if "intervals" in given:
@@ -124,7 +124,7 @@ class Conditions:
     def _now(self) -> dict[str, Tensor]:
         """Of the frames being made, [S] each."""
         now = self.tensors
-        if "actions" in now:
+        if "actions" in now and self.actions is not None:
             now["actions"] = self.actions.gather(1, self.position[:, None])[:, 0]
         return now
 

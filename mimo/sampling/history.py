@@ -22,6 +22,7 @@ H histories.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -134,6 +135,14 @@ class History(ABC):
     def end(self) -> None:
         """Forget everything; the next run `begin`s."""
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the frames to come depend on, as tensors on the host; of histories that can be saved."""
+        raise NotImplementedError
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Instead of `begin`: go on where `state_dict` was called."""
+        raise NotImplementedError
+
 
 class CachedHistory(History):
     """Keys and values in a FrameCache: H * S sequences, those of history 0 first."""
@@ -235,12 +244,13 @@ class CachedHistory(History):
             self.cache.cancel(self.slot)
 
     def _show(self) -> None:
+        assert self.slot is not None  # `remember` has begun a frame
         self.cache.commit(self.slot)
         self.policy.apply(self.cache, self.slot.seqs)
 
     def _refresh(self) -> None:
         """What every row of a step sees: the sequence of its history, or nothing."""
-        seqs = []
+        seqs: list[int | None] = []
         for branch in self.branches:
             first = None if branch.history is None else branch.history * self.size
             seqs += [None] * self.size if first is None else self.seqs[first : first + self.size]
@@ -282,7 +292,8 @@ class RecomputedHistory(History):
         rows = torch.arange(self.size).repeat_interleave(torch.tensor(counts)).to(self.device)
         moments = torch.cat([torch.arange(count) for count in counts]).to(self.device)
         x = torch.stack(packed).to(self.dtype).repeat(histories, 1, 1)
-        self.model.history_frame(x, moments.repeat(histories), attend, **self.conditions.of_histories(rows, moments))
+        told: dict[str, Any] = {**self.conditions.of_histories(rows, moments)}
+        self.model.history_frame(x, moments.repeat(histories), attend, **told)
         return layers
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

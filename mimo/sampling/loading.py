@@ -13,6 +13,7 @@ from mimo.errors import InputError
 from mimo.network.network import MiMo
 from mimo.run_state import KINDS, read_run_state
 from mimo.runtime import best_device, config_tokenizer, recorded_tokenizer
+from mimo.tokenizers.protocols import Tokenizer
 from mimo.tokenizers.weights import checksum
 
 
@@ -21,7 +22,7 @@ class Loaded:
     """A network for sampling, as a checkpoint describes it."""
 
     model: MiMo
-    tokenizer: nn.Module
+    tokenizer: Tokenizer
     train_config: TrainConfig
     sample_config: SampleConfig
     folder: Path
@@ -82,7 +83,7 @@ def _strip(model: MiMo) -> set[str]:
 
 def _load_tokenizer(
     folder: Path, config: MiMoConfig, recorded: dict, given: str | Path | None, trust_pickle: bool
-) -> nn.Module:
+) -> Tokenizer:
     try:
         tokenizer = config_tokenizer(config, given or recorded["weights"], trust_pickle=trust_pickle)
     except ValueError as error:  # of the weights, or of a configuration that does not fit the tokenizer

@@ -159,6 +159,7 @@ def read_actions(
     if file is not None:
         _require_file("--actions", file, "an npz with 'actions'")
     else:
+        assert context is not None, "one of both is given"
         with open_clip(context) as reader:
             known = reader.actions
         file = context.with_suffix(".npz")
@@ -277,7 +278,7 @@ def _require_memory(sampler: Sampler, request: Request, lengths: Lengths, precis
         )
     total, there = sum(needed.values()), memory_of(device)
     if total > there:
-        largest = max(needed, key=needed.get)
+        largest = max(needed, key=needed.__getitem__)
         where = "this machine" if device.type == "cpu" else f"{device}"
         raise InputError(
             f"{_asked(request, lengths, sampler)} needs at least {_size(total)} of memory, {_size(needed[largest])} of "

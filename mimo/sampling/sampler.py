@@ -21,9 +21,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -128,8 +128,8 @@ class Run:
         """One denoising step of one frame, all branches of guidance in one batch."""
         branches, conditions = len(self.branches), self.conditions
         self.history.prepare()
-        if self.modulates_once:
-            told = {"timestep": None, "modulations": self.modulations[self.index][0]}
+        if self.modulates_once and self.modulations is not None:
+            told: dict[str, Any] = {"timestep": None, "modulations": self.modulations[self.index][0]}
         else:
             told = {"timestep": self.embeddings[self.index].expand(branches * self.size), **conditions.of_branches()}
         v = self.model.future_frame(
@@ -187,7 +187,7 @@ class Stream(Iterator[Tensor]):
         if saving is not None:
             identity = partial(sampler.identity, saving.request)
             self.saver = Saver(saving, identity, run.key.asked, run.state_dict)
-        self._frames = self._make(begin, report)
+        self._frames: Generator[Tensor, None, None] = self._make(begin, report)
 
     def __next__(self) -> Tensor:
         # The caller may be on another device: kernels, events and graphs belong to this one.
@@ -200,9 +200,12 @@ class Stream(Iterator[Tensor]):
 
     def saved(self) -> Iterator[Tensor]:
         """The frames in the folder, each ``[S, N, C]`` on the host, those made before an interruption first."""
+        assert self.saver is not None, "saved() is of a run with `saving`"
         return load_frames(self.saver.saving.folder, self.progress)
 
-    def _make(self, begin: Callable[[], None], report: Callable[[int, int], None] | None) -> Iterator[Tensor]:
+    def _make(
+        self, begin: Callable[[], None], report: Callable[[int, int], None] | None
+    ) -> Generator[Tensor, None, None]:
         sampler, run, now = self.sampler, self.run, self.progress
         try:
             begin()
@@ -388,7 +391,7 @@ class Sampler:
         branches = guidance_branches(self.config.history_guidance, class_guidance, own_history=own_history)
         return RunKey(clips, trajectories, context_frames, num_frames, labels, actions, self._dtype, tuple(branches))
 
-    def _run(self, *asked: int | bool) -> Run | AtOnceRun:
+    def _run(self, *asked: Any) -> Run | AtOnceRun:
         """The latest run, if it was of the same size, or a new one. asked: as `RunKey.asked`."""
         c, key = self.model.config, self._key(*asked)
         if self.model.rope is not None:

@@ -117,7 +117,8 @@ class Saver:
     ) -> None:
         self.saving, self.key, self.state = saving, key, state
         self.unsaved: list[Tensor] = []
-        self._identify, self._identity = identity, None
+        self._identify = identity
+        self._identity: dict | None = None
 
     def add(self, frame: Tensor, progress: Progress) -> None:
         """The frame that `progress.done` counts last. Saves when it is time, and after the last frame."""

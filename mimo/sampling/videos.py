@@ -4,12 +4,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from mimo import folders
@@ -18,6 +18,7 @@ from mimo.errors import InputError
 from mimo.runtime import autocast, config_tokenizer
 from mimo.sampling.sampler import Sampler, Stream
 from mimo.sampling.saving import Saving
+from mimo.tokenizers.protocols import Tokenizer
 
 MIN_SIDE = 128  # small videos are written magnified until their shorter side has this many pixels
 Format = Literal["mp4", "png", "npz"]
@@ -29,7 +30,7 @@ _SECONDS = 10.0  # between two lines about the progress, where there is no termi
 def generate(
     sampler: Sampler,
     *,
-    tokenizer: nn.Module | None = None,
+    tokenizer: Tokenizer | None = None,
     context: Tensor | None = None,
     labels: Tensor | None = None,
     actions: Tensor | None = None,
@@ -72,11 +73,12 @@ def generate(
     conditions = {name: None if value is None else value.to(device) for name, value in given.items()}
     with autocast(device, precision):
         if resume:
+            assert saving is not None, "it says where the run lies"
             frames = sampler.resume(saving)
         else:
             batch = None if latents is not None else count
-            options = {"batch": batch, "generator": generator, "saving": saving}
-            frames = sampler.stream(latents, config.num_frames, **options, **conditions)
+            options: dict[str, Any] = {"batch": batch, "generator": generator, "saving": saving} | conditions
+            frames = sampler.stream(latents, config.num_frames, **options)
         made = list(_shown(frames) if progress else frames)
     if resume:
         made = [frame.to(device) for frame in frames.saved()]
@@ -166,7 +168,8 @@ def write_videos(
 
 def _write_npz(path: Path, video: np.ndarray, actions: np.ndarray | None) -> None:
     with atomic_path(path) as temporary:
-        np.savez(temporary, video=video, **({} if actions is None else {"actions": actions}))
+        arrays: dict[str, Any] = {"video": video} if actions is None else {"video": video, "actions": actions}
+        np.savez(temporary, **arrays)
 
 
 def _write_frames(folder: Path, video: np.ndarray) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -57,7 +58,12 @@ class DCAETokenizer(nn.Module):
         frames: frames that go through the network at once; bounds the memory.
     """
 
-    def __init__(self, model: nn.Module, scale: float | None = None, *, frames: int = 64):
+    model: Any  # a diffusers.AutoencoderDC, which has no types
+    scale: float
+    channels: int
+    compression: tuple[int, int, int]
+
+    def __init__(self, model: Any, scale: float | None = None, *, frames: int = 64):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.scale = model.config.scaling_factor if scale is None else scale

@@ -42,7 +42,9 @@ class TokenizerTrainer:
         self.model = autoencoder_class()(**far_config(config.compression, config.channels, config.width))
         self.model = self.model.to(self.device).train()
         self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
-        self.lpips = LPIPS(config.lpips_vgg, config.lpips_linear).to(self.device) if config.lpips_vgg else None
+        self.lpips = None
+        if config.lpips_vgg is not None and config.lpips_linear is not None:
+            self.lpips = LPIPS(config.lpips_vgg, config.lpips_linear).to(self.device)
         self.disc = patch_discriminator().to(self.device).train() if config.disc_weight > 0 else nn.Module()
         self.optimizer, self.disc_optimizer = (self._optimizer(module) for module in (self.model, self.disc))
 
@@ -63,10 +65,10 @@ class TokenizerTrainer:
             parts["lpips"] = self.config.perceptual_weight * self.lpips(y, x)
         if adversarial:
             self.disc.requires_grad_(False)
-            reconstruction, fooling = sum(parts.values()), -self.disc(y).mean()
+            reconstruction, fooling = _total(parts), -self.disc(y).mean()
             last = [p for p in self.model.decoder.conv_out.parameters() if p.dim() == 4][-1]
             parts["adversarial"] = self.config.disc_weight * adaptive_weight(reconstruction, fooling, last) * fooling
-        self._update(self.optimizer, sum(parts.values()), self.model)
+        self._update(self.optimizer, _total(parts), self.model)
         if adversarial:
             self.disc.requires_grad_(True)
             real, fake = self.disc(x), self.disc(y.detach())
@@ -76,9 +78,10 @@ class TokenizerTrainer:
         self.step += 1
         return {name: value.detach() for name, value in parts.items()} | {"mse": (y.detach() - x).square().mean()}
 
-    def _update(self, optimizer: torch.optim.Optimizer, loss: torch.Tensor, module: nn.Module) -> None:
+    def _update(self, optimizer: torch.optim.Optimizer | None, loss: torch.Tensor, module: nn.Module) -> None:
         if not torch.isfinite(loss):
             raise InputError(f"the loss of step {self.step} is {loss.item()}: lower lr ({self.config.lr})")
+        assert optimizer is not None, "a module with parameters has one"
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), self.config.grad_clip)
         optimizer.step()
@@ -122,6 +125,14 @@ class TokenizerTrainer:
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self.config).items()} | {
             "data": repr(self.dataset)
         }
+
+
+def _total(parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The sum of the losses, from left to right."""
+    total, *others = parts.values()
+    for part in others:
+        total = total + part
+    return total
 
 
 def train_tokenizer(

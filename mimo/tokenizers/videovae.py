@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +78,8 @@ class VideoVAEConfig:
             raise InputError(
                 f"videovae: unknown field {unknown[0]!r} in model_cfg, known are {', '.join(sorted(known))}"
             )
-        return cls(**{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in values.items()})
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in values.items()}
+        return cls(**plain)
 
     def __post_init__(self) -> None:
         if any((*self.encoder_temporal_downsample, *self.decoder_temporal_upsample)):
@@ -126,7 +128,9 @@ class Conv2d(nn.Conv2d):
 class PaddedConv3D(nn.Module):
     """A 3D convolution that repeats the first (and, when not causal, the last) frame so that time keeps its length."""
 
-    def __init__(self, cin: int, cout: int, kernel=3, *, stride: int = 1, padding: int = 0, causal: bool):
+    def __init__(
+        self, cin: int, cout: int, kernel=3, *, stride: int | tuple[int, int, int] = 1, padding: int = 0, causal: bool
+    ):
         super().__init__()
         kernel = (kernel,) * 3 if isinstance(kernel, int) else kernel
         self.conv = nn.Conv3d(cin, cout, kernel, stride=stride, padding=(0, padding, padding))
@@ -289,6 +293,10 @@ def _layer(name: str):
 class _Half(nn.Module):
     """What encoder and decoder share."""
 
+    mid: Any  # modules whose parts bear the names of DFoT's weights
+    norm_out: nn.Module
+    conv_out: nn.Module
+
     def _build_mid(self, channels: int, resnet: str, attention: str, config: VideoVAEConfig) -> None:
         causal = config.is_causal
         self.mid = nn.Module()
@@ -296,9 +304,9 @@ class _Half(nn.Module):
         self.mid.attn_1 = _layer(attention)(channels, causal=causal)
         self.mid.block_2 = _layer(resnet)(channels, channels, dropout=config.dropout, causal=causal)
 
-    def _build_level(self, cin: int, cout: int, count: int, resnet: str, attention: str | None, config) -> nn.Module:
+    def _build_level(self, cin: int, cout: int, count: int, resnet: str, attention: str | None, config) -> Any:
         causal = config.is_causal
-        level = nn.Module()
+        level: Any = nn.Module()
         level.block, level.attn = nn.ModuleList(), nn.ModuleList()
         for i in range(count):
             level.block.append(_layer(resnet)(cout if i else cin, cout, dropout=config.dropout, causal=causal))
@@ -310,7 +318,7 @@ class _Half(nn.Module):
         return self.mid.block_2(self.mid.attn_1(self.mid.block_1(x)))
 
     @staticmethod
-    def _run_level(level: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    def _run_level(level: Any, x: torch.Tensor) -> torch.Tensor:
         for i, block in enumerate(level.block):
             x = block(x)
             if len(level.attn):
@@ -344,6 +352,7 @@ class Encoder(_Half):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv_in(x)
+        level: Any
         for level in self.down:
             x = self._run_level(level, x)
             if hasattr(level, "downsample"):
@@ -374,7 +383,8 @@ class Decoder(_Half):
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         z = self._run_mid(self.conv_in(z))
-        for level in reversed(self.up):
+        parts: Any = reversed(self.up)
+        for level in parts:
             z = self._run_level(level, z)
             if hasattr(level, "upsample"):
                 z = level.upsample(z)
@@ -421,6 +431,11 @@ class VideoVAETokenizer(nn.Module):
         mean, std: of each latent channel. None takes those of Kinetics-600, which fit the released 16-channel model.
         chunks: chunks that go through the network at once; bounds the memory.
     """
+
+    model: VideoVAE
+    mean: torch.Tensor
+    std: torch.Tensor
+    compression: tuple[int, int, int]
 
     def __init__(self, model: VideoVAE, mean=None, std=None, *, chunks: int = 32):
         super().__init__()

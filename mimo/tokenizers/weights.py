@@ -19,7 +19,7 @@ from mimo.errors import InputError
 from mimo.tokenizers.protocols import Tokenizer
 
 
-def checksum(tokenizer: Tokenizer) -> str:
+def checksum(tokenizer: Tokenizer | nn.Module) -> str:
     """SHA-256 of what decides a tokenizer's latents besides its architecture: parameters, buffers and the factor
     `scale`, however and wherever they are stored. Of a tokenizer that is computed it is that of its `definition`, a
     text, as the last bits of what is computed differ from machine to machine."""

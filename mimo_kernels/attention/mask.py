@@ -196,7 +196,7 @@ class FrameMask:
     def _draw(self, clip: int, table: list[list[int]]) -> list[str]:
         """Frames as blocks: ■ all keys of the frame are seen, ▒ some, · none. Frames without tokens are left out."""
         row = sum(self.clip_lens[:clip])
-        blocks = []  # (name, first row, end row), None for frames that are not shown
+        blocks: list[tuple[str, int, int] | None] = []  # (name, first row, end row), None: frames that are not shown
         for letter, lens in zip(
             "hf" if self.future_lens[clip] else " ", (self.history_lens[clip], self.future_lens[clip])
         ):
@@ -206,7 +206,8 @@ class FrameMask:
                     copy.append((f"{letter}{frame}".strip(), row, row + count))
                 row += count
             hidden = len(copy) - DRAWN_FRAMES
-            blocks += copy if hidden <= 0 else copy[: DRAWN_FRAMES // 2] + [None] + copy[-(DRAWN_FRAMES // 2) :]
+            shown = DRAWN_FRAMES // 2
+            blocks += copy if hidden <= 0 else [*copy[:shown], None, *copy[-shown:]]
 
         starts = [group[0] for group in table]
         width = max((len(block[0]) for block in blocks if block), default=0)
@@ -231,8 +232,8 @@ def _mark(block: tuple[str, int, int], keys: list[int]) -> str:
 
 
 def _by_clip(counts: bytearray, frames: list[int]) -> list[list[int]]:
-    counts = memoryview(counts).cast("i").tolist()
-    return [counts[end - count : end] for count, end in zip(frames, accumulate(frames))]
+    numbers = memoryview(counts).cast("i").tolist()
+    return [numbers[end - count : end] for count, end in zip(frames, accumulate(frames))]
 
 
 def _check_window(window: int | None, sink: int) -> tuple[int | None, int]:

@@ -51,7 +51,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape, dtype, head_dim = q.shape, q.dtype, q.shape[-1]
     if not q.numel():
-        return tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        return dq, dk, dv
     lse = _split_clips_lse(lse, repeats)
     dout, q, k, v, out = (_split_clips(_computable(x), repeats) for x in (dout, q, k, v, out))
     if dlse is not None:

@@ -64,7 +64,7 @@ class Book:
 
     def changed(self, seq: int | None) -> int | None:
         """The count of changes at which the sequence changed last; None where there is no sequence."""
-        sequence = self.sequences.get(seq)
+        sequence = None if seq is None else self.sequences.get(seq)
         return None if sequence is None else sequence.changed
 
     def add(self, frames: SequenceOf[Frame] = (), appended: int = 0) -> int:
@@ -122,7 +122,8 @@ class Book:
                     self.free.append(page)
 
     def table_of(self, frames: SequenceOf[Frame]) -> Tensor:
-        pages, used = [], []
+        pages: list[int] = []
+        used: list[int] = []
         for frame in frames:
             pages.extend(frame.pages)
             used.extend([self.page_size] * (len(frame.pages) - 1))
@@ -140,7 +141,8 @@ class Book:
         """The pages in use, ascending, and everything but their content as int64 tensors, pages numbered as in that list."""
         used = [page for page, count in enumerate(self.references) if count]
         saved_as = {page: number for number, page in enumerate(used)}
-        frames, pages = [], []
+        frames: list[tuple[int, int, int, bool]] = []
+        pages: list[int] = []
         for seq, sequence in self.sequences.items():
             for frame in sequence.frames:
                 frames.append((seq, frame.index, frame.num_tokens, frame.coarse))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import types
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ def choose(op: str, requested: str, refusals: dict[str, list[str]]) -> str:
     return requested
 
 
-def _load(name: str) -> tuple[types.ModuleType | None, str]:
+def _load(name: str) -> tuple[Any, str]:
     """The module and "", or None and why it does not load. A broken installation raises more than ImportError."""
     try:
         return importlib.import_module(name), ""

@@ -7,6 +7,7 @@ with a name where any number will do.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,7 +91,7 @@ def expect_indices(op: str, name: str, x: Tensor, end: int) -> None:
             refuse(op, name, f"holds {low if low < 0 else high}", f"values in [0, {end})")
 
 
-def expect_number(op: str, name: str, value: object, *, above: float = -math.inf) -> None:
+def expect_number(op: str, name: str, value: Any, *, above: float = -math.inf) -> None:
     """A finite number above a bound."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not above < value < math.inf:
@@ -99,7 +100,7 @@ def expect_number(op: str, name: str, value: object, *, above: float = -math.inf
         )
 
 
-def expect_count(op: str, name: str, value: object, low: int = 0, high: int | None = None) -> None:
+def expect_count(op: str, name: str, value: Any, low: int = 0, high: int | None = None) -> None:
     """A whole number between bounds, both included."""
     whole = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
     if not whole or value < low or (high is not None and value > high):

@@ -93,7 +93,7 @@ class DeviceCopies:
             getattr(_capturing, "kept", _kept_for_good)[id(copies)] = copies
             return
         uploaded, ordered = self._uploads.get(key) or (None, None)  # without it: uploaded while torch.compile traced
-        if ordered is None:
+        if uploaded is None or ordered is None:
             return
         raw = torch_private.raw_stream(copies[0].get_device())
         if raw not in ordered:

@@ -69,7 +69,8 @@ class FrameRows:
         """The backward's work list: int32 [chunks, 3] of (first row, end row, group), ascending in the group, and int32
         [groups + 2]:
         where the chunks of history and of every group begin."""
-        return self._copies.on(device)[3:5]
+        chunks, begins = self._copies.on(device)[3:5]
+        return chunks, begins
 
 
 def _integers(name: str, values: Sequence[int] | Tensor) -> Tensor:

@@ -65,7 +65,8 @@ class AxialRoPE:
             checks.refuse("AxialRoPE", "split", f"is {split}", f"three even numbers with the sum {head_dim}")
         checks.expect_number("AxialRoPE", "theta", theta, above=0)
         self.head_dim, self.theta, self.split = head_dim, theta, split
-        self._positions, self._copies = 0, None
+        self._positions = 0
+        self._copies: DeviceCopies | None = None
         self._table("cpu")
 
     def frequencies(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64) -> Tensor:
@@ -275,7 +276,7 @@ def _check(
     if (rope is None) != (coords is None):
         given, missing = ("coords", "rope") if rope is None else ("rope", "coords")
         checks.refuse(op, given, f"is given but {missing} is None", "both or none")
-    if rope is not None:
+    if rope is not None and coords is not None:
         checks.expect_shape(op, "coords", coords, qkv.shape[0], 3)
         checks.expect_dtype(op, "coords", coords, torch.int32)
         _check_rope(op, rope, dim)
@@ -391,7 +392,7 @@ def qk_norm_rope_ref(
     """`qk_norm_rope` in plain PyTorch."""
     qk, v = qkv.split([2, 1], dim=1)  # queries and keys go through together: [rows, 2, heads, head_dim]
     qk = _norm(qk, torch.stack([q_weight, k_weight])[:, None], eps)
-    if rope is not None:
+    if rope is not None and coords is not None:
         qk = _rotate(qk, _turns(coords, rope, torch.promote_types(qkv.dtype, torch.float32)))
     q, k = qk.unbind(1)
     return (q, k, v.squeeze(1)) if return_v else (q, k)
@@ -438,7 +439,7 @@ def _turns(coords: Tensor, rope: AxialRoPE, dtype: torch.dtype) -> Tensor:
         _largest_position(coords)
         angle = coords.long()[:, rope.axes(coords.device)] * rope.frequencies(coords.device)
         return torch.stack([angle.cos(), angle.sin()], dim=-1)[:, None, None]
-    axes = zip(rope._table(coords.device).axes, coords.unbind(1), strict=True)
+    axes = list(zip(rope._table(coords.device).axes, coords.unbind(1), strict=True))
     if 0 in rope.split:  # nobody looks at the positions of that axis
         _largest_position(coords)
         axes = [(table, position) for table, position in axes if table.shape[1]]
