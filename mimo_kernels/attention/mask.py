@@ -175,7 +175,7 @@ class FrameMask:
         try:
             "".join(MARKS).encode(getattr(sys.stdout, "encoding", None) or "utf-8")
         except UnicodeEncodeError:
-            drawing = drawing.translate(str.maketrans(MARKS))
+            drawing = drawing.translate({ord(mark): plain for mark, plain in MARKS.items()})
         return drawing
 
     def __repr__(self) -> str:

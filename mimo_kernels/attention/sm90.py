@@ -84,7 +84,8 @@ def plan_for(frames: Tensor, *, block: int, keys: bool, device: torch.device) ->
             cells = DeviceCopies("the schedules of this mask", torch.frombuffer(cells, dtype=torch.int32))
         plans[block, keys] = cells, *facts
     cells, tiles, pairs, rows = plans[block, keys]
-    return Plan(*cells.on(device), tiles, block, pairs, rows)
+    (data,) = cells.on(device)
+    return Plan(data, tiles, block, pairs, rows)
 
 
 def forward_plan(frames: Tensor, device: torch.device) -> Plan:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ _triton, _triton_reason = _load("triton")
 _torch, _ = _load("torch")
 
 
-def extension() -> types.ModuleType | None:
+def extension() -> Any:
     """mimo_kernels._C, or None where it is not built or does not load."""
     return _extension
 

@@ -162,7 +162,7 @@ def test_version_and_empty_command_line(capsys):
         ("train --preset mimo-tiny --data shapes --out y --model.mask-ratio 0.5 1.5", "mask_ratio=(0.5, 1.5)"),
         ("train --preset mimo-tiny --data shapes --out y --steps -1", "error: --steps -1: expected more than zero"),
         ("train --preset mimo-tiny --data shapes --out y --train.lr inf", "--train.lr=inf: expected a finite number"),
-        ("train-tokenizer --data x --out y --size 8 8 --lr nan", "lr=nan: expected a finite number"),
+        ("train-tokenizer --data x --out y --size 8 8 --lr nan", "--lr nan: expected a finite number"),
         ("train --preset mimo-tiny --data shapes --out y --train.accumulate 3 --train.batch-size 4", "accumulate=3"),
         ("train --preset mimo-tiny --data shapes --out y --model.tokenizer vq", "unknown tokenizer 'vq'"),
         (
