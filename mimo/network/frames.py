@@ -119,7 +119,7 @@ class FrameList:
 
     def _copies(self) -> tuple[list[list[int]], list[list[int]]]:
         """Token counts of the clean frames and of the others, per clip, as FrameMask.teacher_forcing takes them."""
-        lens = [], []
+        lens: tuple[list[list[int]], list[list[int]]] = [], []
         for clip in self.clips:
             clean = [frame for frame in clip if frame.kind == "clean"]
             others = [frame for frame in clip if frame.kind != "clean"]

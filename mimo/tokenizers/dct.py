@@ -48,7 +48,8 @@ class DCTTokenizer(nn.Module):
 
     def __init__(self, compression: tuple[int, int, int] = (1, 8, 8), channels: int | None = None):
         super().__init__()
-        self.compression = t, h, w = tuple(compression)
+        t, h, w = compression
+        self.compression = t, h, w
         total = 3 * t * h * w
         self.channels = total if channels is None else channels
         if min(compression) < 1 or not 1 <= self.channels <= total:
