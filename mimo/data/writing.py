@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -113,7 +114,8 @@ def write_video(
         reformatter = VideoReformatter()
         for i, frame in enumerate(frames):
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24")
-            picture = reformatter.reformat(picture, format="yuv420p", dst_colorspace="ITU601", **ONE_THREAD)
+            space: Any = "ITU601"  # PyAV takes the name, and declares a number
+            picture = reformatter.reformat(picture, format="yuv420p", dst_colorspace=space, **ONE_THREAD)
             picture.pts = i
             container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
@@ -163,7 +165,7 @@ def contact_sheet(
     shown = np.unique(np.linspace(0, longest - 1, min(longest, max_columns)).round().astype(int))
     height = max(clip.shape[1] for clip in clips.values())
     width = max(clip.shape[2] for clip in clips.values())
-    font = ImageFont.load_default(max(12, height // 9))
+    font: Any = ImageFont.load_default(max(12, height // 9))  # a FreeTypeFont, where a size is given
     line = sum(font.getmetrics()) + 4
     cell_h, cell_w = height + 2 * _BORDER + _GAP, width + 2 * _BORDER + _GAP
     legend = f"orange: context ({marks} frame{'s' if marks != 1 else ''})" if marks else ""
