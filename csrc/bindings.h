@@ -1,12 +1,9 @@
-// How an op family puts its functions into mimo_kernels._C: one file bind_<family>.cpp, compiled by the host compiler,
-// holding
+// How a family of host functions gets into mimo_kernels._C: in its file, compiled by the host compiler,
 //
-//     static void bind_tokens(pybind11::module_& m) { m.def("gather_rows", ...); }
-//     static const mimo::Binding binding(bind_tokens);
+//     static void bind_planner(pybind11::module_& m) { m.def("plan_rows", ...); }
+//     static const mimo::Binding binding(bind_planner);
 //
-// Pointers and streams come in as integers (tensor.data_ptr(), torch's stream handle) and a status goes out, so no
-// torch header is needed. Functions that launch CUDA kernels stand inside #ifdef MIMO_WITH_CUDA: without nvcc only the
-// *.cpp files are compiled.
+// Launchers of CUDA kernels need a row alone, see launcher.h. Without nvcc only the *.cpp files are compiled.
 #pragma once
 
 #include <pybind11/pybind11.h>
