@@ -302,7 +302,7 @@ def test_encoding_is_shared_and_continued(tmp_path, videos, monkeypatch, capsys)
 def test_refused_encodings(tmp_path, videos, refused):
     out = tmp_path / "shards"
     assert "--preset is missing" in refused("encode", "--data", videos, "--out", out)
-    assert "dtype 'int8'" in refused(*encode(videos, out, "--dtype", "int8"))
+    assert "invalid choice 'int8' for argument '--dtype'" in refused(*encode(videos, out, "--dtype", "int8"))
     assert "none: no such file" in refused(*encode(tmp_path / "none", out))
     message = refused(*encode(videos, out, "--model.channels", 5, "--model.frames", 4))
     assert "frames=4: expected 3, as the tokenizer 'dct' makes of clips of video_frames=3" in message
