@@ -75,15 +75,70 @@ def test_op_families_do_not_import_each_other():
     assert not crossings
 
 
-def test_no_import_goes_in_a_circle():
+@pytest.mark.parametrize(
+    ("package", "module", "imports"),
+    [
+        ("mimo_kernels", "mimo_kernels.cache.pages", {"mimo_kernels.cache.view", "mimo_kernels.cache.book"}),
+        ("mimo", "mimo.training.loop", {"mimo.training.trainer", "mimo.training.log", "mimo.checkpoint"}),
+    ],
+)
+def test_no_import_goes_in_a_circle(package: str, module: str, imports: set[str]):
     """Inside functions and under TYPE_CHECKING neither: what has to be read together belongs into one file."""
-    files = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sources("mimo_kernels")}
+    files = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in sources(package)
+    }
     graph = {}
-    for module, path in files.items():
-        named = {name if name in files else name.rpartition(".")[0] for name in imported(path)}
-        graph[module] = {name for name in named if name in files and name != module}
-    assert graph["mimo_kernels.cache.pages"] >= {"mimo_kernels.cache.view", "mimo_kernels.cache.book"}
+    for name, path in files.items():
+        named = {other if other in files else other.rpartition(".")[0] for other in imported(path)}
+        graph[name] = {other for other in named if other in files and other != name}
+    assert graph[module] >= imports
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError with the circle
+
+
+# Imports inside functions: (file, what it imports, or all of it: "*") and why it waits until it is needed.
+LATE = {
+    ("mimo/cli/*", "*"): "--help answers at once: nothing heavy is imported before a command runs",
+    ("mimo/demo.py", "matplotlib.figure"): "a second of start-up, for one picture",
+    ("mimo/tokenizers/__init__.py", "mimo.tokenizers.dcae"): "who asks for it, has diffusers and its weights",
+    ("mimo/tokenizers/__init__.py", "mimo.tokenizers.videovae"): "a big network, for who asks for it",
+    ("mimo/tokenizers/dcae.py", "diffusers"): "seconds of start-up, and it need not be installed",
+    ("mimo/training/log.py", "torch.utils.tensorboard"): "seconds of start-up, for runs with a folder",
+    ("mimo_kernels/attention/frame.py", "mimo_kernels.attention.triton"): "Triton need not be installed",
+}
+TYPES_ALONE = {  # imports under TYPE_CHECKING
+    ("mimo_kernels/attention/paged.py", "mimo_kernels.cache.pages"): "an operator, which has to load without the cache",
+    ("mimo_kernels/core/backends.py", "torch"): "the package says what is missing where torch does not load",
+}
+
+
+def late_and_types_alone(path: Path) -> tuple[set[str], set[str]]:
+    """The modules named by imports inside functions, and under `if TYPE_CHECKING:`."""
+
+    def named(tree: ast.AST) -> set[str]:
+        nodes = list(ast.walk(tree))
+        plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        return plain | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+
+    late, types_alone = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            late |= named(node)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            types_alone |= named(node)
+    return late, types_alone
+
+
+def test_imports_wait_for_a_reason():
+    """Each import inside a function or for types alone is allowed by name, and no permission is left over."""
+    found = set(), set()
+    for package in ("mimo", "mimo_kernels"):
+        for path in sources(package):
+            name = path.relative_to(ROOT).as_posix()
+            for kind, modules in zip(found, late_and_types_alone(path), strict=True):
+                wild = name.startswith("mimo/cli/")
+                kind.update(("mimo/cli/*", "*") if wild else (name, module) for module in modules)
+    assert found == (set(LATE), set(TYPES_ALONE))
 
 
 def test_importing_the_package_needs_only_the_standard_library():
