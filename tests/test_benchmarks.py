@@ -150,6 +150,8 @@ def test_waiting_is_what_the_loop_waits_for(modules):
 
     class Clips:
         delay = 0.0
+        num_classes = num_actions = None
+        has_labels = has_actions = decodes = False
 
         def __len__(self):
             return 8
