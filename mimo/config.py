@@ -1,7 +1,7 @@
 """Every decision that could reasonably have gone another way, as typed fields.
 
-A preset (mimo.presets) is three records with one name: what the network is and what it optimises (`MiMoConfig`), how it is
-trained (`TrainConfig`) and how it is sampled (`SampleConfig`).
+A preset (mimo.presets) is three records with one name: what the network is and what it optimises (`MiMoConfig`), how it
+is trained (`TrainConfig`) and how it is sampled (`SampleConfig`).
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class _Record:
 
     @classmethod
     def from_dict(cls, values: dict):
-        """The inverse of `to_dict`. Missing fields take their defaults; an unknown key is a ValueError, and so is a value of
-        another type."""
+        """The inverse of `to_dict`. Missing fields take their defaults; an unknown key is a ValueError, and so is a
+        value of another type."""
         return records.convert(values, cls, cls.__name__)
 
     def to_dict(self) -> dict:
@@ -105,8 +105,8 @@ class MiMoConfig(_Record):
             the place in the frame, added to the tokens) or "learned" (a table for each instead; frames beyond
             `frames` have none).
         rope_theta: base of the RoPE frequencies.
-        rope_split: channels of a head that turn with t, y and x, even numbers whose sum is the head dimension; None is a
-            third each, see `mimo_kernels.AxialRoPE`. FAR has 16, 24, 24 of 64.
+        rope_split: channels of a head that turn with t, y and x, even numbers whose sum is the head dimension; None is
+            a third each, see `mimo_kernels.AxialRoPE`. FAR has 16, 24, 24 of 64.
         qk_norm: RMS-normalise queries and keys.
         separate_ln: history tokens have their own affine LayerNorm; False sends them through AdaLN at tau = 0.
         decoder_depth: blocks of the masked-history decoder.
@@ -119,7 +119,8 @@ class MiMoConfig(_Record):
         interleaved: alternate steps that optimise only L_diff and only L_mask, instead of their weighted sum.
         num_classes: class labels; 0 is unconditional. One null class is added.
         num_actions: discrete actions per frame; 0 is none. One null action is added.
-        max_interval: the network is told the frame interval of its clips, 1..max_interval (MAGI; 25 there); 0 is not told.
+        max_interval: the network is told the frame interval of its clips, 1..max_interval (MAGI; 25 there); 0 is not
+            told.
         label_dropout: probability that a clip's class, or a frame's action, is replaced by the null one in
             training.
         history_dropout: probability that a future frame sees no history in training; history guidance needs it.
@@ -254,19 +255,21 @@ class TrainConfig(_Record):
         unmasked_steps: the last steps of training drop no history tokens (the paper's fine-tuning for high ratios).
         precision: "bf16" (autocast, fp32 weights), "fp32", or "fp8": bf16 with the blocks' projections in float8
             (mimo.network.fp8; ask benchmarks/fp8_check.py before).
-        strategy: how processes share the model: "ddp" (each has all of it), "fsdp" (each has a part of every parameter) or
-            "auto", ddp if there are several.
-        cpu_offload: with fsdp, parameters, averages and optimizer state live in the host's memory and are updated there.
+        strategy: how processes share the model: "ddp" (each has all of it), "fsdp" (each has a part of every parameter)
+            or "auto", ddp if there are several.
+        cpu_offload: with fsdp, parameters, averages and optimizer state live in the host's memory and are updated
+            there.
         recompute: keep no activations inside blocks, compute them again in the backward (activation checkpointing).
-        max_skipped: how many steps in a row are skipped because their gradient is not finite; 0 stops at the first. A skipped
-            step counts, but leaves weights, moments and averages as they are.
-        interval: take every n-th frame of a video. With two numbers, LOW HIGH, every clip draws its n between them (MAGI's
-            dynamic interval training); --model.max-interval tells the network n, and needs two.
+        max_skipped: how many steps in a row are skipped because their gradient is not finite; 0 stops at the first. A
+            skipped step counts, but leaves weights, moments and averages as they are.
+        interval: take every n-th frame of a video. With two numbers, LOW HIGH, every clip draws its n between them
+            (MAGI's dynamic interval training); --model.max-interval tells the network n, and needs two.
         flip: mirror half of the clips.
         seed: of everything random.
-        posterior: which latents of a tokenizer that gives a distribution: its "mean", or a "sample" of it, as DFoT trains.
-        workers: processes that decode videos; 0 decodes in the training process. None, the default, takes as many as pay:
-            see mimo.data.loader.default_workers.
+        posterior: which latents of a tokenizer that gives a distribution: its "mean", or a "sample" of it, as DFoT
+            trains.
+        workers: processes that decode videos; 0 decodes in the training process. None, the default, takes as many as
+            pay: see mimo.data.loader.default_workers.
         log_every: steps between status lines.
         save_every: steps between checkpoints.
         keep: newest checkpoints kept.
@@ -327,15 +330,16 @@ class SampleConfig(_Record):
         sampler: "ddim" (for v-prediction) or "euler" (for flow).
         steps: denoising steps per frame.
         history_guidance: w of (1 - w) v(no history) + w v(history); 1 is none.
-        class_guidance: w of (1 - w) v(null) + w v(class or action); 1 is none. "null" is told no class and no action, in
-            any frame, those of its history included (FAR's protocol).
+        class_guidance: w of (1 - w) v(null) + w v(class or action); 1 is none. "null" is told no class and no action,
+            in any frame, those of its history included (FAR's protocol).
         context_frames: latent frames given when a clip is predicted; 0 generates from nothing.
         num_frames: latent frames of the result, context included.
-        window: how many latent frames a frame sees, the latest, itself included; None: all. Memory no longer grows then.
+        window: how many latent frames a frame sees, the latest, itself included; None: all. Memory no longer grows
+            then.
         sink: the first frames of the video, which stay visible beside the window.
         temperature: factor on the noise that a frame starts from, for the first and the last frame made, linear in
-            between; of no paper. VideoMAR's temperature (0.9 + 10^-(t+1), its App. B) is another one: it scales noise in
-            every step of a diffusion head per token.
+            between; of no paper. VideoMAR's temperature (0.9 + 10^-(t+1), its App. B) is another one: it scales noise
+            in every step of a diffusion head per token.
         history_noise: standard deviation of the noise added to a finished frame before it becomes history, for the
             first and the last frame made, linear in between; of no paper. MAGI injects noise in training, and tells the
             network how much; here the network is not told.
@@ -374,7 +378,8 @@ class Encoding(_Record):
         dtype: of the stored latents: "fp16", "bf16" or "fp32".
         seed: of the random starts, crops and flips.
         workers: processes that decode videos; None takes as many as pay.
-        posterior: which latents of a tokenizer that gives a distribution: its "mean", or a "sample" of it, as DFoT trains.
+        posterior: which latents of a tokenizer that gives a distribution: its "mean", or a "sample" of it, as DFoT
+            trains.
     """
 
     passes: int = 1

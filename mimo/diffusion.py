@@ -54,8 +54,8 @@ class VPredictionSchedule(_Schedule):
     """Variance-preserving diffusion with v-prediction, sampled with DDIM (eta = 0).
 
         beta from 1e-4 to 0.02, linear over `num_timesteps`;  abar_t = prod_{s <= t} (1 - beta_s)
-        alpha_t = sqrt(abar_t), then shifted and scaled so that its last value is 0 and its first stays (zero terminal SNR)
-        sigma_t = sqrt(1 - alpha_t^2),  v = alpha_t eps - sigma_t x
+        alpha_t = sqrt(abar_t), then shifted and scaled so that its last value is 0 and its first stays (zero terminal
+        SNR) sigma_t = sqrt(1 - alpha_t^2),  v = alpha_t eps - sigma_t x
         `steps` sampling steps visit round(num_timesteps (1 - i / steps)) - 1 (trailing spacing); each goes to the
         timestep visited next and the last one to alpha = 1
 
@@ -103,7 +103,8 @@ class VPredictionSchedule(_Schedule):
         return visited.to(device)
 
     def step(self, v: Tensor, x: Tensor, i: int | Tensor) -> Tensor:
-        """x' = alpha' x0 + sigma' eps with x0 = alpha x - sigma v and eps = sigma x + alpha v, at visited timestep i."""
+        """x' = alpha' x0 + sigma' eps with x0 = alpha x - sigma v and eps = sigma x + alpha v, at visited timestep
+        i."""
         of_x, of_v = self._steps.on(x.device)[0][:, i].to(x.dtype)
         return of_x * x + of_v * v
 

@@ -1,5 +1,5 @@
-"""The presets as Markdown tables: `python -m mimo.preset_table > docs/presets.md` in the rows of the papers' tables, and
-`python -m mimo.preset_table README.md`, a line each between the marks of the README."""
+"""The presets as Markdown tables: `python -m mimo.preset_table > docs/presets.md` in the rows of the papers' tables,
+and `python -m mimo.preset_table README.md`, a line each between the marks of the README."""
 
 from __future__ import annotations
 

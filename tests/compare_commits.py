@@ -1,10 +1,11 @@
 """Whether two commits compute the same, bit for bit: python tests/compare_commits.py OLD [NEW] [--presets NAME ...]
 
-Every preset that both know is built small (its own fields, fewer and narrower blocks, smaller frames), filled with fixed
-random weights, and run on the CPU in one process per commit: the names of its parameters and what they are initialised
-with, the losses of some steps, every gradient, and samples without and with guidance. What is compared is SHA-256
-checksums of the bytes. NEW is the working tree where it is left out. A commit is given the compiled extension of this tree;
---old-extension names another one for OLD, where its functions were others. Exit status 1 if anything differs.
+Every preset that both know is built small (its own fields, fewer and narrower blocks, smaller frames), filled with
+fixed random weights, and run on the CPU in one process per commit: the names of its parameters and what they are
+initialised with, the losses of some steps, every gradient, and samples without and with guidance. What is compared is
+SHA-256 checksums of the bytes. NEW is the working tree where it is left out. A commit is given the compiled extension
+of this tree; --old-extension names another one for OLD, where its functions were others. Exit status 1 if anything
+differs.
 """
 
 import argparse
@@ -76,7 +77,7 @@ def run_worker(tree: Path, presets: list[str]) -> dict[str, dict[str, str]]:
     return json.loads(done.stdout)
 
 
-# The worker: everything below runs in the tree of one commit ------------------------------------------------------------
+# The worker: everything below runs in the tree of one commit ----------------------------------------------------------
 
 
 def worker(presets: list[str]) -> dict[str, dict[str, str]]:

@@ -44,7 +44,8 @@ class Attention(nn.Module):
     def forward(
         self, y: Tensor, coords: Tensor, rope: AxialRoPE | None, attend: Callable, pages: Pages | None = None
     ) -> Tensor:
-        """y [R, D] -> what the rows collected, before the output projection, [R, D]. Keys and values also go to `pages`."""
+        """y [R, D] -> what the rows collected, before the output projection, [R, D]. Keys and values also go to
+        `pages`."""
         qkv = self.qkv(y).unflatten(-1, (3, self.heads, -1))  # [R, 3, h, d]
         given = qkv, self.q_norm, self.k_norm, None if rope is None else coords, rope
         v = qkv[:, 2]
@@ -128,8 +129,8 @@ class Block(nn.Module):
     """A transformer block: norm1, attention, norm2, MLP.
 
     The end of one block and the norm of the next are one fused operation. So a block leaves the product of its MLP
-    pending, and begins by adding what the block before it left: whoever shards, recomputes or compiles the network block
-    by block has all that a block needs in one call.
+    pending, and begins by adding what the block before it left: whoever shards, recomputes or compiles the network
+    block by block has all that a block needs in one call.
     """
 
     def __init__(self, config: MiMoConfig, backend: str, *, modulated: bool, affine1: bool, affine2: bool) -> None:

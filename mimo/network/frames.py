@@ -1,7 +1,7 @@
 """The frame list: what a training sequence is made of, and all that follows from it.
 
-Every scheme of training in this field is a list of frames per clip. A frame says where it stands in time, what kind it is
-and how many tokens of it there are:
+Every scheme of training in this field is a list of frames per clip. A frame says where it stands in time, what kind it
+is and how many tokens of it there are:
 
     clean     as in the data. Norms of its own, or with config.separate_ln off AdaLN at tau = 0, one row for all
     noisy     at a timestep, modulated by AdaLN: what the network predicts
@@ -9,8 +9,8 @@ and how many tokens of it there are:
     coarse    of `stride` x `stride` tokens in one, far back in time (no network here embeds them yet)
 
 and the list says which of them see which: `sees` is the name of the FrameMask. From that follow the packed rows, the
-modulation rows, the mask and the coordinates, once per list, on the host, in O(frames); lists of a shape that comes again
-are kept. What changes with every batch are tensors, in FrameBatch: latents, timesteps, kept tokens, conditions.
+modulation rows, the mask and the coordinates, once per list, on the host, in O(frames); lists of a shape that comes
+again are kept. What changes with every batch are tensors, in FrameBatch: latents, timesteps, kept tokens, conditions.
 
     two copies, "teacher_forcing":  clip 0: clean 0, 1, ..., T-1, noisy 0, 1, ..., T-1;  clip 1: ...      MiMo, ACDiT
     one copy, "block_causal":       clip 0: noisy 0, 1, ..., T-1;  clip 1: ...                            DFoT, FAR
@@ -39,7 +39,8 @@ Kind = Literal["clean", "noisy", "masked", "coarse"]
 
 
 class Frame(NamedTuple):
-    """A frame of a clip: its time, its kind, how many of its tokens there are, and what a step in its grid is in y and x."""
+    """A frame of a clip: its time, its kind, how many of its tokens there are, and what a step in its grid is in y and
+    x."""
 
     time: int
     kind: Kind
@@ -52,8 +53,8 @@ class FrameList:
     """The frames of a batch, and who sees whom. Lists compare by identity, and are kept by those who make them.
 
     Args:
-        clips: the frames of every clip, in packed order. With "teacher_forcing" all clean ones come first, in the order of
-            time, then as many others of the same times, of which each sees the clean ones before it and itself.
+        clips: the frames of every clip, in packed order. With "teacher_forcing" all clean ones come first, in the order
+            of time, then as many others of the same times, of which each sees the clean ones before it and itself.
         sees: the constructor of FrameMask.
         alone: bool on the host, [frames that are not clean]: it sees itself alone (history guidance); None: none does.
         window, sink: as in FrameMask.
@@ -168,8 +169,8 @@ def one_copy(
 class Part(NamedTuple):
     """Rows that lie in a longer sequence, those of the frames of a kind.
 
-    alike: (B, T, rows per frame), when all clips are alike; the part then begins at row `start` of each clip. Else None,
-        and `index` has the rows and `frame` the number in the part of every row's frame, int64 [n].
+    alike: (B, T, rows per frame), when all clips are alike; the part then begins at row `start` of each clip. Else
+        None, and `index` has the rows and `frame` the number in the part of every row's frame, int64 [n].
     frame_rows: of the part by itself, where something is done with it by itself: of the frames that are not clean.
     clip, time: int64 [frames of the part].
     """
@@ -198,7 +199,8 @@ class Part(NamedTuple):
         return rows if self.alike is None else rows.unflatten(0, (self.alike[0], -1))
 
     def add(self, x: Tensor, values: Tensor) -> Tensor:
-        """x [R, D] with the values of the part's frames, [frames, D], added to their rows; in place where clips are alike."""
+        """x [R, D] with the values of the part's frames, [frames, D], added to their rows; in place where clips are
+        alike."""
         if self.alike is None:
             return x.index_add(0, self.index, values[self.frame])
         self.by_frame(self.select(x)).add_(self.per_frame(values))
@@ -462,6 +464,7 @@ def _check(frames: Tensor, noisy, timestep, keep, drop_history) -> None:
 
 @lru_cache(maxsize=256)
 def frame_rows(sequences: int, tokens: int, *, modulated: bool | None = True) -> FrameRows:
-    """Rows of one frame per sequence: each modulated by a row of its own; all by the same one (None); or by none (False)."""
+    """Rows of one frame per sequence: each modulated by a row of its own; all by the same one (None); or by none
+    (False)."""
     groups = {True: range(sequences), None: [0] * sequences, False: [-1] * sequences}[modulated]
     return FrameRows([tokens] * sequences, groups)

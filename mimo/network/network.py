@@ -1,10 +1,10 @@
 """The MiMo network: a diffusion transformer over packed frames.
 
-A training sequence is a frame list (mimo.network.frames); the network knows kinds of frames and no system. Clean frames go
-through norms of their own (or, with separate_ln off, through AdaLN at tau = 0), all others through AdaLN at their own
-timestep; all share all other weights. Sampling runs one frame per sequence at a time over the same blocks, and sees what
-training saw. Blocks are told how to attend (`attend(layer, q, k, v) -> out`): over the whole packed sequence when training,
-over a cache when sampling.
+A training sequence is a frame list (mimo.network.frames); the network knows kinds of frames and no system. Clean frames
+go through norms of their own (or, with separate_ln off, through AdaLN at tau = 0), all others through AdaLN at their
+own timestep; all share all other weights. Sampling runs one frame per sequence at a time over the same blocks, and sees
+what training saw. Blocks are told how to attend (`attend(layer, q, k, v) -> out`): over the whole packed sequence when
+training, over a cache when sampling.
 
 Letters: B clips, T frames, F frames of all clips, N tokens per frame, C latent channels, D width, h heads, d head
 dimension, R packed rows, G rows of modulation (one per frame that is not clean), S sequences being sampled.
@@ -32,7 +32,8 @@ Tap = tuple[int, str]  # after this many layers, the rows of "clean" or of "nois
 
 
 class MiMoOutput(NamedTuple):
-    """velocity: of the frames that are not clean, [B, T, N, C], or [rows, C] where clips differ; None without such frames.
+    """velocity: of the frames that are not clean, [B, T, N, C], or [rows, C] where clips differ; None without such
+    frames.
     reconstruction: per offset the prediction of frames o..T-1 from clean frames up to 0..T-1-o, [B, T-o, N, C], or
         [rows, C]; empty when nothing is masked.
     features: per tap the hidden state behind that layer, [rows, D], in packed order."""
@@ -90,7 +91,8 @@ class MiMo(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """DiT's: Xavier for linear layers; modulation and head zero, so that every future row starts as the identity."""
+        """DiT's: Xavier for linear layers; modulation and head zero, so that every future row starts as the
+        identity."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -137,8 +139,8 @@ class MiMo(nn.Module):
         actions: Tensor | None,
         intervals: Tensor | None,
     ) -> MiMoOutput:
-        """`forward` from what the host makes of a frame list: device work alone, so that torch.compile(fullgraph=True) takes
-        it whole."""
+        """`forward` from what the host makes of a frame list: device work alone, so that torch.compile(fullgraph=True)
+        takes it whole."""
         config, clean, predicted = self.config, packed.clean, packed.predicted
         x = latents.flatten(0, 1)
         if tokens is not None:
@@ -168,7 +170,8 @@ class MiMo(nn.Module):
     def _training_trunk(
         self, x: Tensor, c: Tensor, packed: Packed, coords: Tensor, taps: set[Tap]
     ) -> tuple[Tensor | None, dict[Tap, Tensor]]:
-        """x [R, D], c [G, D] -> velocity rows [n, C] (None without frames that are not clean) and the features of taps."""
+        """x [R, D], c [G, D] -> velocity rows [n, C] (None without frames that are not clean) and the features of
+        taps."""
         depth, clean, predicted = self.config.depth, packed.clean, packed.predicted
         needed = depth if predicted is not None else max(layer for layer, _ in taps)
         rows, pending, features = packed.rows, None, {}
@@ -206,12 +209,13 @@ class MiMo(nn.Module):
 
     @property
     def history_conditions(self) -> frozenset[str]:
-        """The conditions, of "labels" and "actions", that change the keys and values of a history frame. A guidance branch
-        that is not told one of them sees another history than those that are."""
+        """The conditions, of "labels" and "actions", that change the keys and values of a history frame. A guidance
+        branch that is not told one of them sees another history than those that are."""
         return self.history_policy.conditions
 
     def rows_of_frames(self, sequences: int, *, history: bool) -> FrameRows:
-        """The rows of `history_frame` or `future_frame`. A captured graph points to their tables: keep them beside it."""
+        """The rows of `history_frame` or `future_frame`. A captured graph points to their tables: keep them beside
+        it."""
         modulated: bool | None = True
         if history and self.history_policy.timestep is None:
             modulated = False if self.config.separate_ln else None
@@ -258,8 +262,8 @@ class MiMo(nn.Module):
     def modulations(self, timestep: Tensor, *, labels: Tensor | None = None, actions: Tensor | None = None) -> Tensor:
         """What the norms of `future_frame` are told, [M, G, D]: the shift, scale and gate of each, in the order of use.
 
-        It depends on no token. So a sampler can make it for all steps of a frame at once, and each norm's matrix (a third of
-        the network's weights) is read once instead of in every step.
+        It depends on no token. So a sampler can make it for all steps of a frame at once, and each norm's matrix (a
+        third of the network's weights) is read once instead of in every step.
 
         Args:
             timestep, labels, actions: [G] each, as in `future_frame`.
@@ -309,8 +313,8 @@ class MiMo(nn.Module):
         pages: Callable[[int], Pages] | None = None,
         predicts: bool = True,
     ) -> Tensor | None:
-        """x [S * N, D], one frame per sequence -> velocity rows [S * N, C]. Unless it `predicts`, the keys and values of the
-        last block are the end."""
+        """x [S * N, D], one frame per sequence -> velocity rows [S * N, C]. Unless it `predicts`, the keys and values
+        of the last block are the end."""
         told: list[Any] = [None] * self.config.depth
         last = None
         if modulations is not None:
@@ -330,8 +334,9 @@ class MiMo(nn.Module):
     def _embed(
         self, x: Tensor, coords: Tensor, intervals: Tensor | None, clips: int, clip: Tensor | None = None
     ) -> Tensor:
-        """Latent rows [R, C] -> [R, D], with added positions and the intervals [B] of clips where in use. An interval is
-        added to all rows of its clip (`clip` [R], None: all have as many), as MAGI adds it to the hidden states (Sec. 3)."""
+        """Latent rows [R, C] -> [R, D], with added positions and the intervals [B] of clips where in use. An interval
+        is added to all rows of its clip (`clip` [R], None: all have as many), as MAGI adds it to the hidden states
+        (Sec. 3)."""
         x = self.embed(x)
         if self.intervals is not None or intervals is not None:
             interval = self._interval(intervals, clips).to(x.dtype)  # [B, D]
@@ -449,8 +454,8 @@ class MiMo(nn.Module):
                 and config.separate_ln
             ):
                 raise ValueError(
-                    f"tap {(layer, kind)}: clean rows end in the last block, as its second norm has no weights for them "
-                    f"unless the decoder reads there (decoder_layer={config.decoder_layer})"
+                    f"tap {(layer, kind)}: clean rows end in the last block, as its second norm has no weights for "
+                    f"them unless the decoder reads there (decoder_layer={config.decoder_layer})"
                 )
         if packed.predicted is None and not taps and not decodes:
             raise ValueError(

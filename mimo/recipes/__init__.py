@@ -1,7 +1,7 @@
 """The systems of the papers, each a recipe over the same network: which frames, which loss, and how sampling goes on.
 
-A recipe is one file here with a subclass of `mimo.recipes.base.Recipe`, and one row in RECIPES; MiMoConfig.recipe names it.
-Nothing is imported before it is asked for, so that reading a config needs no torch.
+A recipe is one file here with a subclass of `mimo.recipes.base.Recipe`, and one row in RECIPES; MiMoConfig.recipe names
+it. Nothing is imported before it is asked for, so that reading a config needs no torch.
 """
 
 from __future__ import annotations

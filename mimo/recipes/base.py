@@ -1,4 +1,5 @@
-"""What recipes share: the loss of a step as frames, network, loss; and randomness that is a function of seed and step."""
+"""What recipes share: the loss of a step as frames, network, loss; and randomness that is a function of seed and
+step."""
 
 from __future__ import annotations
 
@@ -26,10 +27,10 @@ class LossParts(NamedTuple):
 class HistoryPolicy(NamedTuple):
     """How sampling puts a finished frame into history.
 
-    timestep: it goes through AdaLN at this timestep, with class and action, when its keys and values are cached; None: as
-        the clean frames of training.
-    conditions: of "labels" and "actions", what changes its keys and values. A guidance branch that is told the null value
-        of one of them sees a history of its own.
+    timestep: it goes through AdaLN at this timestep, with class and action, when its keys and values are cached; None:
+        as the clean frames of training.
+    conditions: of "labels" and "actions", what changes its keys and values. A guidance branch that is told the null
+        value of one of them sees a history of its own.
     at_once: there is no history; all frames are made together.
     """
 
@@ -45,9 +46,9 @@ def conditions_of(config: MiMoConfig) -> frozenset[str]:
 
 
 class Draws:
-    """The random numbers of a step. A batch may be a part of a larger one, split over ranks and micro batches: all draws are
-    those of the whole, of which a part uses its own, so a clip meets the same noise however the batch is split. (To draw
-    what the other parts use costs little beside the network, and takes no more launches.)
+    """The random numbers of a step. A batch may be a part of a larger one, split over ranks and micro batches: all
+    draws are those of the whole, of which a part uses its own, so a clip meets the same noise however the batch is
+    split. (To draw what the other parts use costs little beside the network, and takes no more launches.)
 
     Args:
         generator: on the device of the batch, as `step_generator` makes it, for every part anew.
@@ -101,7 +102,8 @@ class Recipe(ABC):
 
     Args:
         config: MiMoConfig.
-        unmasked_from: from this step on nothing is masked and L = L_diff (fine-tuning at the end, for high mask ratios).
+        unmasked_from: from this step on nothing is masked and L = L_diff (fine-tuning at the end, for high mask
+            ratios).
         backend: of the losses; "reference" is plain PyTorch.
 
     Raises ValueError for a config that the recipe cannot serve.
@@ -201,7 +203,8 @@ NOTHING_MASKED: dict[str, Any] = {"mask_ratio": (0.0, 0.0), "mask_weight": 0.0, 
 
 
 class Objective(nn.Module):
-    """A network and its recipe as one module whose forward is the loss: what DDP and FSDP see is one call per micro batch."""
+    """A network and its recipe as one module whose forward is the loss: what DDP and FSDP see is one call per micro
+    batch."""
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
         super().__init__()
@@ -212,7 +215,8 @@ class Objective(nn.Module):
 
 
 def step_generator(seed: int, step: int, device: torch.device | str) -> torch.Generator:
-    """The random numbers of one step, over all ranks and micro batches: a function of the arguments and nothing else."""
+    """The random numbers of one step, over all ranks and micro batches: a function of the arguments and nothing
+    else."""
     return _seeded(f"{seed}/{step}", device)
 
 
@@ -222,8 +226,8 @@ def _seeded(text: str, device: torch.device | str) -> torch.Generator:
 
 
 def _host_generator(generator: torch.Generator) -> torch.Generator:
-    """For numbers that the host needs at once: `generator` itself if it is there, else one that follows from its state. (A
-    GPU's state is a seed and an offset, and lies on the host.)"""
+    """For numbers that the host needs at once: `generator` itself if it is there, else one that follows from its state.
+    (A GPU's state is a seed and an offset, and lies on the host.)"""
     if generator.device.type == "cpu":
         return generator
     return _seeded(str(generator.get_state().tolist()), "cpu")

@@ -1,7 +1,7 @@
 """DFoT, causal: every frame is noisy at a timestep of its own and history to those after it.
 
-Sources: Chen et al. 2024 (Diffusion Forcing), Song et al. 2025 (DFoT: history guidance, fused min-SNR), as MiMo's App. E
-runs it.
+Sources: Chen et al. 2024 (Diffusion Forcing), Song et al. 2025 (DFoT: history guidance, fused min-SNR), as MiMo's App.
+E runs it.
 """
 
 from __future__ import annotations

@@ -18,9 +18,10 @@ CLEAN = -1.0  # the timestep of a clean frame, beyond those of the schedule
 
 
 class FAR(DiffusionForcing):
-    """One copy, block causal, a timestep per frame; with probability `clean_context` a frame is clean, is told timestep -1
-    and has no loss. The loss of a clip is the mean over its other frames. A finished frame becomes history as such a clean
-    one, with its class and action: the null branch of guidance is null in every frame, and sees a history of its own."""
+    """One copy, block causal, a timestep per frame; with probability `clean_context` a frame is clean, is told timestep
+    -1 and has no loss. The loss of a clip is the mean over its other frames. A finished frame becomes history as such a
+    clean one, with its class and action: the null branch of guidance is null in every frame, and sees a history of its
+    own."""
 
     @classmethod
     def check(cls, config: MiMoConfig) -> None:

@@ -1,5 +1,5 @@
-"""MiMo: clean history beside noisy future, a part of the history masked, and the masked tokens to be predicted (Algorithms 1
-and 3).
+"""MiMo: clean history beside noisy future, a part of the history masked, and the masked tokens to be predicted
+(Algorithms 1 and 3).
 
     L = L_diff + lambda L_mask
 """
@@ -28,9 +28,9 @@ def kept_tokens(num_tokens: int, ratio: float, multiple: int = 1) -> int:
 
 
 class MaskedHistory(Recipe):
-    """Teacher forcing. The history drops a tube of its tokens, of a ratio drawn once per step and a pattern per clip; the
-    decoder predicts them from the features of those that are kept. A finished frame becomes history as it was in training:
-    through norms of its own and with its action; class and timestep it never knew."""
+    """Teacher forcing. The history drops a tube of its tokens, of a ratio drawn once per step and a pattern per clip;
+    the decoder predicts them from the features of those that are kept. A finished frame becomes history as it was in
+    training: through norms of its own and with its action; class and timestep it never knew."""
 
     @classmethod
     def check(cls, config: MiMoConfig) -> None:

@@ -1,5 +1,5 @@
-"""A clip made all at once, for networks whose frames all see each other (`HistoryPolicy.at_once`): there is no history, and
-the first frame that is asked for makes all of them.
+"""A clip made all at once, for networks whose frames all see each other (`HistoryPolicy.at_once`): there is no history,
+and the first frame that is asked for makes all of them.
 
 Letters: S sequences, T frames, N tokens per frame, C latent channels, G branches of guidance.
 """

@@ -186,7 +186,8 @@ def test_videos_fit_their_latents():
 
 @pytest.mark.parametrize(("head_dim", "split"), [(128, (42, 44, 42)), (32, (10, 12, 10)), (64, None), (72, None)])
 def test_a_network_of_before_rope_split_keeps_its_channels(head_dim, split):
-    """Where one pair is spare it was y's, and is t's now: a checkpoint that says nothing was trained with the former."""
+    """Where one pair is spare it was y's, and is t's now: a checkpoint that says nothing was trained with the
+    former."""
     config = MiMoConfig(dim=2 * head_dim, heads=2, depth=2, decoder_layer=1)
     values = config.to_dict()
     assert MiMoConfig.from_dict(values) == config

@@ -1,4 +1,5 @@
-"""The frame list: its masks against the rule frame by frame, ragged clips against each clip alone, and features by layer."""
+"""The frame list: its masks against the rule frame by frame, ragged clips against each clip alone, and features by
+layer."""
 
 import dataclasses
 
@@ -128,7 +129,8 @@ def test_a_coarse_frame_has_the_coordinates_of_its_stride():
 @pytest.mark.parametrize("separate_ln", [True, False])
 @pytest.mark.parametrize("positions", ["rope", "learned"])
 def test_ragged_clips_are_each_what_they_are_alone(separate_ln, positions):
-    """Clips of 4, 2 and 3 frames, with a mask ratio each, actions, classes and intervals: velocity, reconstruction, taps."""
+    """Clips of 4, 2 and 3 frames, with a mask ratio each, actions, classes and intervals: velocity, reconstruction,
+    taps."""
     told = {"num_classes": 3, "num_actions": 4, "max_interval": 5, "mask_offsets": (0, 1, 2)}
     model, generator = build(separate_ln=separate_ln, positions=positions, **told), torch.Generator().manual_seed(4)
     keeps = [torch.tensor([0, 2, 5]), torch.tensor([1, 2, 3, 4]), torch.tensor([0])]
@@ -170,7 +172,8 @@ def test_ragged_clips_are_each_what_they_are_alone(separate_ln, positions):
 @torch.no_grad()
 @pytest.mark.parametrize("separate_ln", [True, False])
 def test_features_after_any_layer(separate_ln):
-    """A tap behind layer l is the state that a network of l blocks would end with; of clean frames also by themselves."""
+    """A tap behind layer l is the state that a network of l blocks would end with; of clean frames also by
+    themselves."""
     model = build(separate_ln=separate_ln, decoder_layer=3)
     clean, noisy = torch.randn(2, 2, 4, 6, 5, generator=torch.Generator().manual_seed(1)).unbind()
     timestep = torch.full((2, 4), 300.0)

@@ -130,7 +130,8 @@ def test_cached_equals_full_mask(model, policy):
 
 
 def test_a_cached_frame_equals_the_forward_of_training(model):
-    """One step of Euler from tau = 1: the velocity of the forward pass with history, noise and interval of that frame."""
+    """One step of Euler from tau = 1: the velocity of the forward pass with history, noise and interval of that
+    frame."""
     sampler = Sampler(model, SampleConfig(sampler="euler", steps=1, num_frames=3))
     starts = []
     noise = sampler._noise

@@ -1,4 +1,5 @@
-"""The objective against loops over clips, frames and offsets; its randomness; and that it can be driven to nearly zero."""
+"""The objective against loops over clips, frames and offsets; its randomness; and that it can be driven to nearly
+zero."""
 
 import dataclasses
 

@@ -1,5 +1,5 @@
-"""The systems beside MiMo: what a prediction depends on, cached sampling against the full mask, losses against loops, and
-that one clip can be learnt."""
+"""The systems beside MiMo: what a prediction depends on, cached sampling against the full mask, losses against loops,
+and that one clip can be learnt."""
 
 import dataclasses
 import math
@@ -55,7 +55,7 @@ def drawn(recipe, count: int = 2, step: int = 0, **conditions):
     return recipe.frames(clips(count).flatten(2, 3), given, Draws(step_generator(0, step, "cpu"), count), step)
 
 
-# What depends on what ---------------------------------------------------------------------------------------------------
+# What depends on what -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_gradients_are_exactly_zero_where_nothing_is_seen(system, alone):
             assert torch.equal(touched, expected), (clip, t)
 
 
-# Sampling ---------------------------------------------------------------------------------------------------------------
+# Sampling -------------------------------------------------------------------------------------------------------------
 
 
 def starts_of(monkeypatch) -> list[torch.Tensor]:
@@ -99,8 +99,8 @@ def starts_of(monkeypatch) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def by_full_masks(model, context, starts, steps, history_guidance, class_guidance, labels, actions):
-    """Every step of every branch of every frame as one forward pass over all frames, as training has it: finished frames are
-    told the timestep of history, and a branch that is told nothing is told nothing in any frame."""
+    """Every step of every branch of every frame as one forward pass over all frames, as training has it: finished
+    frames are told the timestep of history, and a branch that is told nothing is told nothing in any frame."""
     schedule, history = build_schedule("flow"), model.history_policy.timestep
     timesteps, done = schedule.embedding(schedule.sampling_timesteps(steps)), list(context.unbind(1))
     for x in starts:
@@ -224,7 +224,7 @@ def test_history_without_qk_norm_goes_into_the_pages():
         torch.testing.assert_close(*videos, rtol=2e-5, atol=2e-5)
 
 
-# The frames and the loss ------------------------------------------------------------------------------------------------
+# The frames and the loss ----------------------------------------------------------------------------------------------
 
 
 class Answer(torch.nn.Module):
@@ -242,7 +242,8 @@ class Answer(torch.nn.Module):
 @pytest.mark.parametrize("changes", [{}, K600, {"parameterization": "v", "min_snr_gamma": 5.0}], ids=str)
 @pytest.mark.parametrize("system", ["dfot", "far", "video_dit"])
 def test_losses_against_loops(system, changes):
-    """v-prediction and flow, with and without (fused) min-SNR; clean frames of FAR have none, the mean is over the others."""
+    """v-prediction and flow, with and without (fused) min-SNR; clean frames of FAR have none, the mean is over the
+    others."""
     if system == "video_dit":
         changes = {name: value for name, value in changes.items() if name != "min_snr_decay"}
     c = config(system, **changes)
@@ -349,7 +350,7 @@ def test_fars_networks_have_the_published_sizes(name, millions):
     assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6) == millions
 
 
-# Training ---------------------------------------------------------------------------------------------------------------
+# Training -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
