@@ -7,7 +7,9 @@ from mimo_kernels.attention import FrameMask
 from mimo_kernels.attention.triton.schedule import BAND_ROWS
 from mimo_kernels.core import backends
 
-TILE_COLUMNS, GROUP_COLUMNS, MASKED_ROWS, MASKED_KEYS = 4, 8, 2, 16
+LAYOUT = backends.extension().schedule_layout
+TILE_COLUMNS, GROUP_COLUMNS = LAYOUT["TILE_CELLS"], LAYOUT["GROUP_CELLS"]
+MASKED_ROWS, MASKED_KEYS = LAYOUT["SEGMENT_CELLS"], LAYOUT["ROW_SEGMENT_CELLS"]
 
 
 def schedule(name: str, mask: FrameMask, tile: int, block: int, band_rows: int = BAND_ROWS):

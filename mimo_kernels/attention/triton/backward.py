@@ -5,7 +5,7 @@
     dq[i] = scale * sum_j dS[i, j] k[j]      dk[j] = scale * sum_i dS[i, j] q[i]      dv[j] = sum_i P[i, j] dout[i]
 
 dQ runs over tiles of rows like the forward; dK and dV run over tiles of keys, with S transposed so that P and dS stay in registers. The price is that
-S and dP are computed twice. What the schedule holds is told in triton_fwd.py, how the head dimension is split in triton_parts.py.
+S and dP are computed twice. What the schedule holds is told in forward.py, how the head dimension is split in tiles.py.
 """
 
 import torch
@@ -22,6 +22,20 @@ from mimo_kernels.attention.triton.forward import (
     options,
     row_bounds,
     strides,
+)
+from mimo_kernels.attention.triton.layout import (
+    HEADER_CELLS,
+    HEADER_END_GROUP,
+    HEADER_FIRST_GROUP,
+    ROW_SEGMENT_BEGINS,
+    ROW_SEGMENT_CELLS,
+    ROW_SEGMENT_GROUPS,
+    ROW_SEGMENT_KEYS,
+    SEGMENT_CELLS,
+    TILE_BARE_BLOCKS,
+    TILE_CELLS,
+    TILE_END,
+    TILE_SEGMENTS,
 )
 from mimo_kernels.attention.triton.schedule import Plan
 from mimo_kernels.attention.triton.tiles import (
@@ -120,13 +134,13 @@ def frame_attention_dq_kernel(
     PRECISION: tl.constexpr,
 ):
     p_tile, clip = find_tile(p_plan, num_tiles, repeats, band)
-    p_groups = p_plan + num_tiles * 4
+    p_groups = p_plan + num_tiles * TILE_CELLS
     head = tl.program_id(1)
     num_heads = tl.num_programs(1)
     batch = tl.program_id(2).to(tl.int64)
     clip_row = clip.to(tl.int64) * (num_tokens // repeats)
     row_start = tl.load(p_tile)
-    row_end = tl.load(p_tile + 1)
+    row_end = tl.load(p_tile + TILE_END)
 
     stride_m_q *= 8
     stride_m_k *= 8
@@ -147,10 +161,10 @@ def frame_attention_dq_kernel(
     b_do = load_parts(p_dout, o_m, stride_m_dout, m_m, PARTS, D)
     b_dq = zero_parts(BM, PARTS)
 
-    p_segment = p_plan + tl.load(p_tile + 2)
+    p_segment = p_plan + tl.load(p_tile + TILE_SEGMENTS)
     start = tl.load(p_segment)
     end = tl.load(p_segment + 1)
-    for _ in range(tl.load(p_tile + 3)):
+    for _ in range(tl.load(p_tile + TILE_BARE_BLOCKS)):
         b_k = load_parts(p_k + start.to(tl.int64) * stride_m_k, o_n, stride_m_k, None, PARTS, D)
         b_v = load_parts(p_v + start.to(tl.int64) * stride_m_v, o_n, stride_m_v, None, PARTS, D)
         b_s = dot_parts(b_q, b_k, PRECISION)
@@ -158,17 +172,17 @@ def frame_attention_dq_kernel(
         b_p = tl.exp2(b_s * scale_log2 - b_lse[:, None])
         b_ds = (b_p * (b_dp - b_delta[:, None])).to(p_k.dtype.element_ty)
         b_dq = add_parts(b_dq, b_ds, b_k, PRECISION)
-        p_segment, start, end = next_block(p_segment, start, end, BN, 2)
+        p_segment, start, end = next_block(p_segment, start, end, BN, SEGMENT_CELLS)
 
     # The masked segments follow the bare ones.
-    first_group = tl.load(p_segment + 1)
-    end_group = tl.load(p_segment + 2)
+    first_group = tl.load(p_segment + HEADER_FIRST_GROUP)
+    end_group = tl.load(p_segment + HEADER_END_GROUP)
     num_segments = tl.load(p_segment)
-    p_segment += 4
+    p_segment += HEADER_CELLS
     for _ in range(num_segments):
         segment_start = tl.load(p_segment)
         segment_end = tl.load(p_segment + 1)
-        p_segment += 2
+        p_segment += SEGMENT_CELLS
         b_lo, b_hi = row_bounds(p_groups, first_group, end_group, row_start + o_m, segment_start, segment_end)
         for block in tl.range(segment_start, segment_end, BN, num_stages=2):
             o_key = block + o_n
@@ -192,12 +206,12 @@ def frame_attention_dq_kernel(
 @triton.jit
 def segment_bounds(p_segment, o_row):
     """Bounds of the keys that rows see in the tile, from a masked segment of plan_keys: rows of up to four groups."""
-    b_lo = tl.zeros_like(o_row) + tl.load(p_segment + 8)
-    b_hi = tl.zeros_like(o_row) + tl.load(p_segment + 9)
-    for group in tl.static_range(1, 4):
-        reached = o_row >= tl.load(p_segment + 1 + group)
-        b_lo = tl.where(reached, tl.load(p_segment + 8 + 2 * group), b_lo)
-        b_hi = tl.where(reached, tl.load(p_segment + 9 + 2 * group), b_hi)
+    b_lo = tl.zeros_like(o_row) + tl.load(p_segment + ROW_SEGMENT_KEYS)
+    b_hi = tl.zeros_like(o_row) + tl.load(p_segment + ROW_SEGMENT_KEYS + 1)
+    for group in tl.static_range(1, ROW_SEGMENT_GROUPS):
+        reached = o_row >= tl.load(p_segment + ROW_SEGMENT_BEGINS + group - 1)
+        b_lo = tl.where(reached, tl.load(p_segment + ROW_SEGMENT_KEYS + 2 * group), b_lo)
+        b_hi = tl.where(reached, tl.load(p_segment + ROW_SEGMENT_KEYS + 2 * group + 1), b_hi)
     return b_lo, b_hi
 
 
@@ -240,7 +254,7 @@ def frame_attention_dkv_kernel(
     batch = tl.program_id(2).to(tl.int64)
     clip_row = clip.to(tl.int64) * (num_tokens // repeats)
     key_start = tl.load(p_tile)
-    key_end = tl.load(p_tile + 1)
+    key_end = tl.load(p_tile + TILE_END)
 
     stride_m_q *= 8
     stride_m_k *= 8
@@ -262,10 +276,10 @@ def frame_attention_dkv_kernel(
     b_dv = zero_parts(BN, PARTS)
 
     # A block is bare when all its rows see all keys of the tile; keys past the end of the tile are zeros and are not stored.
-    p_segment = p_plan + tl.load(p_tile + 2)
+    p_segment = p_plan + tl.load(p_tile + TILE_SEGMENTS)
     start = tl.load(p_segment)
     end = tl.load(p_segment + 1)
-    for _ in range(tl.load(p_tile + 3)):
+    for _ in range(tl.load(p_tile + TILE_BARE_BLOCKS)):
         b_lse, b_delta = unpack_row(tl.load(p_rows + start + o_m))
         b_q = load_parts(p_q + start.to(tl.int64) * stride_m_q, o_m, stride_m_q, None, PARTS, D)
         b_do = load_parts(p_dout + start.to(tl.int64) * stride_m_dout, o_m, stride_m_dout, None, PARTS, D)
@@ -275,12 +289,12 @@ def frame_attention_dkv_kernel(
         b_dst = b_pt * (b_dpt - b_delta[None, :])
         b_dv = add_parts(b_dv, b_pt.to(p_q.dtype.element_ty), b_do, PRECISION)
         b_dk = add_parts(b_dk, b_dst.to(p_q.dtype.element_ty), b_q, PRECISION)
-        p_segment, start, end = next_block(p_segment, start, end, BM, 2)
+        p_segment, start, end = next_block(p_segment, start, end, BM, SEGMENT_CELLS)
 
     # Masked blocks, whose segments follow the bare ones, in the same way.
     o_key = key_start + o_n
     num_blocks = tl.load(p_segment)
-    p_segment += 4
+    p_segment += HEADER_CELLS
     start = tl.load(p_segment)
     end = tl.load(p_segment + 1)
     for _ in tl.range(num_blocks, num_stages=1):
@@ -297,7 +311,7 @@ def frame_attention_dkv_kernel(
         b_dst = b_pt * (b_dpt - b_delta[None, :])
         b_dv = add_parts(b_dv, b_pt.to(p_q.dtype.element_ty), b_do, PRECISION)
         b_dk = add_parts(b_dk, b_dst.to(p_q.dtype.element_ty), b_q, PRECISION)
-        p_segment, start, end = next_block(p_segment, start, end, BM, 16)
+        p_segment, start, end = next_block(p_segment, start, end, BM, ROW_SEGMENT_CELLS)
 
     key_start = tl.load(p_segment)
     m_n = key_start + o_n < tl.load(p_segment + 1)

@@ -5,7 +5,7 @@
 One program computes one tile of rows of one head. The schedule (csrc/plan.cpp) gives it two lists: *bare* segments, whole blocks of keys that all its
 rows see, run in one loop without any test; and *masked* segments, where every row has two bounds. Softmax does not care about the order.
 
-Tiles hold the head dimension in parts (triton_parts.py). Rows, keys and bounds count from the first row of the clip, strides in steps of 8 elements (so
+Tiles hold the head dimension in parts (tiles.py). Rows, keys and bounds count from the first row of the clip, strides in steps of 8 elements (so
 that the compiler sees that loads are aligned), and addresses are 64 bits wide.
 """
 
@@ -14,6 +14,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mimo_kernels.attention.triton.layout import (
+    GROUP_CELLS,
+    GROUP_KEYS,
+    HEADER_CELLS,
+    HEADER_END_GROUP,
+    HEADER_FIRST_GROUP,
+    INTERVALS,
+    SEGMENT_CELLS,
+    TILE_BARE_BLOCKS,
+    TILE_CELLS,
+    TILE_END,
+    TILE_SEGMENTS,
+)
 from mimo_kernels.attention.triton.schedule import Plan
 from mimo_kernels.attention.triton.tiles import (
     add_parts,
@@ -43,7 +56,7 @@ def find_tile(p_plan, num_tiles, repeats, band):
     first = pid // band_tiles * band
     inside = pid % band_tiles
     clips = tl.minimum(band, repeats - first)
-    return p_plan + inside // clips * 4, first + inside % clips
+    return p_plan + inside // clips * TILE_CELLS, first + inside % clips
 
 
 @triton.jit
@@ -60,9 +73,9 @@ def key_bounds(p_group, start, end):
     """The one interval of keys that a group sees in [start, end), as (first, end); start == end when it sees none."""
     lo = start
     hi = start
-    for j in tl.static_range(3):
-        key_start = tl.load(p_group + 2 + 2 * j)
-        key_end = tl.load(p_group + 3 + 2 * j)
+    for j in tl.static_range(INTERVALS):
+        key_start = tl.load(p_group + GROUP_KEYS + 2 * j)
+        key_end = tl.load(p_group + GROUP_KEYS + 2 * j + 1)
         hit = (key_start < end) & (key_end > start)
         lo = tl.where(hit, tl.maximum(key_start, start), lo)
         hi = tl.where(hit, tl.minimum(key_end, end), hi)
@@ -75,7 +88,7 @@ def row_bounds(p_groups, first, last, rows, start, end):
     lo = tl.zeros_like(rows)
     hi = tl.zeros_like(rows)
     for group in range(first, last):
-        p_group = p_groups + group * 8
+        p_group = p_groups + group * GROUP_CELLS
         group_lo, group_hi = key_bounds(p_group, start, end)
         reached = rows >= tl.load(p_group)
         lo = tl.where(reached, group_lo, lo)
@@ -123,13 +136,13 @@ def frame_attention_fwd_kernel(
     AHEAD: tl.constexpr,
 ):
     p_tile, clip = find_tile(p_plan, num_tiles, repeats, band)
-    p_groups = p_plan + num_tiles * 4
+    p_groups = p_plan + num_tiles * TILE_CELLS
     head = tl.program_id(1)
     num_heads = tl.num_programs(1)
     batch = tl.program_id(2).to(tl.int64)
     clip_row = clip.to(tl.int64) * (num_tokens // repeats)
     row_start = tl.load(p_tile)
-    row_end = tl.load(p_tile + 1)
+    row_end = tl.load(p_tile + TILE_END)
 
     stride_m_q *= 8
     stride_m_k *= 8
@@ -147,17 +160,17 @@ def frame_attention_fwd_kernel(
     b_sum = tl.zeros([BM], tl.float32)
 
     # Bare blocks: one loop over all of them.
-    p_segment = p_plan + tl.load(p_tile + 2)
+    p_segment = p_plan + tl.load(p_tile + TILE_SEGMENTS)
     start = tl.load(p_segment)
     end = tl.load(p_segment + 1)
-    num_bare = tl.load(p_tile + 3)
+    num_bare = tl.load(p_tile + TILE_BARE_BLOCKS)
     if not AHEAD:
         for _ in range(num_bare):
             b_k = load_parts(p_k + start.to(tl.int64) * stride_m_k, o_n, stride_m_k, None, PARTS, D)
             b_v = load_parts(p_v + start.to(tl.int64) * stride_m_v, o_n, stride_m_v, None, PARTS, D)
             b_s = dot_parts(b_q, b_k, PRECISION)
             b_acc, b_max, b_sum = softmax_step(b_s, tl.max(b_s, 1), b_v, b_acc, b_max, b_sum, scale_log2, PRECISION)
-            p_segment, start, end = next_block(p_segment, start, end, BN, 2)
+            p_segment, start, end = next_block(p_segment, start, end, BN, SEGMENT_CELLS)
     elif num_bare > 0:
         # The products of the next block are under way during the softmax of this one, for programs that have the multiprocessor to themselves. The
         # values walk through the segments on their own: carried over from the keys, their loads would not be pipelined.
@@ -165,7 +178,7 @@ def frame_attention_fwd_kernel(
         b_s = dot_parts(b_q, b_k, PRECISION)
         b_top = tl.max(b_s, 1)
         p_values, value_start, value_end = p_segment, start, end
-        p_segment, start, end = next_block(p_segment, start, end, BN, 2)
+        p_segment, start, end = next_block(p_segment, start, end, BN, SEGMENT_CELLS)
         for _ in range(num_bare - 1):
             b_k = load_parts(p_k + start.to(tl.int64) * stride_m_k, o_n, stride_m_k, None, PARTS, D)
             b_v = load_parts(p_v + value_start.to(tl.int64) * stride_m_v, o_n, stride_m_v, None, PARTS, D)
@@ -173,20 +186,20 @@ def frame_attention_fwd_kernel(
             b_acc, b_max, b_sum = softmax_step(b_s, b_top, b_v, b_acc, b_max, b_sum, scale_log2, PRECISION)
             b_s = b_next
             b_top = tl.max(b_next, 1)
-            p_values, value_start, value_end = next_block(p_values, value_start, value_end, BN, 2)
-            p_segment, start, end = next_block(p_segment, start, end, BN, 2)
+            p_values, value_start, value_end = next_block(p_values, value_start, value_end, BN, SEGMENT_CELLS)
+            p_segment, start, end = next_block(p_segment, start, end, BN, SEGMENT_CELLS)
         b_v = load_parts(p_v + value_start.to(tl.int64) * stride_m_v, o_n, stride_m_v, None, PARTS, D)
         b_acc, b_max, b_sum = softmax_step(b_s, b_top, b_v, b_acc, b_max, b_sum, scale_log2, PRECISION)
 
     # The masked segments follow the bare ones.
-    first_group = tl.load(p_segment + 1)
-    end_group = tl.load(p_segment + 2)
+    first_group = tl.load(p_segment + HEADER_FIRST_GROUP)
+    end_group = tl.load(p_segment + HEADER_END_GROUP)
     num_segments = tl.load(p_segment)
-    p_segment += 4
+    p_segment += HEADER_CELLS
     for _ in range(num_segments):
         segment_start = tl.load(p_segment)
         segment_end = tl.load(p_segment + 1)
-        p_segment += 2
+        p_segment += SEGMENT_CELLS
         b_lo, b_hi = row_bounds(p_groups, first_group, end_group, row_start + o_m, segment_start, segment_end)
         for block in tl.range(segment_start, segment_end, BN, num_stages=2):
             o_key = block + o_n

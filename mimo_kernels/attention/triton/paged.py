@@ -6,7 +6,7 @@ serves every frame. Keys are numbered in blocks: first those of the pages, then 
     | page 0 | page 1 | ... | page n - 1 | self 0 | ... |      split s takes blocks [s * per, (s + 1) * per)
 
 and the partial results of the splits are added in a fixed order by a second kernel: no atomics, so the result is the
-same every time. Tiles hold the head dimension in parts (triton_parts.py).
+same every time. Tiles hold the head dimension in parts (tiles.py).
 """
 
 import functools
@@ -31,7 +31,7 @@ LOG2E = 1.4426950408889634
 
 
 @triton.jit
-def _softmax_step(b_s, m_key, b_v, b_acc, b_max, b_sum, scale_log2, PRECISION: tl.constexpr):
+def masked_softmax_step(b_s, m_key, b_v, b_acc, b_max, b_sum, scale_log2, PRECISION: tl.constexpr):
     """One step of the running softmax with the products b_s [BM, BN] and the values b_v of the keys m_key [BN]."""
     b_s = tl.where(m_key[None, :], b_s * scale_log2, float("-inf"))
     b_new = tl.maximum(b_max, tl.max(b_s, 1))
@@ -136,7 +136,7 @@ def paged_fwd_kernel(
         b_k = load_parts(p_k_pages, o_key + head * stride_head, 8, m_key, PARTS, HEAD_DIM)
         b_s = dot_parts(b_q, b_k, PRECISION)
         b_v = load_parts(p_v_pages, o_key + head * stride_head, 8, m_key, PARTS, HEAD_DIM)
-        b_acc, b_max, b_sum = _softmax_step(b_s, m_key, b_v, b_acc, b_max, b_sum, scale_log2, PRECISION)
+        b_acc, b_max, b_sum = masked_softmax_step(b_s, m_key, b_v, b_acc, b_max, b_sum, scale_log2, PRECISION)
 
     p_k_self += (seq * stride_k_seq + head * stride_k_head) * 8
     p_v_self += (seq * stride_v_seq + head * stride_v_head) * 8
@@ -146,7 +146,7 @@ def paged_fwd_kernel(
         b_k = load_parts(p_k_self, o_row.to(tl.int64) * stride_k_row, 8, m_key, PARTS, HEAD_DIM)
         b_s = dot_parts(b_q, b_k, PRECISION)
         b_v = load_parts(p_v_self, o_row.to(tl.int64) * stride_v_row, 8, m_key, PARTS, HEAD_DIM)
-        b_acc, b_max, b_sum = _softmax_step(b_s, m_key, b_v, b_acc, b_max, b_sum, scale_log2, PRECISION)
+        b_acc, b_max, b_sum = masked_softmax_step(b_s, m_key, b_v, b_acc, b_max, b_sum, scale_log2, PRECISION)
 
     # A split without keys leaves 0 and a log-sum-exp of -inf (its b_max).
     b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
@@ -296,7 +296,7 @@ def launch(
         PRECISION=PRECISION,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        enable_fp_fusion=True,  # see triton_fwd.options
+        enable_fp_fusion=True,  # see forward.options
     )
     if splits > 1:
         paged_combine_kernel[(triton.cdiv(rows, COMBINE_ROWS),)](

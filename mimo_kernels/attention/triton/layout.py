@@ -1,0 +1,25 @@
+"""The layout of a schedule for kernels: the numbers of csrc/schedule.h under their names there (docs/schedule.md)."""
+
+import triton.language as tl
+
+from mimo_kernels.core.backends import extension, extension_reason
+
+if extension() is None:
+    raise ImportError(extension_reason())
+_cells = extension().schedule_layout
+
+INTERVALS = tl.constexpr(_cells["INTERVALS"])
+GROUP_KEYS = tl.constexpr(_cells["GROUP_KEYS"])
+GROUP_CELLS = tl.constexpr(_cells["GROUP_CELLS"])
+TILE_END = tl.constexpr(_cells["TILE_END"])
+TILE_SEGMENTS = tl.constexpr(_cells["TILE_SEGMENTS"])
+TILE_BARE_BLOCKS = tl.constexpr(_cells["TILE_BARE_BLOCKS"])
+TILE_CELLS = tl.constexpr(_cells["TILE_CELLS"])
+SEGMENT_CELLS = tl.constexpr(_cells["SEGMENT_CELLS"])
+HEADER_FIRST_GROUP = tl.constexpr(_cells["HEADER_FIRST_GROUP"])
+HEADER_END_GROUP = tl.constexpr(_cells["HEADER_END_GROUP"])
+HEADER_CELLS = tl.constexpr(_cells["HEADER_CELLS"])
+ROW_SEGMENT_GROUPS = tl.constexpr(_cells["ROW_SEGMENT_GROUPS"])
+ROW_SEGMENT_BEGINS = tl.constexpr(_cells["ROW_SEGMENT_BEGINS"])
+ROW_SEGMENT_KEYS = tl.constexpr(_cells["ROW_SEGMENT_KEYS"])
+ROW_SEGMENT_CELLS = tl.constexpr(_cells["ROW_SEGMENT_CELLS"])
