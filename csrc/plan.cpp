@@ -154,7 +154,7 @@ public:
             int32_t row[kTileCells];
             row[kTileStart] = tile.start, row[kTileEnd] = tile.end;
             row[kTileSegments] = static_cast<int32_t>(first_segment + tile.place),
-            row[kTileBareBlocks] = tile.bare_blocks;
+            row[kTileBareBlocks] = static_cast<int32_t>(tile.bare_blocks);
             out = std::copy_n(row, kTileCells, out);
             blocks += tile.blocks;
         }
@@ -168,8 +168,7 @@ protected:
         int start, end, group, end_group;
         size_t place;  // of its segments, from the first one of all
         int band;
-        int bare_blocks = 0, masked_steps = 0;
-        int64_t blocks = 0;
+        int64_t bare_blocks = 0, masked_steps = 0, blocks = 0;
     };
 
     // Cuts the rows into tiles. A tile begins at begin(row, group), ends at the first further group that starts a part
@@ -250,7 +249,9 @@ protected:
     }
 
     void close(const Tile& tile) {
-        segments_.append({tile.masked_steps, tile.group, tile.end_group, 0});
+        if (std::max(tile.bare_blocks, tile.masked_steps) > kMaxRows)
+            throw py::value_error("a tile of " + std::to_string(tile.blocks) + " blocks; kernels count them in int32");
+        segments_.append({static_cast<int32_t>(tile.masked_steps), tile.group, tile.end_group, 0});
         std::copy(masked_.begin(), masked_.end(), segments_.extend(masked_.size()));
         segments_.append({tile.start, tile.end});
         masked_.resize(0);
