@@ -55,7 +55,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask, scale: float) -> tuple[Tens
     """
     if scale <= 0:  # the kernels take the maximum before they scale
         q, scale = q * scale, 1.0
-    return _operator(q, k, v, mask.pattern, mask.repeats, scale)
+    return _operator(q, k, v, mask.pattern_for(q), mask.repeats, scale)
 
 
 class Plan(NamedTuple):
