@@ -53,7 +53,8 @@ def parse_archs(text: str) -> list[Arch]:
         match = re.fullmatch(r"(\d{1,2})\.(\d)([af]?)(\+PTX)?", word)
         if match is None:
             raise OptionError(
-                f"TORCH_CUDA_ARCH_LIST={text!r}: {word!r} is not an architecture; expected a list like {DEFAULT_ARCHS!r}"
+                f"TORCH_CUDA_ARCH_LIST={text!r}: {word!r} is not an architecture; "
+                f"expected a list like {DEFAULT_ARCHS!r}"
             )
         key = 10 * int(match[1]) + int(match[2]), match[3]
         ptx[key] = ptx.get(key, False) or match[4] is not None

@@ -1,13 +1,16 @@
-"""frame_attention against its peers: forward and backward, on every shape that matters, each row after a correctness check.
+"""frame_attention against its peers: forward and backward, on every shape that matters, each row after a correctness
+check.
 
     python benchmarks/attn_bench.py [--out bench_results] [--shapes k600-xl wan-tf] [--seconds 0.3] [--minutes 5]
 
-Writes attention.json and attention.csv under --out after every shape, attention.png at the end, and prints a table last. With --minutes it begins no
-shape that would not fit; the first ones matter most. Exits with status 1 if frame_attention failed or was wrong on a shape. Without a GPU it runs small shapes on the CPU, where
-there is no fused FlexAttention backward and no Triton.
+Writes attention.json and attention.csv under --out after every shape, attention.png at the end, and prints a table
+last. With --minutes it begins no shape that would not fit; the first ones matter most. Exits with status 1 if
+frame_attention failed or was wrong on a shape. Without a GPU it runs small shapes on the CPU, where there is no fused
+FlexAttention backward and no Triton.
 
-Useful TFLOP/s count the allowed query-key pairs at the true head dim, 4 FLOPs per pair and channel forward and 2.5 times that backward; executed
-ones count what the kernel computes for it: whole tiles (ours 128 x 64, FlexAttention 128 x 128), whole matrices, padded head dims.
+Useful TFLOP/s count the allowed query-key pairs at the true head dim, 4 FLOPs per pair and channel forward and 2.5
+times that backward; executed ones count what the kernel computes for it: whole tiles (ours 128 x 64, FlexAttention 128
+x 128), whole matrices, padded head dims.
 """
 
 import argparse
@@ -239,7 +242,8 @@ def main() -> int:
     for shape in budget.of(shapes):
         mask = shape.mask
         print(
-            f"{shape.name}: {shape.what}; {mask.num_clips} clips, {mask.num_tokens} tokens, {mask.num_pairs} pairs, {shape.heads} x {shape.head_dim}",
+            f"{shape.name}: {shape.what}; {mask.num_clips} clips, {mask.num_tokens} tokens, "
+            f"{mask.num_pairs} pairs, {shape.heads} x {shape.head_dim}",
             flush=True,
         )
         rows += bench(shape, device, limits["matmul_tflops"], arguments.seconds)

@@ -1,5 +1,5 @@
-"""What attn_tune.py tries and what it concludes: candidates for the tiles of the attention kernels, the launches of a pass, what the compiler makes of
-each, and which of them a table should hold."""
+"""What attn_tune.py tries and what it concludes: candidates for the tiles of the attention kernels, the launches of a
+pass, what the compiler makes of each, and which of them a table should hold."""
 
 import argparse
 import concurrent.futures
@@ -30,8 +30,9 @@ from mimo_kernels.attention.triton import forward as triton_fwd
 from mimo_kernels.attention.triton.schedule import Config, Plan, configs
 from mimo_kernels.attention.triton.tiles import split_head_dim
 
-# Pass -> up to this many channels (the padded head dimension) -> TILExBLOCKxWARPS, each tried with every number of stages. For sm_90, where every 4 warps
-# multiply 64 rows of the tile, or 128 one half after the other. What outgrows shared memory or spills is left out once it is compiled.
+# Pass -> up to this many channels (the padded head dimension) -> TILExBLOCKxWARPS, each tried with every number of
+# stages. For sm_90, where every 4 warps multiply 64 rows of the tile, or 128 one half after the other. What outgrows
+# shared memory or spills is left out once it is compiled.
 TILES = {
     "forward": {
         80: "64x32x4 64x64x4 64x128x4 128x32x4 128x64x4 128x64x8 128x128x8 256x64x8",
@@ -91,7 +92,8 @@ def random_tensors(tokens: int, heads: int, head_dim: int, device: torch.device)
 
 
 class Noted:
-    """In a kernel's place: a launch is not made but noted, as `launch` to make it again and again, and as `build` to only compile it."""
+    """In a kernel's place: a launch is not made but noted, as `launch` to make it again and again, and as `build` to
+    only compile it."""
 
     def __init__(self, kernel):
         self.kernel = kernel
@@ -105,7 +107,8 @@ class Noted:
 
 
 def launches(name: str, x: Tensors, plan: Plan) -> dict[str, Noted]:
-    """What the operator's own launcher launches for a pass, by kernel: what is compiled ahead and what is timed is what users run."""
+    """What the operator's own launcher launches for a pass, by kernel: what is compiled ahead and what is timed is what
+    users run."""
     noted, scale = {}, x.q.shape[-1] ** -0.5
     with contextlib.ExitStack() as stack:
         for key, (module, kernel) in KERNELS.items():
@@ -135,7 +138,8 @@ class NoDevice:
 
 
 def compile_ahead(job: Job, arch: int) -> dict:
-    """Runs in a process of its own: leaves the kernel in Triton's cache, where the launch finds it, and returns what it takes."""
+    """Runs in a process of its own: leaves the kernel in Triton's cache, where the launch finds it, and returns what it
+    takes."""
     driver.set_active(NoDevice(arch))
     plan = Plan(job.config, torch.empty(4, dtype=torch.int32, device="meta"), 1, 1, 1, 0)
     try:
@@ -211,8 +215,8 @@ def parsed(text: str) -> Config:
 def suggestion(
     rows: list[dict], name: str, head_dim: int, arch: int
 ) -> tuple[tuple[Config, ...], float, list[str]] | None:
-    """The choice, or the two, that the rule of `make_plan` makes the most of: with their costs, how many times as fast as the present ones they are
-    (geometric mean over the shapes), and the shapes."""
+    """The choice, or the two, that the rule of `make_plan` makes the most of: with their costs, how many times as fast
+    as the present ones they are (geometric mean over the shapes), and the shapes."""
     present = present_choices(name, arch, head_dim)
     times: dict[Config, dict[str, tuple[float, int]]] = {}
     for row in rows:

@@ -1,8 +1,8 @@
 """The attentions that frame_attention is measured against, each given its best form of the same mask.
 
-Every implementation is an object with `name`, `prepare_seconds` (what it spends once per mask or per length, outside the timing),
-`executed` (FLOPs it spends) and `__call__(q, k, v)`: [tokens, heads, head_dim] packed in, the same out, differentiable.
-One that does not run here raises Unavailable from its constructor, with the reason.
+Every implementation is an object with `name`, `prepare_seconds` (what it spends once per mask or per length, outside
+the timing), `executed` (FLOPs it spends) and `__call__(q, k, v)`: [tokens, heads, head_dim] packed in, the same out,
+differentiable. One that does not run here raises Unavailable from its constructor, with the reason.
 """
 
 import importlib
@@ -147,10 +147,11 @@ class Sequences:
 
 
 class VarlenCalls(Implementation):
-    """One varlen FlashAttention call per key interval, merged by their log-sum-exp; what people write without a kernel for the mask.
+    """One varlen FlashAttention call per key interval, merged by their log-sum-exp; what people write without a kernel
+    for the mask.
 
-    Keys that several frames see are gathered once for each. The backward gives every call the merged output and log-sum-exp, so it needs no
-    gradient of the merge.
+    Keys that several frames see are gathered once for each. The backward gives every call the merged output and
+    log-sum-exp, so it needs no gradient of the merge.
     """
 
     def __init__(self, mask, device, heads, head_dim, kernels: type):
@@ -286,7 +287,8 @@ class FlashAttnPackage:
         gradients = [torch.empty_like(x) for x in (q, k, v)]
         self.module._flash_attn_varlen_backward(
             dout, q, k, v, out, lse, *gradients, call.cu_q, call.cu_k, call.max_q, call.max_k, 0.0, self.scale,
-            causal=False, window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, deterministic=False,
+            causal=False, window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None,
+            deterministic=False,
         )  # fmt: skip
         return gradients
 
@@ -327,7 +329,8 @@ def candidates(device: torch.device, mask_mod: Callable | None = None) -> dict[s
 
 
 def exact_attention(mask: FrameMask, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor]:
-    """out, dq, dk and dv in fp32 by the definition, one frame of all alike clips at a time: what every implementation is checked against."""
+    """out, dq, dk and dv in fp32 by the definition, one frame of all alike clips at a time: what every implementation
+    is checked against."""
     repeats = mask.repeats
 
     def split(x):

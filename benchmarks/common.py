@@ -1,4 +1,5 @@
-"""What every benchmark shares: the machine's name and ceilings, interleaved timing, and results as JSON, CSV, a table and a plot."""
+"""What every benchmark shares: the machine's name and ceilings, interleaved timing, and results as JSON, CSV, a table
+and a plot."""
 
 import contextlib
 import csv
@@ -53,7 +54,8 @@ def machine(device: torch.device) -> dict:
 
 
 def ceilings(device: torch.device) -> dict:
-    """What this device reaches in this run: a large matrix product, and a large copy counting bytes read and written."""
+    """What this device reaches in this run: a large matrix product, and a large copy counting bytes read and
+    written."""
     gpu = device.type == "cuda"
     size, dtype = (8192, torch.bfloat16) if gpu else (1024, torch.float32)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -85,9 +87,11 @@ def interleaved(
     min_runs: int = 5,
     max_runs: int = 100,
 ) -> dict[str, Timing]:
-    """Times every function in turn, round after round, so that clocks and neighbours hit all alike. `seconds` per function.
+    """Times every function in turn, round after round, so that clocks and neighbours hit all alike. `seconds` per
+    function.
 
-    On a GPU between CUDA events, after the L2 cache was overwritten, and with the host ahead; nothing waits for the device inside a round.
+    On a GPU between CUDA events, after the L2 cache was overwritten, and with the host ahead; nothing waits for the
+    device inside a round.
     """
     for function in functions.values():
         function()
@@ -129,8 +133,8 @@ def _summary(times: list[float]) -> Timing:
 
 
 class Budget:
-    """What a benchmark may take. `of(pieces)` gives one piece after the other as long as another one like the longest so far fits; the others are in
-    `left_out`. Most important pieces first."""
+    """What a benchmark may take. `of(pieces)` gives one piece after the other as long as another one like the longest
+    so far fits; the others are in `left_out`. Most important pieces first."""
 
     def __init__(self, minutes: float | None = None):
         self.end = math.inf if minutes is None else time.perf_counter() + 60 * minutes
@@ -182,8 +186,8 @@ def one_line(error: BaseException) -> str:
 
 
 def save_results(out: Path, name: str, header: dict, limits: dict, rows: list[dict], plot: dict, **extra) -> dict:
-    """out/name.json (everything) and out/name.csv (the rows), either the old file or the new one whenever the process is stopped: a benchmark saves
-    after every shape. plot: what `bar_plot` draws (group, bar, value, panel, unit)."""
+    """out/name.json (everything) and out/name.csv (the rows), either the old file or the new one whenever the process
+    is stopped: a benchmark saves after every shape. plot: what `bar_plot` draws (group, bar, value, panel, unit)."""
     out.mkdir(parents=True, exist_ok=True)
     result = {"benchmark": name, "machine": header, "ceilings": limits, "plot": plot, **extra, "rows": rows}
     with _replaced(out / f"{name}.json") as file:
@@ -252,7 +256,8 @@ def bar_plot(
         import matplotlib
     except ImportError:
         print(
-            f"matplotlib is not installed: {path.name} is not drawn; benchmarks/report.py --only-page draws it elsewhere"
+            f"matplotlib is not installed: {path.name} is not drawn; "
+            "benchmarks/report.py --only-page draws it elsewhere"
         )
         return
     matplotlib.use("Agg")

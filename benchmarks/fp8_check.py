@@ -2,10 +2,10 @@
 
     python benchmarks/fp8_check.py [--out bench_results] [--network PRESET] [--steps N] [--clips N]
 
-A network is trained for N steps on procedural clips, in fp8 once and in bf16 three times, with the same clips, noise and
-masks; the bf16 runs start from weights that differ by bf16's own rounding, 2^-8. Then, at the weights that bf16 has reached
-(at the start all gates are zero, and most gradients with them), one step on clips not seen is made in bf16 and in fp8 and
-compared with fp32. fp8 passes if all of these hold:
+A network is trained for N steps on procedural clips, in fp8 once and in bf16 three times, with the same clips, noise
+and masks; the bf16 runs start from weights that differ by bf16's own rounding, 2^-8. Then, at the weights that bf16 has
+reached (at the start all gates are zero, and most gradients with them), one step on clips not seen is made in bf16 and
+in fp8 and compared with fp32. fp8 passes if all of these hold:
 
     step loss     |loss - fp32's| / fp32's <= 1 %
     gradients     cosine with fp32's >= 0.98 for every group of parameters
@@ -13,15 +13,16 @@ compared with fp32. fp8 passes if all of these hold:
     curve gap     the loss, smoothed over a tenth of the steps, lies above the mean of the bf16 runs by <= 3 %, from the
                   first tenth of the steps on
 
-Why these. 3 and 2 bits of mantissa put 2.6 % and 5.2 % of rounding noise (rms) on values and on gradients: 4 to 6 % on a
-product of two. Noise of a fifth of a gradient (cosine 0.98) still adds little to one that differs from batch to batch by most
-of its own length, which the table shows as "another batch". Rounding without a bias leaves the curve where it is, a bias shows
-as a gap that grows. Short trainings are chaotic, and any rounding moves a bump of the curve by some steps: hence the mean of
-three bf16 runs, whose own spread is printed, and a wider bound on the gap. It is one-sided, as a lower loss is no fault.
+Why these. 3 and 2 bits of mantissa put 2.6 % and 5.2 % of rounding noise (rms) on values and on gradients: 4 to 6 % on
+a product of two. Noise of a fifth of a gradient (cosine 0.98) still adds little to one that differs from batch to batch
+by most of its own length, which the table shows as "another batch". Rounding without a bias leaves the curve where it
+is, a bias shows as a gap that grows. Short trainings are chaotic, and any rounding moves a bump of the curve by some
+steps: hence the mean of three bf16 runs, whose own spread is printed, and a wider bound on the gap. It is one-sided, as
+a lower loss is no fault.
 
-On a GPU the network is mimo-xl-k600, and every projection of it is timed in bf16 and fp8, forward and backward, as it is and
-compiled. Without one a small network is trained on the CPU, whose float8 products are emulated: its times say nothing. Ends
-with status 1 if fp8 fails, 2 if this machine has no float8 product.
+On a GPU the network is mimo-xl-k600, and every projection of it is timed in bf16 and fp8, forward and backward, as it
+is and compiled. Without one a small network is trained on the CPU, whose float8 products are emulated: its times say
+nothing. Ends with status 1 if fp8 fails, 2 if this machine has no float8 product.
 """
 
 from __future__ import annotations

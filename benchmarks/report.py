@@ -1,16 +1,20 @@
-"""Everything that wants a GPU in one command: build, GPU tests, all benchmarks; one JSON and one Markdown page with plots.
+"""Everything that wants a GPU in one command: build, GPU tests, all benchmarks; one JSON and one Markdown page with
+plots.
 
-    python benchmarks/report.py [--out bench_results] [--minutes 8] [--skip-build] [--skip-tests] [--only NAME ...] [--readme README.md] [--only-page]
+    python benchmarks/report.py [--out bench_results] [--minutes 8] [--skip-build] [--skip-tests]
+        [--only NAME ...] [--readme README.md] [--only-page]
     python benchmarks/report.py --sanitize
 
-Builds the module in place, runs the tests that need a device and the kernel tests, then every benchmark of this folder, each in a process of its own.
-What --minutes leaves after build and tests is shared out to the benchmarks, which begin nothing that would not fit and write what they have after
-every shape; one that overruns all the same is stopped. Writes report.json and report.md beside the benchmarks' own files under --out, anew after every
-step, and exits with status 1 if anything failed. Without a GPU the same runs with what each part does there. --only: these steps alone, beside the
-results that are there. --readme writes the summary table between the markers <!-- benchmarks --> and <!-- /benchmarks --> of that file.
---only-page runs nothing: page, plots and table from the results under --out.
+Builds the module in place, runs the tests that need a device and the kernel tests, then every benchmark of this folder,
+each in a process of its own. What --minutes leaves after build and tests is shared out to the benchmarks, which begin
+nothing that would not fit and write what they have after every shape; one that overruns all the same is stopped. Writes
+report.json and report.md beside the benchmarks' own files under --out, anew after every step, and exits with status 1
+if anything failed. Without a GPU the same runs with what each part does there. --only: these steps alone, beside the
+results that are there. --readme writes the summary table between the markers <!-- benchmarks --> and <!-- /benchmarks
+--> of that file. --only-page runs nothing: page, plots and table from the results under --out.
 
---sanitize runs every kernel once, small, under compute-sanitizer: memcheck, and racecheck and synccheck for the kernels of csrc/.
+--sanitize runs every kernel once, small, under compute-sanitizer: memcheck, and racecheck and synccheck for the kernels
+of csrc/.
 """
 
 import argparse
@@ -53,7 +57,8 @@ def steps(out: Path) -> dict[str, list[str]]:
 
 
 def sanitizer_steps() -> dict[str, list[str]]:
-    """Every tool over the same small launches. Without the caching allocator, so that tensors do not lie in one another's memory."""
+    """Every tool over the same small launches. Without the caching allocator, so that tensors do not lie in one
+    another's memory."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "tests/gpu/test_every_kernel.py"]
     found = {}
@@ -155,10 +160,12 @@ def readme_table(results: list[dict]) -> str:
             {**ours, "peer": best and best["implementation"], "times": best and f"{best['ms'] / ours['ms']:.2f}x"}
         )
     columns = {
-        "shape": "shape", "direction": "direction", "ms": "ms", "useful_tflops": "useful TFLOP/s", "percent_of_ceiling": "% of matmul ceiling",
+        "shape": "shape", "direction": "direction", "ms": "ms", "useful_tflops": "useful TFLOP/s",
+        "percent_of_ceiling": "% of matmul ceiling",
         "peer": "fastest peer", "times": "against it",
     }  # fmt: skip
-    where = f"{machine['device']}; torch {machine['torch']}, triton {machine['triton']}; commit {machine['commit']}, {machine['date']}."
+    versions = f"torch {machine['torch']}, triton {machine['triton']}; commit {machine['commit']}"
+    where = f"{machine['device']}; {versions}, {machine['date']}."
     return f"{where}\n\n{common.format_table(rows, columns, markdown=True)}"
 
 

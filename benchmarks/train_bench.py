@@ -1,15 +1,18 @@
-"""One training step of MiMo: time, model FLOP utilisation and peak memory, against ACDiT and against a compiler's version of the same model;
-and the data that feeds it: clips per second of every stage, and the share of the step spent waiting for a batch (see data_pipeline.py).
+"""One training step of MiMo: time, model FLOP utilisation and peak memory, against ACDiT and against a compiler's
+version of the same model; and the data that feeds it: clips per second of every stage, and the share of the step spent
+waiting for a batch (see data_pipeline.py).
 
-    python benchmarks/train_bench.py [--out bench_results] [--batch CLIPS] [--networks NAME ...] [--parts step data] [--data FOLDER]
+    python benchmarks/train_bench.py [--out bench_results] [--batch CLIPS] [--networks NAME ...]
+        [--parts step data] [--data FOLDER]
 
     MiMo                            this package: history tube-masked, both losses
     ACDiT                           this package: history whole, no decoder, the diffusion loss alone
     torch.compile + FlexAttention   MiMo in plain PyTorch, compiled whole, with block masks made beforehand
 
-A step is forward, backward, clipping and AdamW in bf16 autocast over fp32 weights. The mask ratio is fixed at the middle of its range and no frame
-loses its history, so that every step has one shape and one mask. G is the time that the step's matrix products (attention left out) take at the
-ceiling measured in the same run. Without a GPU a small network runs in fp32, and the compiled version uses the reference attention.
+A step is forward, backward, clipping and AdamW in bf16 autocast over fp32 weights. The mask ratio is fixed at the
+middle of its range and no frame loses its history, so that every step has one shape and one mask. G is the time that
+the step's matrix products (attention left out) take at the ceiling measured in the same run. Without a GPU a small
+network runs in fp32, and the compiled version uses the reference attention.
 """
 
 import argparse
@@ -72,8 +75,8 @@ class Step:
 
 
 def masks_of(step: Step) -> tuple[FrameMask, FrameMask, list[FrameMask]]:
-    """The masks of every step of this network (those without dropped history are kept): of the blocks, of a last block whose
-    history nobody reads, of the decoder."""
+    """The masks of every step of this network (those without dropped history are kept): of the blocks, of a last block
+    whose history nobody reads, of the decoder."""
     seen, compute = [], step.model.compute
 
     def remember(packed, decodings, *arguments):
@@ -110,7 +113,8 @@ def flex_frame_attention(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask, *, ba
 
 
 def work(step: Step) -> dict[str, float]:
-    """GFLOP of a step: matrix products outside attention, counted as they run; and attention, 3.5 times its forward's useful work."""
+    """GFLOP of a step: matrix products outside attention, counted as they run; and attention, 3.5 times its forward's
+    useful work."""
     config, (mask, last, decoder) = step.model.config, masks_of(step)
     with FlopCounterMode(display=False) as counter:
         step.loss().backward()
@@ -245,7 +249,8 @@ def report(out: Path, header: dict, limits: dict, rows: list[dict]) -> str:
     plot = {"group": "network", "bar": "version", "value": "ms", "panel": "what", "unit": "ms per step"}
     path = common.write_results(out, "train", header, limits, [{"what": "training step", **row} for row in rows], plot)
     columns = {
-        "network": "network", "clips": "clips", "version": "version", "ms": "ms", "p20": "20%", "p80": "80%", "step_over_g": "step / G",
+        "network": "network", "clips": "clips", "version": "version", "ms": "ms", "p20": "20%", "p80": "80%",
+        "step_over_g": "step / G",
         "mfu_percent": "MFU %", "peak_gib": "peak GiB", "mimo_over_this": "MiMo / this", "note": "note",
     }  # fmt: skip
     return f"{common.format_table(rows, columns)}\n{path}"

@@ -6,7 +6,7 @@ What changes is the attention call and what is passed as the mask:
               out = F.scaled_dot_product_attention(q, k, v, attn_mask=dense)            # bool [tokens, tokens]
               out = out.transpose(1, 2)
 
-    after     out = frame_attention(q, k, v, mask)                                      # [B, tokens, heads, head_dim], FrameMask
+    after     out = frame_attention(q, k, v, mask)  # [B, tokens, heads, head_dim], FrameMask
 
 Run it: python examples/dit_block.py
 """

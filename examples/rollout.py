@@ -1,4 +1,5 @@
-"""A rollout with a cache: every new frame attends to the finished ones in their pages, then joins them. One attention layer on random numbers.
+"""A rollout with a cache: every new frame attends to the finished ones in their pages, then joins them. One attention
+layer on random numbers.
 
 python examples/rollout.py
 """

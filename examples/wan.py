@@ -2,8 +2,8 @@
 
 What changes is one call inside the processor, and which processor the self-attention of every block has:
 
-    before    out = dispatch_attention_fn(query, key, value, attn_mask=None)            # every token sees every token
-    after     out = frame_attention(query, key, value, mask)                            # every token sees what its frame may see
+    before    out = dispatch_attention_fn(query, key, value, attn_mask=None)  # every token sees every token
+    after     out = frame_attention(query, key, value, mask)  # every token sees what its frame may see
 
     block causal (one copy of the frames; also how it is sampled)
               set_frame_mask(transformer, block_causal_mask(transformer, latents))
@@ -89,7 +89,8 @@ def set_frame_mask(transformer: WanTransformer3DModel, mask: FrameMask) -> None:
 def teacher_forcing(
     transformer: WanTransformer3DModel, clean: Tensor, noisy: Tensor, timesteps: Tensor, text: Tensor
 ) -> Tensor:
-    """The prediction for the noisy frames. clean, noisy [B, C, frames, height, width], timesteps [B, frames]; clean frames are at timestep 0."""
+    """The prediction for the noisy frames. clean, noisy [B, C, frames, height, width], timesteps [B, frames]; clean
+    frames are at timestep 0."""
     lens = frame_lens(transformer, noisy)
     per_frame = torch.cat([torch.zeros_like(timesteps), timesteps], dim=1)
     per_token = per_frame.repeat_interleave(torch.tensor(lens + lens, device=timesteps.device), dim=1)
@@ -105,8 +106,8 @@ def teacher_forcing(
 def small_transformer() -> WanTransformer3DModel:
     """Random weights, Wan's shape."""
     return WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=24, in_channels=4, out_channels=4, text_dim=16, freq_dim=32, ffn_dim=64, num_layers=2,
-        rope_max_seq_len=32,
+        num_attention_heads=2, attention_head_dim=24, in_channels=4, out_channels=4, text_dim=16,
+        freq_dim=32, ffn_dim=64, num_layers=2, rope_max_seq_len=32,
     ).eval()  # fmt: skip
 
 

@@ -199,7 +199,8 @@ def test_tuning_needs_a_gpu(tmp_path):
 
 
 def test_suggested_tiles_are_the_fastest_by_the_rule_of_the_plans(modules):
-    """Large tiles are quicker per pair; on one of two shapes small ones compute so many fewer that they win: both, with the cost that says so."""
+    """Large tiles are quicker per pair; on one of two shapes small ones compute so many fewer that they win: both, with
+    the cost that says so."""
     configs = modules["attn_configs"]
     measured = {
         "128x64x8x3": ((1.0, 100), (2.0, 200)),

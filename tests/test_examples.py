@@ -1,4 +1,5 @@
-"""The examples on small random weights: the outputs equal those of SDPA with a dense mask, and each runs as a script."""
+"""The examples on small random weights: the outputs equal those of SDPA with a dense mask, and each runs as a
+script."""
 
 import importlib.util
 import re
@@ -134,7 +135,8 @@ def test_examples_run_as_scripts(name, says, capsys):
 
 
 def test_readme_says_what_runs(capsys, monkeypatch):
-    """Its Python, block after block, and the drawing that it shows. The network of the last block is not built: it is large."""
+    """Its Python, block after block, and the drawing that it shows. The network of the last block is not built: it is
+    large."""
     page = (EXAMPLES.parent / "README.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
     assert len(blocks) == 3

@@ -1,4 +1,5 @@
-"""Imports run one way: csrc <- mimo_kernels <- mimo <- benchmarks, tests. Read from the sources; nothing is imported."""
+"""Imports run one way: csrc <- mimo_kernels <- mimo <- benchmarks, tests. Read from the sources; nothing is
+imported."""
 
 import ast
 import graphlib

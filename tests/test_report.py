@@ -49,7 +49,8 @@ def test_results_are_whole_after_every_save(modules, tmp_path):
 
 
 def test_a_step_that_overruns_is_stopped_with_its_children(modules, tmp_path):
-    code = "import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    child = "[sys.executable, '-c', 'import time; time.sleep(60)']"
+    code = f"import subprocess, sys; print('begun', flush=True); subprocess.run({child})"
     start = time.perf_counter()
     step = modules["report"].run("slow", [sys.executable, "-c", code], tmp_path, 2.0)
     assert time.perf_counter() - start < 20 and step["status"] is None and step["last_line"] == "stopped after 2 s"

@@ -43,8 +43,8 @@ class Sample:
         tokenizer_weights: where the tokenizer's weights lie, if not where they lay when the model was trained.
         trust_pickle: read tokenizer weights that hold pickled objects, which can run any code.
         fps: frame rate of the results.
-        format: an mp4 and a GIF are always written, to look at. "npz" adds `video` uint8 [F, H, W, 3], which every command
-            reads as a clip, "png" a folder of frames: both at the network's own size with every pixel as it is.
+        format: an mp4 and a GIF are always written, to look at. "npz" adds `video` uint8 [F, H, W, 3], which every
+            command reads as a clip, "png" a folder of frames: both at the network's own size with every pixel as it is.
         overwrite: replace results that are there.
         save_every: latent frames after which the unfinished run is saved in OUT/unfinished.
         resume: continue the run in OUT/unfinished that was interrupted; the other options are to be the same.

@@ -76,8 +76,9 @@ def write_video(
 ) -> Path:
     """Writes frames uint8 [F, H, W, 3] as yuv420p video; an odd side repeats its last row or column.
 
-    The same frames make the same file, bit for bit, with the same release of PyAV on the same kind of processor: one thread
-    encodes (how many cores there are would decide what is encoded together), and neither the time nor the muxer is noted.
+    The same frames make the same file, bit for bit, with the same release of PyAV on the same kind of processor: one
+    thread encodes (how many cores there are would decide what is encoded together), and neither the time nor the muxer
+    is noted.
 
     Args:
         min_side: tiny clips are magnified by whole factors until their shorter side has so many pixels.

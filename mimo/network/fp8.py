@@ -11,9 +11,9 @@ Deep Learning). An operand A is scaled as a whole, by what it holds now (dynamic
 
     s = largest float8 / max |A|,    A8 = round(s A),    A B ~ A8 B8 / (s_A s_B)
 
-Weights, their names, gradients and optimiser state stay as they are, so checkpoints do not know of it. Rounding is a few
-passes over an operand, which torch.compile fuses with what made it. `python benchmarks/fp8_check.py` is the check that says
-whether a network may use it on a machine, and on a GPU what it saves.
+Weights, their names, gradients and optimiser state stay as they are, so checkpoints do not know of it. Rounding is a
+few passes over an operand, which torch.compile fuses with what made it. `python benchmarks/fp8_check.py` is the check
+that says whether a network may use it on a machine, and on a GPU what it saves.
 
 It lies with the network, whose blocks are made of `Projection`; training only switches it on.
 
@@ -32,7 +32,8 @@ _SMALLEST = 1e-30  # a peak below it would overflow the scale; all zeros stay ze
 
 
 def to_float8(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x, any shape -> x8 of `dtype`, contiguous, and fp32 [] with x ~ x8 * scale. What is not finite comes out as NaN."""
+    """x, any shape -> x8 of `dtype`, contiguous, and fp32 [] with x ~ x8 * scale. What is not finite comes out as
+    NaN."""
     largest = torch.finfo(dtype).max
     scale = torch.linalg.vector_norm(x, torch.inf).float().clamp(min=_SMALLEST) / largest
     x8 = (x.float() / scale).clamp(-largest, largest).to(dtype)  # unclamped, the peak may round up to NaN
@@ -99,8 +100,8 @@ class Projection(nn.Linear):
 
 
 def use_float8(model: nn.Module, device: torch.device | None = None) -> None:
-    """Float8 products for every projection of a model: qkv, proj, up and down of all blocks, those of the decoder included.
-    Embeddings, modulation, conditioning and heads are no projections and stay as they are.
+    """Float8 products for every projection of a model: qkv, proj, up and down of all blocks, those of the decoder
+    included. Embeddings, modulation, conditioning and heads are no projections and stay as they are.
 
     device: where the model will run; None is where it lies.
 
@@ -130,6 +131,6 @@ def require_float8(device: torch.device) -> None:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
         why = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"precision='fp8': torch {torch.__version__} has no float8 matrix product on {name}, expected a GPU of compute "
-            f"capability 8.9 or more: {why}"
+            f"precision='fp8': torch {torch.__version__} has no float8 matrix product on {name}, expected "
+            f"a GPU of compute capability 8.9 or more: {why}"
         ) from None

@@ -355,8 +355,8 @@ class Sampler:
 
         A damaged state is passed over for the one before it, and the log says so.
 
-        Raises InputError when there is no saved run, when no state of it is whole, and when it was made by other weights,
-        another configuration or for another request; the message says what there is and what is expected.
+        Raises InputError when there is no saved run, when no state of it is whole, and when it was made by other
+        weights, another configuration or for another request; the message says what there is and what is expected.
         """
         self._check_saves()
         saved = load_run(saving.folder, self.identity(saving.request))

@@ -1,4 +1,5 @@
-"""The deep-compression autoencoder (Chen et al. 2025) as FAR has it: every frame alone, 32 channels, 8 to 32x smaller."""
+"""The deep-compression autoencoder (Chen et al. 2025) as FAR has it: every frame alone, 32 channels, 8 to 32x
+smaller."""
 
 from __future__ import annotations
 

@@ -39,8 +39,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def configured_by(source: Path) -> Iterator[None]:
-    """Around the making of a network out of a configuration that a file holds: what it is no configuration of is said in one
-    line."""
+    """Around the making of a network out of a configuration that a file holds: what it is no configuration of is said
+    in one line."""
     try:
         yield
     except InputError:

@@ -1,4 +1,5 @@
-"""Attention under a FrameMask: out = softmax(scale * q k^T over the keys each row sees) v, and which backend computes it."""
+"""Attention under a FrameMask: out = softmax(scale * q k^T over the keys each row sees) v, and which backend computes
+it."""
 
 import functools
 import math
@@ -26,33 +27,37 @@ def frame_attention(
     backend: str = "auto",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention over packed clips, every row seeing the frames its mask allows (MiMo, Sec. 3.3; the mask's drawing: `print(mask)`).
+    """Attention over packed clips, every row seeing the frames its mask allows (MiMo, Sec. 3.3; the mask's drawing:
+    `print(mask)`).
 
         out[i] = sum_j p[i, j] v[j],   p[i, :] = softmax over the keys j that row i sees of scale * q[i] . k[j]
         lse[i] = log sum_j exp(scale * q[i] . k[j])
 
     Args:
-        q, k, v: [tokens, heads, head_dim], or [batch, tokens, heads, head_dim] with a mask of one clip that every batch entry shares. fp32, fp16 or
-            bf16, all three alike; head_dim any multiple of 8 up to 256. Strides are free.
+        q, k, v: [tokens, heads, head_dim], or [batch, tokens, heads, head_dim] with a mask of one clip that every batch
+            entry shares. fp32, fp16 or bf16, all three alike; head_dim any multiple of 8 up to 256. Strides are free.
         mask: a FrameMask over `tokens` rows; lengths, clips and masks may change from call to call without recompiling.
         scale: factor on the scores; None: head_dim ** -0.5.
-        backend: "auto" takes the fastest that serves (Triton on a GPU, else the reference); "triton", "cuda" (Hopper alone, head_dim 64,
-            72, 80 or 128, fp16 or bf16) and "reference" insist on one.
+        backend: "auto" takes the fastest that serves (Triton on a GPU, else the reference); "triton", "cuda" (Hopper
+            alone, head_dim 64, 72, 80 or 128, fp16 or bf16) and "reference" insist on one.
         return_lse: also return lse, fp32 [heads, tokens] or [batch, heads, tokens], in natural log.
 
     Returns:
-        out, shaped and typed as q; with return_lse (out, lse). A row that sees no key gives 0, and lse -inf. Both are differentiable in q, k and v;
-        the gradients are deterministic, and the backward keeps q, k, v, out and lse alone.
+        out, shaped and typed as q; with return_lse (out, lse). A row that sees no key gives 0, and lse -inf. Both are
+        differentiable in q, k and v; the gradients are deterministic, and the backward keeps q, k, v, out and lse
+        alone.
 
     Example, a batch of clips of the same lengths: one mask of one clip, tensors [batch, tokens, heads, head_dim].
 
         mask = FrameMask.block_causal([[256] * 16])
         out = frame_attention(q, k, v, mask)  # q [8, 4096, 16, 72]
 
-    Clips of different lengths are packed one after another, [tokens, heads, head_dim], under a mask that tells the lengths of each.
+    Clips of different lengths are packed one after another, [tokens, heads, head_dim], under a mask that tells the
+    lengths of each.
 
     Raises:
-        ValueError: tensors that do not fit each other or the mask, naming both sides; a backend that cannot serve, with every reason.
+        ValueError: tensors that do not fit each other or the mask, naming both sides; a backend that cannot serve, with
+        every reason.
     """
     _check(q, k, v, mask)
     scale = q.shape[-1] ** -0.5 if scale is None else finite(scale)
@@ -114,8 +119,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask) -> None:
         )
     if q.dim() == 4 and mask.num_clips != 1:
         raise ValueError(
-            f"q is a batch of {q.shape[0]} sequences and the mask has {mask.num_clips} clips; expected a mask of one clip for batched input, "
-            "or all clips packed into [tokens, heads, head_dim]"
+            f"q is a batch of {q.shape[0]} sequences and the mask has {mask.num_clips} clips; expected a mask of "
+            "one clip for batched input, or all clips packed into [tokens, heads, head_dim]"
         )
 
 

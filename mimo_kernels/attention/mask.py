@@ -24,22 +24,27 @@ Lens = Sequence[Sequence[int]] | torch.Tensor
 class FrameMask:
     """The attention mask of a batch of clips, packed one after another without padding.
 
-    A clip is a list of frames, a frame is a number of tokens, and every row of a frame sees the same keys: at most three contiguous intervals of
-    rows. The mask holds those, never a matrix, so it costs O(frames) to make and to keep. Build one per batch and pass it to every layer; the
-    kernels' schedules are made once per device and stay with it. Masks compare by identity.
+    A clip is a list of frames, a frame is a number of tokens, and every row of a frame sees the same keys: at most
+    three contiguous intervals of rows. The mask holds those, never a matrix, so it costs O(frames) to make and to keep.
+    Build one per batch and pass it to every layer; the kernels' schedules are made once per device and stay with it.
+    Masks compare by identity.
 
-    Make one with `teacher_forcing`, `block_causal`, `bidirectional` or, for anything else that is intervals, `from_table`.
+    Make one with `teacher_forcing`, `block_causal`, `bidirectional` or, for anything else that is intervals,
+    `from_table`.
 
     Attributes:
         num_tokens: rows of the packed sequence, all clips together.
         num_pairs: allowed (query, key) pairs.
         num_clips, clip_lens: the clips, and the rows of each.
-        history_lens, future_lens: token counts [clips][frames]. A mask with one copy of the frames has empty future clips.
-        frames: int32 host tensor [groups, 8]: row_start, row_end and three times key_start, key_end; ascending, disjoint, adjacent ones merged,
-            unused ones (0, 0). Only frames with tokens, in row order; together they cover every row. A bidirectional clip is one group. Not to be
-            written to: attention refuses a mask whose table was.
+        history_lens, future_lens: token counts [clips][frames]. A mask with one copy of the frames has empty future
+        clips.
+        frames: int32 host tensor [groups, 8]: row_start, row_end and three times key_start, key_end; ascending,
+            disjoint, adjacent ones merged, unused ones (0, 0). Only frames with tokens, in row order; together they
+            cover every row. A bidirectional clip is one group. Not to be written to: attention refuses a mask whose
+            table was.
         uniform: (clips, rows per clip) when all clips have the same table, counted from their own first row, else None.
-        pattern, repeats: the same mask with alike clips told once: a table as `frames`, and how many such clips follow one another.
+        pattern, repeats: the same mask with alike clips told once: a table as `frames`, and how many such clips follow
+        one another.
     """
 
     @torch.inference_mode(False)  # a table made in it could not serve training later
@@ -82,7 +87,8 @@ class FrameMask:
         its temporal layers only.
 
         Token order: clip after clip; in a clip all history frames in time order, then all future frames in time order.
-        History frame t sees history frames <= t. Future frame t sees history frames < t (strictly: its own would be the answer) and itself.
+        History frame t sees history frames <= t. Future frame t sees history frames < t (strictly: its own would be the
+        answer) and itself.
 
                   keys  h0 h1 h2 f0 f1 f2
             queries h0  ■  ·  ·  ·  ·  ·
@@ -93,10 +99,12 @@ class FrameMask:
                     f2  ■  ■  ·  ·  ·  ■
 
         Args:
-            history_lens, future_lens: token counts, a list (clips) of lists (frames) or an int tensor [clips, frames]. Both have the same clips and
-                frames; token counts may differ in every frame and may be 0.
-            drop_history: bool [clips, frames], the same frames again: that future frame sees itself alone (history guidance).
-            window: how many of the latest frames a frame sees, itself included; None: all. Future frame t sees itself and history t-window+1 .. t-1.
+            history_lens, future_lens: token counts, a list (clips) of lists (frames) or an int tensor [clips, frames].
+                Both have the same clips and frames; token counts may differ in every frame and may be 0.
+            drop_history: bool [clips, frames], the same frames again: that future frame sees itself alone (history
+                guidance).
+            window: how many of the latest frames a frame sees, itself included; None: all. Future frame t sees itself
+                and history t-window+1 .. t-1.
             sink: the first `sink` frames stay visible to the frames after them.
         """
         return _make(cls, "teacher_forcing", history_lens, future_lens, drop_history, window=window, sink=sink)
@@ -118,12 +126,14 @@ class FrameMask:
 
     @classmethod
     def bidirectional(cls, lens: Lens) -> "FrameMask":
-        """Every token of a clip sees the whole clip. `lens`: token counts [clips][frames], or an int tensor [clips, frames]."""
+        """Every token of a clip sees the whole clip. `lens`: token counts [clips][frames], or an int tensor [clips,
+        frames]."""
         return _make(cls, "bidirectional", lens)
 
     @classmethod
     def from_table(cls, frames: torch.Tensor, *, clip_lens: Sequence[int] | None = None) -> "FrameMask":
-        """A mask from its interval table: int [groups, 8] in the form of the attribute `frames`. A group may see no keys at all.
+        """A mask from its interval table: int [groups, 8] in the form of the attribute `frames`. A group may see no
+        keys at all.
 
         clip_lens: rows per clip; keys lie inside their clip. None: everything is one clip.
         """
@@ -140,12 +150,14 @@ class FrameMask:
         return self.pattern
 
     def check_unchanged(self) -> None:
-        """ValueError when the table was written to: plans were made from it, and `num_pairs` and the rest tell of it."""
+        """ValueError when the table was written to: plans were made from it, and `num_pairs` and the rest tell of
+        it."""
         if self.frames._version or self.pattern._version:
             raise ValueError("the mask's table `frames` was written to; expected a mask as it was made: make a new one")
 
     def to_dense(self) -> torch.Tensor:
-        """bool [num_tokens, num_tokens], True where the row may see the column. For tests and small sizes: O(tokens^2) memory."""
+        """bool [num_tokens, num_tokens], True where the row may see the column. For tests and small sizes: O(tokens^2)
+        memory."""
         dense = torch.zeros(self.num_tokens, self.num_tokens, dtype=torch.bool)
         for row_start, row_end, *keys in self.frames.tolist():
             for start, end in zip(keys[::2], keys[1::2]):
@@ -153,7 +165,8 @@ class FrameMask:
         return dense
 
     def to_mask_mod(self, device: torch.device | str = "cpu") -> Callable:
-        """The same rule as a `mask_mod(b, h, q_idx, kv_idx)` of torch.nn.attention.flex_attention, for its create_mask and create_block_mask.
+        """The same rule as a `mask_mod(b, h, q_idx, kv_idx)` of torch.nn.attention.flex_attention, for its create_mask
+        and create_block_mask.
 
         It reads int32 tensors [num_tokens] on `device`, two per key interval in use.
         """
@@ -181,9 +194,9 @@ class FrameMask:
     def __repr__(self) -> str:
         share = f" ({self.num_pairs / self.num_tokens**2:.1%} of all)" if self.num_tokens else ""
         options = (f", window={self.window}" if self.window else "") + (f", sink={self.sink}" if self.sink else "")
-        lines = [
-            f"FrameMask.{self.kind}: {self.num_clips} clip{'s' * (self.num_clips != 1)}, {self.num_tokens:,} tokens, {self.num_pairs:,} pairs{share}{options}"
-        ]
+        clips = f"{self.num_clips} clip{'s' * (self.num_clips != 1)}"
+        size = f"{self.num_tokens:,} tokens, {self.num_pairs:,} pairs"
+        lines = [f"FrameMask.{self.kind}: {clips}, {size}{share}{options}"]
         table = self.frames.tolist()
         shown = min(1 if self.uniform else DRAWN_CLIPS, self.num_clips)
         for clip in range(shown):
@@ -262,7 +275,7 @@ def _make(cls: type[FrameMask], kind: str, *numbers, window: int | None = None, 
     except RuntimeError as error:  # of torch: tensors that stand for others
         reason = (str(error).splitlines() or [""])[0]
         raise ValueError(
-            f"a FrameMask is built from numbers, and a tensor here has none to read ({type(error).__name__}: {reason}); "
-            "build it outside of FakeTensorMode and of torch.func's transforms"
+            f"a FrameMask is built from numbers, and a tensor here has none to read ({type(error).__name__}: {reason})"
+            "; build it outside of FakeTensorMode and of torch.func's transforms"
         ) from None
     return cls(kind, table, window, sink)

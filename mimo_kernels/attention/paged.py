@@ -111,8 +111,8 @@ def paged_frame_attention(
 
     Returns: ``[S, N, heads, head_dim]``, contiguous.
 
-    Raises ValueError for shapes, dtypes or a view that do not match the cache, for a view that is older than it, for a backend that cannot serve, and where
-    a gradient would be lost.
+    Raises ValueError for shapes, dtypes or a view that do not match the cache, for a view that is older than it, for a
+    backend that cannot serve, and where a gradient would be lost.
     """
     if not hasattr(view, "seqs"):
         raise ValueError(f"view is a {type(view).__name__}, expected what cache.view(seqs) returns")

@@ -1,7 +1,9 @@
-"""frame_attention in plain PyTorch: every frame is one call of a fused attention of torch on the keys it sees, never a dense mask.
+"""frame_attention in plain PyTorch: every frame is one call of a fused attention of torch on the keys it sees, never a
+dense mask.
 
-One interval of keys is a view, several are concatenated. Clips that are alike run as one batch. Forward and backward are two operators,
-`mimo_kernels::frame_attention_reference` and its `_backward`; between them only q, k, v, out and the log-sum-exp are kept.
+One interval of keys is a view, several are concatenated. Clips that are alike run as one batch. Forward and backward
+are two operators, `mimo_kernels::frame_attention_reference` and its `_backward`; between them only q, k, v, out and the
+log-sum-exp are kept.
 """
 
 import torch
@@ -20,7 +22,8 @@ def refusals(device: torch.device) -> list[str]:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask, scale: float) -> tuple[Tensor, Tensor]:
-    """q, k, v: [B, L, h, d] -> out [B, L, h, d], lse fp32 [B, h, L]; both differentiable. B is 1 unless the mask has one clip."""
+    """q, k, v: [B, L, h, d] -> out [B, L, h, d], lse fp32 [B, h, L]; both differentiable. B is 1 unless the mask has
+    one clip."""
     return _operator(q, k, v, mask.pattern_for(q), mask.repeats, scale)
 
 
@@ -56,7 +59,8 @@ def _backward(
     lse = _split_clips_lse(lse, repeats)
     dout, q, k, v, out = (_split_clips(_computable(x), repeats) for x in (dout, q, k, v, out))
     if dlse is not None:
-        # d lse enters as dP = dO V^T + dlse: one more channel that is dlse in dO and 1 in V. It is 0 in out, so that sum(dO * out) stays as it is.
+        # d lse enters as dP = dO V^T + dlse: one more channel that is dlse in dO and 1 in V. It is 0 in out, so that
+        # sum(dO * out) stays as it is.
         dlse = _split_clips_lse(dlse, repeats).to(dout.dtype).unsqueeze(-1)
         q, k, out = (F.pad(x, (0, 8)) for x in (q, k, out))
         v = F.pad(F.pad(v, (0, 1), value=1.0), (0, 7))
@@ -90,7 +94,8 @@ def _groups(frames: Tensor) -> list[tuple[slice, list[slice]]]:
 
 
 def _computable(x: Tensor) -> Tensor:
-    """The fused kernels want unit stride in the last dimension. On the CPU half types run in fp32: it is more exact, and faster in the backward."""
+    """The fused kernels want unit stride in the last dimension. On the CPU half types run in fp32: it is more exact,
+    and faster in the backward."""
     x = x.float() if x.device.type == "cpu" else x
     return x if x.stride(-1) == 1 else x.contiguous()
 

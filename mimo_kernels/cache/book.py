@@ -138,7 +138,8 @@ class Book:
     # Saving
 
     def state(self) -> tuple[list[int], dict[str, Tensor]]:
-        """The pages in use, ascending, and everything but their content as int64 tensors, pages numbered as in that list."""
+        """The pages in use, ascending, and everything but their content as int64 tensors, pages numbered as in that
+        list."""
         used = [page for page, count in enumerate(self.references) if count]
         saved_as = {page: number for number, page in enumerate(used)}
         frames: list[tuple[int, int, int, bool]] = []

@@ -4,7 +4,7 @@ One pool of pages per layer holds the keys and values of every cached frame of e
 are used in all layers. A frame takes ``ceil(tokens / page_size)`` pages, is written once and never moves:
 
     sequence 0   [ frame 0: pages 4 7 ][ frame 1: pages 2 9 ]          page table, oldest frame first
-    sequence 1   [ frame 0: pages 4 7 ][ frame 1: pages 5 3 ]          forked after frame 0: pages 4 and 7 have two owners
+    sequence 1   [ frame 0: pages 4 7 ][ frame 1: pages 5 3 ]     forked after frame 0: pages 4 and 7 have two owners
 
 so sharing needs no copy, and dropping a frame is dropping a reference. All bookkeeping is on the host; the device sees
 a page table per sequence (``CacheView``), uploaded once per frame into buffers whose addresses never change, and the
@@ -31,8 +31,8 @@ MAX_HEAD_DIM = 256
 class FrameSlot:
     """Pages reserved for one more frame in each of some sequences, until `FrameCache.commit` or `FrameCache.cancel`.
 
-    ``rows`` (int64 ``[sequences * num_tokens]``, on the device) are the pool rows of the frame's tokens. They go over to
-    the slot that reuses this one.
+    ``rows`` (int64 ``[sequences * num_tokens]``, on the device) are the pool rows of the frame's tokens. They go over
+    to the slot that reuses this one.
     """
 
     seqs: tuple[int, ...]
@@ -56,9 +56,9 @@ class FrameCache:
         dtype: float32, float16 or bfloat16. device: where the pool lives.
         budget: bytes that the pool may take; default: on a GPU what is free there, on the CPU the machine's memory.
 
-    Raises ValueError when the pool does not fit into the budget, and for a device that is not there. All methods raise ValueError for a sequence that is
-    not there (never made, or freed), and leave the cache as it was whenever they raise; `compress` may have compressed
-    some frames by then.
+    Raises ValueError when the pool does not fit into the budget, and for a device that is not there. All methods raise
+    ValueError for a sequence that is not there (never made, or freed), and leave the cache as it was whenever they
+    raise; `compress` may have compressed some frames by then.
     """
 
     def __init__(
@@ -98,7 +98,8 @@ class FrameCache:
     ) -> int:
         """Bytes of the pool: ``2 * layers * pages * page_size * heads * head_dim * itemsize``.
 
-        The reference backend of `paged_frame_attention` takes more beside it (see `CacheView.joined`), the kernels do not.
+        The reference backend of `paged_frame_attention` takes more beside it (see `CacheView.joined`), the kernels do
+        not.
         """
         sizes = {"num_layers": num_layers, "num_heads": num_heads, "head_dim": head_dim, "page_size": page_size}
         sizes["num_pages"] = num_pages
@@ -308,7 +309,8 @@ class FrameCache:
                 self._book.set_frames(seq, [*frames[:place], done[frame], *frames[place + 1 :]])
 
     def _store_coarse(self, seq: int, frame: Frame, coarse: Callable[[int, int], tuple[Tensor, Tensor]]) -> Frame:
-        """The pages of the frame that is to stand for `frame`. They belong to nobody yet, and to the pool where this fails."""
+        """The pages of the frame that is to stand for `frame`. They belong to nobody yet, and to the pool where this
+        fails."""
         changes = self._book.changes, len(self._book.free)
         k, v = coarse(seq, frame.index)
         if (self._book.changes, len(self._book.free)) != changes:
@@ -345,8 +347,8 @@ class FrameCache:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Replace the content by that of a saved cache of the same layers, heads, page size and dtype.
 
-        The pool may have another number of pages, as long as the saved ones fit. A state that no cache can have saved is
-        refused whole. Views follow when they are refreshed.
+        The pool may have another number of pages, as long as the saved ones fit. A state that no cache can have saved
+        is refused whole. Views follow when they are refreshed.
         """
         self._book.all_closed("be replaced")
         pages = state.get("pages")

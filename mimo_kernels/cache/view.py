@@ -36,16 +36,16 @@ class CacheView:
 
     ``page_table`` int32 ``[S, max_pages]``, ``page_rows`` int32 ``[S, max_pages]`` (rows in use in that page) and
     ``num_pages`` int32 ``[S]``. Entries past ``num_pages`` are meaningless. Made by `FrameCache.view`; a sequence of
-    ``None`` has no history. The view does not follow the cache by itself: call `refresh` after a commit or an evict. One
-    that is older than its sequences is refused wherever it is used.
+    ``None`` has no history. The view does not follow the cache by itself: call `refresh` after a commit or an evict.
+    One that is older than its sequences is refused wherever it is used.
     """
 
     def __init__(self, book: Book, pool: Tensor, seqs: tuple[int | None, ...], max_pages: int):
         self.book, self.pool = book, pool
         self.seqs = seqs
         self.max_pages = max_pages
-        # One buffer, so that a refresh is a single copy. Its parts begin at whole 16 bytes, whatever their sizes: Triton
-        # compiles a kernel anew for pointers that do not.
+        # One buffer, so that a refresh is a single copy. Its parts begin at whole 16 bytes, whatever their sizes:
+        # Triton compiles a kernel anew for pointers that do not.
         self._width = 4 * (max_pages // 4 + 1)
         self._buffer = torch.zeros(len(seqs), 4 + 2 * self._width, dtype=torch.int32, device=pool.device)
         self.num_pages = self._buffer[:, 0]
@@ -120,8 +120,8 @@ class CacheView:
         """A layer's cached keys and values without pages; `room` rows behind them are free, for the frame's own.
 
         They are copied out of the pages once per refresh, as far as it changed them, so all denoising steps of a frame
-        share one copy. It takes as much memory again as the tokens in the view, up to twice that while they become more.
-        Neighbours of equal length are one entry.
+        share one copy. It takes as much memory again as the tokens in the view, up to twice that while they become
+        more. Neighbours of equal length are one entry.
         """
         copy = self._copies.get(layer)
         if copy is None or (copy.version, copy.room) != (self._version, room):
@@ -181,7 +181,8 @@ class ViewHead:
 
 
 def _same_tokens(before: list, now: list) -> int:
-    """Tokens of the frames that both lists begin with. Page numbers would not tell: they come back with other content."""
+    """Tokens of the frames that both lists begin with. Page numbers would not tell: they come back with other
+    content."""
     same = takewhile(lambda pair: pair[0] is pair[1], zip(before, now, strict=False))
     return sum(frame.num_tokens for frame, _ in same)
 

@@ -1,7 +1,8 @@
-"""Every file of CUDA kernels, compiled here for every GPU generation: registers that leave room for enough loads in flight, no spills, and rows
-written 16 bytes at a time.
+"""Every file of CUDA kernels, compiled here for every GPU generation: registers that leave room for enough loads in
+flight, no spills, and rows written 16 bytes at a time.
 
-Reads what mimo_kernels._C holds where it holds all three architectures, and otherwise compiles the sources with the nvcc that setup.py finds.
+Reads what mimo_kernels._C holds where it holds all three architectures, and otherwise compiles the sources with the
+nvcc that setup.py finds.
 """
 
 import re
@@ -19,8 +20,8 @@ ROOT = Path(__file__).parents[2]
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 ARCHS = ["sm_80", "sm_90a", "sm_100"]
 
-# Kernel -> registers per thread at most. A multiprocessor has 65536: 128 leave 16 warps, 96 leave 21, 64 leave 32. The forward of modulate keeps
-# a row of up to 8 x 256 columns per warp; its wide backward sums 3 x 32 columns per thread.
+# Kernel -> registers per thread at most. A multiprocessor has 65536: 128 leave 16 warps, 96 leave 21, 64 leave 32. The
+# forward of modulate keeps a row of up to 8 x 256 columns per warp; its wide backward sums 3 x 32 columns per thread.
 LIMITS = {
     r"copy_rows_kernel": 64,
     r"invert_kernel": 64,
@@ -63,7 +64,8 @@ def compiled_objects(folder: Path) -> list[Path]:
 
 
 def dump(option: str, objects: list[Path], function: str) -> list[tuple[str, str, str]]:
-    """(architecture, kernel with its template arguments, what is said of it), from cuobjdump; `function` finds a kernel and what is said."""
+    """(architecture, kernel with its template arguments, what is said of it), from cuobjdump; `function` finds a kernel
+    and what is said."""
     found = []
     for path in objects:
         report = subprocess.run([str(CUOBJDUMP), option, str(path)], capture_output=True, text=True, check=True)
@@ -112,7 +114,8 @@ def test_registers_and_spills(resources, arch):
 
 
 def test_rows_are_written_16_bytes_at_a_time(objects):
-    """The compiler splits some stores into four. What is left of 4 bytes are statistics and sums, at most two stores per kernel."""
+    """The compiler splits some stores into four. What is left of 4 bytes are statistics and sums, at most two stores
+    per kernel."""
     seen = set()
     for arch, name, code in dump("-sass", objects, r"Function : (\w+)\n([\s\S]*?)(?=\n\s*Function : |\Z)"):
         if match := re.search(r"(modulate|qk_norm_rope|bias_gelu)_\w*kernel", name):

@@ -44,7 +44,8 @@ def test_every_kernel_is_there(code):
 
 
 def marks(instructions: list[str]) -> str:
-    """A: products may begin; h and H: one with at most 16 channels, one with more; 0 and 1: until so many groups are left."""
+    """A: products may begin; h and H: one with at most 16 channels, one with more; 0 and 1: until so many groups are
+    left."""
     text = ""
     for line in instructions:
         if "WARPGROUP.ARRIVE" in line:
@@ -61,8 +62,8 @@ def marks(instructions: list[str]) -> str:
 @pytest.mark.parametrize("dtype", ["half_t", "bfloat_t"])
 @pytest.mark.parametrize(("passed", "channels", "block"), KERNELS)
 def test_products_are_issued_as_they_are_written(code, passed, channels, block, dtype):
-    """Scores, and while those of the next block are multiplied, the sums: one wait for either, none between the parts of
-    a product, none of the compiler's own (it serialises what it cannot follow)."""
+    """Scores, and while those of the next block are multiplied, the sums: one wait for either, none between the parts
+    of a product, none of the compiler's own (it serialises what it cannot follow)."""
     scores = "H" * (channels // 16) * (1 if passed == FORWARD else 2)
     sums = ("Hh" if channels % 64 else "H") * (block // 16)
     if passed == DKV:

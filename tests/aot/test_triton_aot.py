@@ -1,6 +1,8 @@
-"""Every attention kernel in every tile size, compiled here for real GPUs: registers, shared memory and which matrix instructions came out.
+"""Every attention kernel in every tile size, compiled here for real GPUs: registers, shared memory and which matrix
+instructions came out.
 
-Runs in a process of its own, because Triton decides when a kernel is decorated whether it is interpreted. As a script it prints the table:
+Runs in a process of its own, because Triton decides when a kernel is decorated whether it is interpreted. As a script
+it prints the table:
 
     python tests/aot/test_triton_aot.py [ARCH ...]
 """
@@ -18,13 +20,13 @@ import triton
 ROOT = Path(__file__).parents[2]
 TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a program may use
-# Local stores at most, all outside of loops. sm_100: two small forward kernels with any Triton. The others only with Triton before 3.9, which sets aside
-# one value of one sm_90 kernel, and two or three of one kernel for 256 channels.
+# Local stores at most, all outside of loops. sm_100: two small forward kernels with any Triton. The others only with
+# Triton before 3.9, which sets aside one value of one sm_90 kernel, and two or three of one kernel for 256 channels.
 SPILLS = {80: 0, 86: 0, 89: 0, 90: 0, 100: 4, 120: 0}
 if TRITON_VERSION < (3, 9):
     SPILLS |= {86: 2, 90: 1, 100: 5, 120: 3}
-# Architecture -> dtype -> head dimensions. In bf16 they take every row of a table between them where the table is that architecture's own; what shares
-# a table, and the other dtypes, are compiled at fewer.
+# Architecture -> dtype -> head dimensions. In bf16 they take every row of a table between them where the table is that
+# architecture's own; what shares a table, and the other dtypes, are compiled at fewer.
 HEAD_DIMS = (64, 72, 96, 128, 192, 256)
 CASES = {
     80: {"bf16": (*HEAD_DIMS, 112), "fp32": (64, 72)},
@@ -147,8 +149,8 @@ def table(archs: list[int]) -> None:
 
 @pytest.mark.parametrize("arch", CASES)
 def test_kernels_fit(arch):
-    """No spills, and shared memory a multiprocessor has. sm_90: wgmma (HGMMA), not one after the other, and nothing slower (HMMA). fp32: no matrix unit,
-    which would be tf32."""
+    """No spills, and shared memory a multiprocessor has. sm_90: wgmma (HGMMA), not one after the other, and nothing
+    slower (HMMA). fp32: no matrix unit, which would be tf32."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     run = subprocess.run([sys.executable, __file__, str(arch)], env=environment, capture_output=True, text=True)

@@ -1,7 +1,8 @@
-"""python -m tests.fuzz --minutes N [--seed S] [--only NAME ...]: every fuzzer in turn, a batch of cases at a time, until the time is over.
+"""python -m tests.fuzz --minutes N [--seed S] [--only NAME ...]: every fuzzer in turn, a batch of cases at a time,
+until the time is over.
 
-A failure is printed with the command that repeats it, and the run goes on; a line per fuzzer with its cases and failures comes last. Exit status 1
-where there were failures.
+A failure is printed with the command that repeats it, and the run goes on; a line per fuzzer with its cases and
+failures comes last. Exit status 1 where there were failures.
 """
 
 import argparse
@@ -37,7 +38,8 @@ def main(arguments: list[str] | None = None, start: str = "spawn") -> int:
             if wrong:
                 failures[name] += 1
                 print(
-                    f"\n{name}, seed {seed}; again with: python -m tests.fuzz --minutes 0.01 --seed {seed} --only {name}"
+                    f"\n{name}, seed {seed}; again with: "
+                    f"python -m tests.fuzz --minutes 0.01 --seed {seed} --only {name}"
                 )
                 print(wrong, flush=True)
             if time.monotonic() >= end:

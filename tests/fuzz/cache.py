@@ -1,4 +1,5 @@
-"""FrameCache against a plain model of it, with everything that is refused mixed in: old views, slots of before, failing compressions, damaged states."""
+"""FrameCache against a plain model of it, with everything that is refused mixed in: old views, slots of before, failing
+compressions, damaged states."""
 
 import hypothesis
 import pytest

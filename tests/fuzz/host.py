@@ -1,7 +1,8 @@
-"""The host part of the extension (tables of masks, planner) under AddressSanitizer and UBSan: whatever it is given, an answer or an exception.
+"""The host part of the extension (tables of masks, planner) under AddressSanitizer and UBSan: whatever it is given, an
+answer or an exception.
 
-The sanitized module is loaded by a Python of its own, with the sanitizer's library loaded before everything else; that process imports neither torch
-nor numpy and runs host_inputs.py.
+The sanitized module is loaded by a Python of its own, with the sanitizer's library loaded before everything else; that
+process imports neither torch nor numpy and runs host_inputs.py.
 """
 
 import functools
@@ -38,7 +39,8 @@ def compiler() -> str | None:
 
 
 def sanitizer_libraries() -> str | None:
-    """What has to be loaded first, or None where the compiler has no sanitizer: its library, and the one whose exceptions it watches."""
+    """What has to be loaded first, or None where the compiler has no sanitizer: its library, and the one whose
+    exceptions it watches."""
     if compiler() is None:
         return None
     names = ("libasan.so", "libstdc++.so")
@@ -71,7 +73,8 @@ def sanitized_module() -> Path:
 
 
 def run_sanitized(script: Path, *arguments: str) -> str:
-    """What a script prints in a Python with the sanitized module; AssertionError with the sanitizer's report where it ends badly."""
+    """What a script prints in a Python with the sanitized module; AssertionError with the sanitizer's report where it
+    ends badly."""
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "LD_PRELOAD")}
     environment |= {
         "LD_PRELOAD": sanitizer_libraries(),

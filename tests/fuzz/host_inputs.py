@@ -1,4 +1,5 @@
-"""Run by host.py in a Python of its own: python host_inputs.py SEED CASES. Prints how many calls were answered and how many refused."""
+"""Run by host.py in a Python of its own: python host_inputs.py SEED CASES. Prints how many calls were answered and how
+many refused."""
 
 import random
 import sys

@@ -1,4 +1,5 @@
-"""Masks against the rules pair by pair, and their schedules against the masks: every allowed pair exactly once, bare blocks bare, executed pairs counted."""
+"""Masks against the rules pair by pair, and their schedules against the masks: every allowed pair exactly once, bare
+blocks bare, executed pairs counted."""
 
 import torch
 from hypothesis import strategies as st

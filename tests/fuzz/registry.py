@@ -5,8 +5,9 @@
         ...                      # raises on the first case that is wrong
         return cases             # how many were checked
 
-The same seed gives the same cases. `python -m tests.fuzz` runs all of them for as long as it is told to, each batch in a worker process, so that the
-death of one is a failure like any other; `tests/fuzz/test_fuzz.py` runs the seeds 0 .. ci_seeds - 1 of each with the other tests.
+The same seed gives the same cases. `python -m tests.fuzz` runs all of them for as long as it is told to, each batch in
+a worker process, so that the death of one is a failure like any other; `tests/fuzz/test_fuzz.py` runs the seeds 0 ..
+ci_seeds - 1 of each with the other tests.
 """
 
 from collections.abc import Callable
@@ -57,7 +58,8 @@ def fuzzer(name: str, *, ci_seeds: int) -> Callable[[Callable[[int], int]], Call
 
 
 def batch(examples: int, **options) -> settings:
-    """Hypothesis' settings of a batch: what is drawn depends on the seed alone, and a failure is shrunk before it is shown."""
+    """Hypothesis' settings of a batch: what is drawn depends on the seed alone, and a failure is shrunk before it is
+    shown."""
     phases = (Phase.generate, Phase.shrink)
     return settings(
         max_examples=examples,

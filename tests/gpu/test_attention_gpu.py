@@ -1,4 +1,5 @@
-"""The attention kernels on a device: bf16 against fp32, bitwise repeatability, sizes beyond 32 bits, graphs, and what must not happen between."""
+"""The attention kernels on a device: bf16 against fp32, bitwise repeatability, sizes beyond 32 bits, graphs, and what
+must not happen between."""
 
 import pytest
 import torch
@@ -93,7 +94,8 @@ def test_equals_dense_attention(head_dim, dtype, mask):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_shapes_that_matter(shape):
-    """Whole tiles, long loops of bare blocks, and frames that do not end with a tile, at the sizes that training has."""
+    """Whole tiles, long loops of bare blocks, and frames that do not end with a tile, at the sizes that training
+    has."""
     mask, head_dim = SHAPES[shape]
     check(mask, head_dim=head_dim)
 

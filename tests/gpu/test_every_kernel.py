@@ -1,5 +1,6 @@
-"""Every kernel once, small, forward and backward: the first thing to run on a new GPU, and what `benchmarks/report.py --sanitize` runs under
-compute-sanitizer. Whether results are right is for the other files; here they have to be finite and to need no more than the memory they own."""
+"""Every kernel once, small, forward and backward: the first thing to run on a new GPU, and what `benchmarks/report.py
+--sanitize` runs under compute-sanitizer. Whether results are right is for the other files; here they have to be finite
+and to need no more than the memory they own."""
 
 import importlib
 
@@ -43,7 +44,8 @@ def finish(outputs: tuple[torch.Tensor, ...], inputs: list[torch.Tensor]) -> Non
 @pytest.mark.parametrize("head_dim", [64, 72, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_frame_attention(dtype, head_dim):
-    # Bare and masked blocks, tiles that end early, three key intervals, a dropped frame; rows and keys that end inside a tile.
+    # Bare and masked blocks, tiles that end early, three key intervals, a dropped frame; rows and keys that end inside
+    # a tile.
     mask = FrameMask.teacher_forcing(
         [[130, 40, 70], [64, 1, 9]],
         [[200, 65, 7], [64, 0, 3]],

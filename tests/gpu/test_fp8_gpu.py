@@ -1,4 +1,5 @@
-"""Float8 products on a GPU: the rounding of the CPU's, ragged rows, compiled, checkpointed, and never something else."""
+"""Float8 products on a GPU: the rounding of the CPU's, ragged rows, compiled, checkpointed, and never something
+else."""
 
 import pytest
 import torch

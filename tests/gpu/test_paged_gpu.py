@@ -100,7 +100,8 @@ def test_captured_graph_follows_the_cache():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("dim", [64, 72])
 def test_captured_write_of_keys_and_values_into_pages(dtype, dim):
-    """The fused kernel writes where the slot says at the time of the replay: what is written apart is the same, bit for bit."""
+    """The fused kernel writes where the slot says at the time of the replay: what is written apart is the same, bit for
+    bit."""
     torch.manual_seed(0)
     tokens, heads, layers = 64, 4, 2
     caches = [FrameCache(layers, heads, dim, num_pages=8, page_size=32, dtype=dtype, device=DEVICE) for _ in range(2)]

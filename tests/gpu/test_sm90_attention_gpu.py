@@ -1,4 +1,5 @@
-"""The hand-written Hopper kernels on the hardware, by the tests that the Triton kernels pass: run after test_sm90_probe.py."""
+"""The hand-written Hopper kernels on the hardware, by the tests that the Triton kernels pass: run after
+test_sm90_probe.py."""
 
 import pytest
 import torch

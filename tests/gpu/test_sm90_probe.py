@@ -26,7 +26,8 @@ def hopper():
 
 def alone(code: str) -> None:
     """A wait that does not end traps after some seconds; a kernel that hangs all the same does not hang the tests."""
-    setup = "from tests.kernels import test_sm90_probe as p; from mimo_kernels.core.backends import extension as e\nk = e()\n"
+    setup = "from tests.kernels import test_sm90_probe as p\n"
+    setup += "from mimo_kernels.core.backends import extension as e\nk = e()\n"
     done = subprocess.run([sys.executable, "-c", setup + code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
 

@@ -8,7 +8,8 @@ from .emulation import emulated  # noqa: F401
 
 @pytest.fixture(autouse=True)
 def launches():
-    """The Triton kernels that the test has launched. Interpreted ones are watched in every test: see `watched_kernels`."""
+    """The Triton kernels that the test has launched. Interpreted ones are watched in every test: see
+    `watched_kernels`."""
     if backends.triton_refusals(torch.device("cpu")):
         yield []
         return

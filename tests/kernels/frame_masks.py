@@ -69,7 +69,8 @@ COUNTS = st.sampled_from([0, 1, 1, 2, 3, 5, 8])
 
 @st.composite
 def cases(draw, max_clips: int = 3) -> Case:
-    """Teacher forcing, block causal or bidirectional: ragged or repeated clips, empty frames, single tokens, drops, windows, sinks."""
+    """Teacher forcing, block causal or bidirectional: ragged or repeated clips, empty frames, single tokens, drops,
+    windows, sinks."""
     clips = draw(st.integers(1, max_clips))
     if draw(st.booleans()):
         frames = [draw(st.integers(0, 4))] * clips

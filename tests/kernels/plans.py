@@ -1,4 +1,5 @@
-"""The oracle of tile schedules: reads one as a kernel does and compares what it covers with the dense mask, pair by pair."""
+"""The oracle of tile schedules: reads one as a kernel does and compares what it covers with the dense mask, pair by
+pair."""
 
 import torch
 from hypothesis import strategies as st

@@ -314,7 +314,8 @@ def test_triton_comes_first_on_a_gpu():
 
 
 def test_the_cuda_backend_says_every_reason():
-    reason = "backend 'cuda' cannot serve: q, k and v are torch.float32; .*; head_dim is 16; the kernels serve 64, 72, 80, 128"
+    reason = "backend 'cuda' cannot serve: q, k and v are torch.float32; .*; head_dim is 16; "
+    reason += "the kernels serve 64, 72, 80, 128"
     with pytest.raises(ValueError, match=reason):
         frame_attention(*tensors(MASK), MASK, backend="cuda")
 

@@ -1,4 +1,5 @@
-"""A NaN, or an infinity, stays in its clip: in q, k, v or an incoming gradient of one clip it changes no bit of another."""
+"""A NaN, or an infinity, stays in its clip: in q, k, v or an incoming gradient of one clip it changes no bit of
+another."""
 
 import functools
 
@@ -14,7 +15,8 @@ from .test_paged_attention import ragged
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, in the interpreter
 
-# Clips that end inside tiles and blocks, some of one frame or of one row; a mask of alike clips has a schedule of its own.
+# Clips that end inside tiles and blocks, some of one frame or of one row; a mask of alike clips has a schedule of its
+# own.
 RAGGED = FrameMask.teacher_forcing([[7, 3], [20, 5], [1]], [[9, 4], [3, 16], [2]])
 MASKS = {
     "ragged": RAGGED,

@@ -71,7 +71,8 @@ def test_frames_that_fill_tiles_cost_nothing_extra():
 
 
 def test_short_tiles_stand_where_they_cost_least():
-    """The share of the computed pairs that count, in batches of many groups: clips that differ, frames that fill tiles only together."""
+    """The share of the computed pairs that count, in batches of many groups: clips that differ, frames that fill tiles
+    only together."""
     drops = torch.rand(32, 16, generator=torch.Generator().manual_seed(0)) < 0.1
     dropped = FrameMask.teacher_forcing([[160] * 5] * 32, [[256] * 5] * 32, drop_history=drops[:, :5])
     short = FrameMask.teacher_forcing([[40] * 16] * 32, [[64] * 16] * 32, drop_history=drops)
@@ -83,7 +84,8 @@ def test_short_tiles_stand_where_they_cost_least():
 
 
 def test_clips_share_no_tile():
-    """What is hidden is multiplied by 0, and 0 times NaN is NaN: a tile of two clips would carry a NaN from one to the other."""
+    """What is hidden is multiplied by 0, and 0 times NaN is NaN: a tile of two clips would carry a NaN from one to the
+    other."""
     mask = FrameMask.teacher_forcing([[5, 9], [3], [40, 0, 33], [1]], [[16, 2], [7], [64, 8, 1], [1]])
     ends = torch.tensor(mask.clip_lens).cumsum(0).tolist()
     for name in ("rows", "keys"):

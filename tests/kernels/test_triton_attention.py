@@ -1,4 +1,5 @@
-"""The Triton kernels of frame_attention against dense attention: interpreted on the CPU (fp32, fp16), compiled where there is a GPU."""
+"""The Triton kernels of frame_attention against dense attention: interpreted on the CPU (fp32, fp16), compiled where
+there is a GPU."""
 
 import functools
 import itertools

@@ -1,4 +1,5 @@
-"""The Triton kernels touch their arguments and nothing else, read what was written, and do not race: under the watched interpreter."""
+"""The Triton kernels touch their arguments and nothing else, read what was written, and do not race: under the watched
+interpreter."""
 
 import pytest
 import torch

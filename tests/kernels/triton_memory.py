@@ -1,4 +1,5 @@
-"""What compute-sanitizer finds on a GPU, for Triton kernels under the interpreter: every load and store is looked up before it happens."""
+"""What compute-sanitizer finds on a GPU, for Triton kernels under the interpreter: every load and store is looked up
+before it happens."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ NOBODY, SEVERAL = -1, -2
 
 
 class Launch:
-    """The memory of one launch: which bytes lie in its tensor arguments, and which program has written and read them."""
+    """The memory of one launch: which bytes lie in its tensor arguments, and which program has written and read
+    them."""
 
     def __init__(self, kernel: str, tensors: dict[str, Tensor]):
         self.kernel, self.tensors = kernel, tensors

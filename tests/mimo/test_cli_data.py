@@ -68,7 +68,8 @@ def frames(count, size=24, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
 
 
-# Weights of the released layouts, drawn at random -----------------------------------------------------------------------
+# Weights of the released layouts, drawn at random
+# -----------------------------------------------------------------------
 
 
 def small_dcae(factor, channels=32, seed=0):
@@ -93,7 +94,8 @@ def weights(tmp_path_factory):
     return {path.name: path for path in folder.iterdir()}
 
 
-# The papers' folders ----------------------------------------------------------------------------------------------------
+# The papers' folders
+# ----------------------------------------------------------------------------------------------------
 
 
 def kinetics600(folder):
@@ -193,7 +195,8 @@ def test_dmlab_and_bair_layouts_train_too(tmp_path, trainers):
     assert not trainers[1].dataset.use_actions
 
 
-# Tokenizer weights ------------------------------------------------------------------------------------------------------
+# Tokenizer weights
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +255,8 @@ def test_refused_tokenizer_weights(tmp_path, weights, videos, refused):
     assert not out.exists()
 
 
-# mimo encode ------------------------------------------------------------------------------------------------------------
+# mimo encode
+# ------------------------------------------------------------------------------------------------------------
 
 
 def encode(data, out, *more):
@@ -348,7 +352,8 @@ def test_labels_beyond_the_network_are_refused(tmp_path, refused):
     done(*train(tmp_path / "shards", tmp_path / "run2", "--model.num-classes", 3))
 
 
-# mimo data check --------------------------------------------------------------------------------------------------------
+# mimo data check
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_data_check(tmp_path, videos, refused, capsys):
@@ -394,7 +399,8 @@ def test_data_check_ends_quietly_when_nobody_reads_on(videos):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-# mimo train-tokenizer ---------------------------------------------------------------------------------------------------
+# mimo train-tokenizer
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_train_tokenizer(tmp_path, videos, refused, capsys):

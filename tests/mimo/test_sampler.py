@@ -227,7 +227,8 @@ def test_nothing_is_read_back_inside_a_frame(monkeypatch):
     with Syncs() as syncs:
         torch.ones(1).item()
     assert syncs.count == 1
-    # Learned positions: RoPE's reference looks at positions on the CPU, where it costs nothing, to refuse negative ones.
+    # Learned positions: RoPE's reference looks at positions on the CPU, where it costs nothing, to refuse negative
+    # ones.
     model = network(num_classes=CLASSES, num_actions=ACTIONS, positions="learned", frames=8)
     sampler = Sampler(model, config(history_guidance=1.5, class_guidance=2.0), policy=CachePolicy(3, sink=1))
     stream = sampler.stream(context(), 8, generator=seed(), **conditions(frames=8))

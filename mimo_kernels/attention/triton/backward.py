@@ -4,8 +4,9 @@
     dS[i, j] = P[i, j] (dout[i] . v[j] - delta[i])          delta[i] = dout[i] . out[i] - dlse[i]
     dq[i] = scale * sum_j dS[i, j] k[j]      dk[j] = scale * sum_i dS[i, j] q[i]      dv[j] = sum_i P[i, j] dout[i]
 
-dQ runs over tiles of rows like the forward; dK and dV run over tiles of keys, with S transposed so that P and dS stay in registers. The price is that
-S and dP are computed twice. What the schedule holds is told in forward.py, how the head dimension is split in tiles.py.
+dQ runs over tiles of rows like the forward; dK and dV run over tiles of keys, with S transposed so that P and dS stay
+in registers. The price is that S and dP are computed twice. What the schedule holds is told in forward.py, how the head
+dimension is split in tiles.py.
 """
 
 import torch
@@ -275,7 +276,8 @@ def frame_attention_dkv_kernel(
     b_dk = zero_parts(BN, PARTS)
     b_dv = zero_parts(BN, PARTS)
 
-    # A block is bare when all its rows see all keys of the tile; keys past the end of the tile are zeros and are not stored.
+    # A block is bare when all its rows see all keys of the tile; keys past the end of the tile are zeros and are not
+    # stored.
     p_segment = p_plan + tl.load(p_tile + TILE_SEGMENTS)
     start = tl.load(p_segment)
     end = tl.load(p_segment + 1)
@@ -336,7 +338,8 @@ def backward(
     key_plan: Plan,
     scale: float,
 ) -> None:
-    """Inputs as for `forward`, dout strided like them, dlse fp32 [B, H, L] contiguous; writes dq, dk, dv [B, L, H, D], contiguous."""
+    """Inputs as for `forward`, dout strided like them, dlse fp32 [B, H, L] contiguous; writes dq, dk, dv [B, L, H, D],
+    contiguous."""
     batch, tokens, heads, dim = q.shape
     rows = lse.new_empty((batch, heads, tokens), dtype=torch.int64)
     frame_attention_rows_kernel[(triton.cdiv(tokens, DELTA_ROWS), heads, batch)](

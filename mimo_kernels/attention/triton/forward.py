@@ -1,12 +1,15 @@
 """Forward Triton kernel of frame_attention, and what it shares with the backward kernels.
 
-    out[i] = sum_j exp(scale * q[i] . k[j] - lse[i]) v[j]        lse[i] = log sum_j exp(scale * q[i] . k[j])        j over the keys row i sees
+    out[i] = sum_j exp(scale * q[i] . k[j] - lse[i]) v[j]        lse[i] = log sum_j exp(scale * q[i] . k[j])
 
-One program computes one tile of rows of one head. The schedule (csrc/plan.cpp) gives it two lists: *bare* segments, whole blocks of keys that all its
-rows see, run in one loop without any test; and *masked* segments, where every row has two bounds. Softmax does not care about the order.
+    j over the keys that row i sees
 
-Tiles hold the head dimension in parts (tiles.py). Rows, keys and bounds count from the first row of the clip, strides in steps of 8 elements (so
-that the compiler sees that loads are aligned), and addresses are 64 bits wide.
+One program computes one tile of rows of one head. The schedule (csrc/plan.cpp) gives it two lists: *bare* segments,
+whole blocks of keys that all its rows see, run in one loop without any test; and *masked* segments, where every row has
+two bounds. Softmax does not care about the order.
+
+Tiles hold the head dimension in parts (tiles.py). Rows, keys and bounds count from the first row of the clip, strides
+in steps of 8 elements (so that the compiler sees that loads are aligned), and addresses are 64 bits wide.
 """
 
 import torch
@@ -50,7 +53,8 @@ STRIDES = ("stride_b", "stride_m", "stride_h")
 
 @triton.jit
 def find_tile(p_plan, num_tiles, repeats, band):
-    """Pointer to this program's tile and the clip it is in. The schedule of one clip serves `repeats` clips, in bands of `band` clips at a time."""
+    """Pointer to this program's tile and the clip it is in. The schedule of one clip serves `repeats` clips, in bands
+    of `band` clips at a time."""
     band_tiles = num_tiles * band
     pid = tl.program_id(0)
     first = pid // band_tiles * band
@@ -61,7 +65,8 @@ def find_tile(p_plan, num_tiles, repeats, band):
 
 @triton.jit
 def next_block(p_segment, start, end, BLOCK: tl.constexpr, SEGMENT: tl.constexpr):
-    """Steps to the next block of keys or rows, and to the next segment behind the last one. No branch: it would stop the pipelining."""
+    """Steps to the next block of keys or rows, and to the next segment behind the last one. No branch: it would stop
+    the pipelining."""
     done = start + BLOCK >= end
     p_segment += tl.where(done, SEGMENT, 0)
     start = tl.where(done, tl.load(p_segment), start + BLOCK)
@@ -84,7 +89,8 @@ def key_bounds(p_group, start, end):
 
 @triton.jit
 def row_bounds(p_groups, first, last, rows, start, end):
-    """Bounds per row from the groups [first, last) the rows belong to; rows past the last group's end get that group's."""
+    """Bounds per row from the groups [first, last) the rows belong to; rows past the last group's end get that
+    group's."""
     lo = tl.zeros_like(rows)
     hi = tl.zeros_like(rows)
     for group in range(first, last):
@@ -98,7 +104,8 @@ def row_bounds(p_groups, first, last, rows, start, end):
 
 @triton.jit
 def softmax_step(b_s, b_top, b_v, b_acc, b_max, b_sum, scale_log2, PRECISION: tl.constexpr):
-    """One step of the running softmax with the products b_s [BM, BN], their largest in every row b_top and the values b_v."""
+    """One step of the running softmax with the products b_s [BM, BN], their largest in every row b_top and the values
+    b_v."""
     b_new = tl.maximum(b_max, b_top * scale_log2)
     b_p = tl.exp2(b_s * scale_log2 - b_new[:, None])
     b_decay = tl.exp2(b_max - b_new)
@@ -172,8 +179,9 @@ def frame_attention_fwd_kernel(
             b_acc, b_max, b_sum = softmax_step(b_s, tl.max(b_s, 1), b_v, b_acc, b_max, b_sum, scale_log2, PRECISION)
             p_segment, start, end = next_block(p_segment, start, end, BN, SEGMENT_CELLS)
     elif num_bare > 0:
-        # The products of the next block are under way during the softmax of this one, for programs that have the multiprocessor to themselves. The
-        # values walk through the segments on their own: carried over from the keys, their loads would not be pipelined.
+        # The products of the next block are under way during the softmax of this one, for programs that have the
+        # multiprocessor to themselves. The values walk through the segments on their own: carried over from the keys,
+        # their loads would not be pipelined.
         b_k = load_parts(p_k + start.to(tl.int64) * stride_m_k, o_n, stride_m_k, None, PARTS, D)
         b_s = dot_parts(b_q, b_k, PRECISION)
         b_top = tl.max(b_s, 1)
@@ -244,7 +252,8 @@ def options(plan: Plan, q: Tensor) -> dict:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan, scale: float) -> None:
-    """q, k, v [B, L, H, D] with strides in whole steps of 8 elements; writes out [B, L, H, D] and lse fp32 [B, H, L], both contiguous."""
+    """q, k, v [B, L, H, D] with strides in whole steps of 8 elements; writes out [B, L, H, D] and lse fp32 [B, H, L],
+    both contiguous."""
     batch, tokens, heads, dim = q.shape
     frame_attention_fwd_kernel[(plan.num_tiles * plan.repeats, heads, batch)](
         q,

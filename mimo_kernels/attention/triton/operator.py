@@ -1,4 +1,5 @@
-"""frame_attention on Triton kernels, as operators of torch.library: `mimo_kernels::frame_attention_triton` and its `_backward`."""
+"""frame_attention on Triton kernels, as operators of torch.library: `mimo_kernels::frame_attention_triton` and its
+`_backward`."""
 
 import contextlib
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ MAX_BATCH = 65535  # what the third dimension of a grid holds
 
 
 def refusals(q: Tensor, k: Tensor, v: Tensor, mask) -> list[str]:
-    """Why the Triton kernels cannot serve tensors like these; empty when they can. Shapes and dtypes have passed frame_attention's checks."""
+    """Why the Triton kernels cannot serve tensors like these; empty when they can. Shapes and dtypes have passed
+    frame_attention's checks."""
     reasons = backends.triton_refusals(q.device)
     if backends.extension() is None:
         reasons.append(backends.extension_reason())
@@ -26,14 +28,16 @@ def refusals(q: Tensor, k: Tensor, v: Tensor, mask) -> list[str]:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask, scale: float) -> tuple[Tensor, Tensor]:
-    """q, k, v [B, L, h, d] -> out [B, L, h, d], lse fp32 [B, h, L]; both differentiable. B is 1 unless the mask has one clip."""
+    """q, k, v [B, L, h, d] -> out [B, L, h, d], lse fp32 [B, h, L]; both differentiable. B is 1 unless the mask has one
+    clip."""
     if scale <= 0:  # the kernels take the maximum before they scale
         q, scale = q * scale, 1.0
     return _operator(q, k, v, mask.pattern_for(q), mask.repeats, scale)
 
 
 def plans(q: Tensor, mask) -> dict[str, Plan]:
-    """The plans that attention over q [.., h, d] with this mask uses, by pass: their tile sizes and the pairs they compute."""
+    """The plans that attention over q [.., h, d] with this mask uses, by pass: their tile sizes and the pairs they
+    compute."""
     return {name: plan_for(name, mask.pattern, mask.repeats, q.device, q.dtype, q.shape[-1]) for name in PASSES}
 
 
@@ -87,7 +91,8 @@ def _in_parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _addressable(x: Tensor) -> Tensor:
-    """The tensor itself when 16-byte loads of its channels are aligned, as in any slice of a projection; else a copy."""
+    """The tensor itself when 16-byte loads of its channels are aligned, as in any slice of a projection; else a
+    copy."""
     if x.stride(-1) == 1 and not any(stride % 8 for stride in x.stride()[:3]) and x.data_ptr() % 16 == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)

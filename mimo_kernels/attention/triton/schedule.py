@@ -11,15 +11,15 @@ from mimo_kernels.attention.triton.tiles import split_head_dim
 from mimo_kernels.core.backends import extension
 from mimo_kernels.core.device_copies import DeviceCopies, OfTables
 
-# Clips that run side by side hold about so many rows: their keys and values stay in the cache. Clips that differ share one schedule, which is ordered
-# in bands of so many rows; of clips that are alike so many repeat it side by side.
+# Clips that run side by side hold about so many rows: their keys and values stay in the cache. Clips that differ share
+# one schedule, which is ordered in bands of so many rows; of clips that are alike so many repeat it side by side.
 BAND_ROWS = 16384
 
 
 @dataclass(frozen=True)
 class Config:
-    """tile: rows (dK/dV: keys) of a program; block: keys (dK/dV: rows) of one step; cost: time per query-key pair relative to the other choices; ahead:
-    the forward multiplies one block ahead of its softmax."""
+    """tile: rows (dK/dV: keys) of a program; block: keys (dK/dV: rows) of one step; cost: time per query-key pair
+    relative to the other choices; ahead: the forward multiplies one block ahead of its softmax."""
 
     tile: int
     block: int
@@ -29,8 +29,9 @@ class Config:
     ahead: bool = False
 
 
-# Pass -> up to this many channels (the padded head dimension) -> the choices for a mask: the one whose schedule computes the fewest pairs, weighed by
-# their cost, is taken. What the compiler makes of the entries is checked in tests/aot; the costs are estimates, not yet measured.
+# Pass -> up to this many channels (the padded head dimension) -> the choices for a mask: the one whose schedule
+# computes the fewest pairs, weighed by their cost, is taken. What the compiler makes of the entries is checked in
+# tests/aot; the costs are estimates, not yet measured.
 SM80 = {
     "forward": {128: (Config(128, 64, 8, 2),), 192: (Config(64, 16, 8, 2),), 256: (Config(64, 32, 8, 2),)},
     "dq": {
@@ -51,9 +52,10 @@ SM80 = {
 }
 # 99 KiB of shared memory instead of 163.
 SM86 = {**SM80, "dq": {**SM80["dq"], 256: (Config(32, 32, 8, 1),)}}
-# Programs of 4 warps leave room for a second one on the multiprocessor: one computes its softmax while the other multiplies. Where only one fits, it
-# works a block ahead. Three stages because the loads of the next but one block are issued behind the current one's matrix products. Keys and values come
-# from the L2 cache for every program anew: tiles of 64 rows ask more of it than it gives, which is what they cost.
+# Programs of 4 warps leave room for a second one on the multiprocessor: one computes its softmax while the other
+# multiplies. Where only one fits, it works a block ahead. Three stages because the loads of the next but one block are
+# issued behind the current one's matrix products. Keys and values come from the L2 cache for every program anew: tiles
+# of 64 rows ask more of it than it gives, which is what they cost.
 SM90 = {
     "forward": {
         80: (Config(128, 64, 4, 3), Config(64, 64, 4, 3, 1.45)),
@@ -67,7 +69,8 @@ SM90 = {
         128: (Config(128, 64, 8, 3),),
         256: (Config(128, 32, 8, 2),),
     },
-    # Two sums of 64 keys x 256 channels do not fit in registers beside the rest: the last entry does without wgmma, which wants 64 keys.
+    # Two sums of 64 keys x 256 channels do not fit in registers beside the rest: the last entry does without wgmma,
+    # which wants 64 keys.
     "dkv": {
         80: (Config(128, 64, 8, 3),),
         128: (Config(128, 32, 8, 3),),
@@ -159,7 +162,8 @@ def plan_for(name: str, frames: Tensor, repeats: int, device: torch.device, dtyp
 def make_plan(
     plans: dict, name: str, frames: Tensor, repeats: int, device: torch.device, choices: tuple[Config, ...]
 ) -> tuple[Plan, DeviceCopies]:
-    """The choice that computes the fewest pairs, weighed by their cost. Schedules are kept in `plans` too: passes with the same tiles share them."""
+    """The choice that computes the fewest pairs, weighed by their cost. Schedules are kept in `plans` too: passes with
+    the same tiles share them."""
     kind = "plan_keys" if name == "dkv" else "plan_rows"
     scheduled = []
     for config in choices:

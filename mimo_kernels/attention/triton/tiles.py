@@ -1,7 +1,8 @@
 """Tiles whose channels are held in parts, for kernels of any head dimension.
 
-Matrix units want powers of two, so the head dimension is split into them: PARTS = (64, 16) holds 72 channels, 8 of the last part being zero, and 80 / 72
-is cheaper than 128 / 72. A tile of rows is then a tuple of blocks [rows, width of the part]; these are the few things that are done with one.
+Matrix units want powers of two, so the head dimension is split into them: PARTS = (64, 16) holds 72 channels, 8 of the
+last part being zero, and 80 / 72 is cheaper than 128 / 72. A tile of rows is then a tuple of blocks [rows, width of the
+part]; these are the few things that are done with one.
 """
 
 import functools
@@ -12,7 +13,8 @@ import triton.language as tl
 
 @functools.cache
 def split_head_dim(head_dim: int) -> tuple[int, ...]:
-    """At most three powers of two from 16 upwards, descending, that hold head_dim with the fewest channels, then in the fewest parts."""
+    """At most three powers of two from 16 upwards, descending, that hold head_dim with the fewest channels, then in the
+    fewest parts."""
     powers = (256, 128, 64, 32, 16)
     splits = [(a, b, c) for a in powers for b in (*powers, 0) for c in (*powers, 0) if a > b > c or (b == c == 0)]
     splits = [tuple(part for part in split if part) for split in splits]
