@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -151,7 +151,7 @@ def distribute(
         raise InputError(f"strategy={strategy!r}: expected processes that torchrun has started")
     # A group of their own, as they outlive `process_group` where an exception holds them: if they were the last to hold
     # the group that ranks agree in, its threads would end when the interpreter does, and may then wait for each other.
-    group = dist.new_group()
+    group = cast(dist.ProcessGroup, dist.new_group())  # of all ranks, so each is in it
     if strategy == "ddp":
         return DistributedDataParallel(
             module.to(device), process_group=group, find_unused_parameters=varies, gradient_as_bucket_view=not varies
