@@ -31,7 +31,7 @@ FLAGS = (
     "-fno-sanitize-recover=all",
 )
 BUILD_INFO = "".join(f'#define MIMO_CUDA_{name} ""\n' for name in ("ARCHS", "REASON", "VERSION", "COMPILER"))
-CASES = 3000
+CASES = 1000
 
 
 def compiler() -> str | None:

@@ -144,7 +144,9 @@ static void access(const void* p, size_t bytes, bool write, size_t alignment) {
     if (address % alignment)
         fail("a misaligned access: " + std::to_string(bytes) + " bytes at " + shadow.name(address));
     const uintptr_t shared = address - reinterpret_cast<uintptr_t>(machine.shared_begin);
-    const std::string wrong = machine.asynchronous && shared < machine.shared.size()
+    // What lies behind it in our own buffer is its, too; behind the buffer other operands may begin.
+    const size_t ours = machine.shared.data() + machine.shared.size() - machine.shared_begin;
+    const std::string wrong = machine.asynchronous && shared < ours
                                   ? async::touch_shared(shared, bytes, write)
                                   : shadow.access(address, bytes, write, machine.current);
     if (!wrong.empty()) fail(wrong);
