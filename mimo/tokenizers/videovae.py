@@ -422,9 +422,9 @@ class VideoVAETokenizer(nn.Module):
     whole clip.
 
     `encode` gives the means of the posterior, `draw` values drawn from it, as DFoT's training takes them. The
-    statistics of Kinetics-600 are DFoT's and belong to its stored latents, which are draws: the means vary a little
-    less, by the posterior's own variance. Which of them a network was trained on is recorded with it and with encoded
-    clips.
+    statistics of Kinetics-600 are DFoT's. Whether they were taken of draws or of means is not published with them;
+    means vary a little less, by the posterior's own variance. Which of them a network was trained on is recorded with
+    it and with encoded clips.
 
     Args:
         model: the network.
