@@ -9,11 +9,10 @@ from torch import Tensor
 
 from mimo_kernels.attention import reference, sm90
 from mimo_kernels.attention.mask import FrameMask
-from mimo_kernels.core import backends
+from mimo_kernels.core import backends, checks
 
 __all__ = ["FrameMask", "describe_backends", "frame_attention"]
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
 
 
@@ -60,7 +59,7 @@ def frame_attention(
         every reason.
     """
     _check(q, k, v, mask)
-    scale = q.shape[-1] ** -0.5 if scale is None else finite(scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else finite("frame_attention", scale)
     backend = _serving_backend(backend, q.device, q.dtype, q.shape[-1])
     batched = q.dim() == 4
     if not batched:
@@ -77,51 +76,39 @@ def describe_backends(device: torch.device | str) -> dict[str, list[str]]:
     return {name: _refusals(name, device, torch.bfloat16, 64) for name in _preference(device)}
 
 
-def finite(scale: float) -> float:
+def finite(op: str, scale: float) -> float:
     """The factor on the scores; ValueError for what is no finite number."""
     try:
         number = float(scale)
     except (TypeError, ValueError):
         number = math.nan
     if not -math.inf < number < math.inf:
-        raise ValueError(f"scale is {scale!r}; expected a finite number")
+        checks.refuse(op, "scale", f"is {scale!r}", "a finite number")
     return number
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask) -> None:
+    op = "frame_attention"
     if not isinstance(mask, FrameMask):
-        raise ValueError(f"mask is a {type(mask).__name__}; expected a FrameMask")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise ValueError(f"{name} is a {type(x).__name__}; expected a torch.Tensor")
+        checks.refuse(op, "mask", f"is a {type(mask).__name__}", "a FrameMask")
+    checks.expect_tensor(op, "q", q)
+    checks.expect_like(op, "q", q, k=k, v=v)
     if not torch.compiler.is_compiling():
         mask.check_unchanged()
-    for name, x in (("k", k), ("v", v)):
-        if x.device != q.device:
-            raise ValueError(f"q is on {q.device} and {name} is on {x.device}; expected one device")
-        if x.dtype != q.dtype:
-            raise ValueError(f"q is {q.dtype} and {name} is {x.dtype}; expected one dtype")
-        if x.shape != q.shape:
-            raise ValueError(f"q has shape {list(q.shape)} and {name} has {list(x.shape)}; expected equal shapes")
-    if q.dtype not in DTYPES:
-        raise ValueError(f"q, k and v are {q.dtype}; expected float32, float16 or bfloat16")
+    checks.expect_dtype(op, "q", q, *checks.FLOATS)
     if q.dim() not in (3, 4):
-        raise ValueError(
-            f"q has shape {list(q.shape)}; expected [tokens, heads, head_dim] or [batch, tokens, heads, head_dim]"
-        )
+        layouts = "[tokens, heads, head_dim] or [batch, tokens, heads, head_dim]"
+        checks.refuse(op, "q", f"has shape {list(q.shape)}", layouts)
     head_dim = q.shape[-1]
     if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"head_dim is {head_dim}; expected a multiple of 8 from 8 to {MAX_HEAD_DIM}")
+        checks.refuse(op, "head_dim", f"is {head_dim}", f"a multiple of 8 from 8 to {MAX_HEAD_DIM}")
     if q.shape[-3] != mask.num_tokens:
-        raise ValueError(
-            f"q has {q.shape[-3]} tokens and the mask has {mask.num_tokens}; expected a mask made for this sequence"
-            + _hint(q, mask)
-        )
+        expected = f"{mask.num_tokens} as the mask has, or a mask made for this sequence{_hint(q, mask)}"
+        checks.refuse(op, "q", f"has {q.shape[-3]} tokens", expected)
     if q.dim() == 4 and mask.num_clips != 1:
-        raise ValueError(
-            f"q is a batch of {q.shape[0]} sequences and the mask has {mask.num_clips} clips; expected a mask of "
-            "one clip for batched input, or all clips packed into [tokens, heads, head_dim]"
-        )
+        found = f"is a batch of {q.shape[0]} sequences and the mask has {mask.num_clips} clips"
+        expected = "a mask of one clip for batched input, or all clips packed into [tokens, heads, head_dim]"
+        checks.refuse(op, "q", found, expected)
 
 
 def _hint(q: Tensor, mask: FrameMask) -> str:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimo_kernels.attention.frame import finite
-from mimo_kernels.core import backends, launch
+from mimo_kernels.core import backends, checks, launch
 from mimo_kernels.core.register import register
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def serving(device: torch.device, dtype: torch.dtype, head_dim: int, aligned: bo
     if device.type == "cpu" and dtype == torch.bfloat16:
         triton.append("Triton's interpreter computes bfloat16 products wrongly")
     if head_dim % 8 or head_dim > 256:
-        triton.append(f"head_dim {head_dim} is not a multiple of 8 up to 256")
+        triton.append(f"head_dim is {head_dim}, expected a multiple of 8 up to 256")
     if not aligned:
         triton.append("strides are not 1 for channels and multiples of 8 elsewhere")
     if device.type != "cuda":
@@ -114,24 +114,20 @@ def paged_frame_attention(
     Raises ValueError for shapes, dtypes or a view that do not match the cache, for a view that is older than it, for a
     backend that cannot serve, and where a gradient would be lost.
     """
+    op = "paged_frame_attention"
     if not hasattr(view, "seqs"):
-        raise ValueError(f"view is a {type(view).__name__}, expected what cache.view(seqs) returns")
+        checks.refuse(op, "view", f"is a {type(view).__name__}", "what cache.view(seqs) returns")
     cache.check_view(view)
-    expected = (len(view.seqs), q.shape[1] if q.ndim == 4 else "N", cache.num_heads, cache.head_dim)
-    for name, x in (("q", q), ("k_self", k_self), ("v_self", v_self)):
-        if x.shape != expected or x.dtype != cache.dtype or x.device.type != cache.device.type:
-            raise ValueError(
-                f"{name} must be [{', '.join(map(str, expected))}] {cache.dtype} on {cache.device}, "
-                f"got {list(x.shape)} {x.dtype} on {x.device}"
-            )
-    if not 0 <= layer < cache.num_layers:
-        raise ValueError(f"layer must be in 0..{cache.num_layers - 1}, got {layer}")
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_self, v_self)):
-        raise ValueError("paged_frame_attention has no gradient: call it under torch.no_grad()")
-    scale = q.shape[-1] ** -0.5 if scale is None else finite(scale)
+    checks.expect_shape(op, "q", q, len(view.seqs), "N", cache.num_heads, cache.head_dim)
+    checks.expect_dtype(op, "q", q, cache.dtype, why="as the cache")
+    checks.expect_device(op, cache.pool, q=q)
+    checks.expect_like(op, "q", q, k_self=k_self, v_self=v_self)
+    checks.expect_count(op, "layer", layer, high=cache.num_layers - 1)
+    checks.expect_no_gradient(op, q, k_self, v_self)
+    scale = q.shape[-1] ** -0.5 if scale is None else finite(op, scale)
     aligned = all(x.stride(-1) == 1 and not any(s % 8 for s in x.stride()[:3]) for x in (q, k_self, v_self))
     refusals = serving(q.device, q.dtype, q.shape[-1], aligned)
-    chosen = backends.choose("paged_frame_attention", backend, refusals)
+    chosen = backends.choose(op, backend, refusals)
     if chosen == "triton":
         k_pages, v_pages = cache.pool[layer]
         return _triton_op(q, k_self, v_self, k_pages, v_pages, view.page_table, view.page_rows, view.num_pages, scale)

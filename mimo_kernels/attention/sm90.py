@@ -42,9 +42,9 @@ def input_refusals(dtype: torch.dtype, head_dim: int) -> list[str]:
     """Why the kernels cannot serve tensors like these on any device."""
     reasons = []
     if dtype not in HALF:
-        reasons.append(f"q, k and v are {dtype}; the kernels serve float16 and bfloat16")
+        reasons.append(f"q, k and v are {dtype}, expected float16 or bfloat16")
     if head_dim not in HEAD_DIMS:
-        reasons.append(f"head_dim is {head_dim}; the kernels serve {', '.join(map(str, HEAD_DIMS))}")
+        reasons.append(f"head_dim is {head_dim}, expected one of {', '.join(map(str, HEAD_DIMS))}")
     return reasons
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mimo_kernels.core import checks
+
 _NO_PAGES = torch.zeros(2, 0, dtype=torch.int32, device="cpu")
 
 
@@ -173,8 +175,7 @@ class Book:
         )
         book = Book(self.num_pages, self.page_size)
         book.next_id, book.changes = next_id, self.changes + 1
-        if next_id < 0:
-            raise ValueError(f"saved cache: next_id is {next_id}, expected a number >= 0")
+        checks.expect_count("saved cache", "next_id", next_id)
         for seq, appended in sequences:
             if not 0 <= seq < next_id or seq in book.sequences or appended < 0:
                 raise ValueError(
@@ -219,7 +220,7 @@ def _numbers(state: dict[str, Tensor], key: str, *columns: int) -> list:
     saved = state.get(key)
     if not isinstance(saved, Tensor) or saved.dtype != torch.int64 or saved.shape[1:] != columns or saved.ndim < 1:
         found = f"{saved.dtype} {list(saved.shape)}" if isinstance(saved, Tensor) else type(saved).__name__
-        raise ValueError(f"saved cache: {key} is {found}, expected int64 {['n', *columns]}".replace("'", ""))
-    if key == "next_id" and len(saved) != 1:
-        raise ValueError(f"saved cache: next_id is int64 {list(saved.shape)}, expected one number")
+        checks.refuse("saved cache", key, f"is {found}", f"int64 [{', '.join(map(str, ('n', *columns)))}]")
+    if key == "next_id":
+        checks.expect_shape("saved cache", key, saved, 1)
     return saved.tolist()

@@ -11,7 +11,6 @@ a page table per sequence (``CacheView``), uploaded once per frame into buffers 
 rows that a new frame is written to (``FrameSlot``). Nothing is ever read back from the device.
 """
 
-import operator
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from mimo_kernels.cache.book import Book, Frame
 from mimo_kernels.cache.view import CacheView, ViewHead, upload
+from mimo_kernels.core import checks
 
 __all__ = ["CacheView", "FrameCache", "FrameSlot", "ViewHead"]
 
@@ -104,11 +104,11 @@ class FrameCache:
         sizes = {"num_layers": num_layers, "num_heads": num_heads, "head_dim": head_dim, "page_size": page_size}
         sizes["num_pages"] = num_pages
         for name, value in sizes.items():
-            _positive(name, value)
+            checks.expect_count("FrameCache", name, value, low=1)
         if head_dim % 8 or head_dim > MAX_HEAD_DIM:
-            raise ValueError(f"head_dim must be a multiple of 8 from 8 to {MAX_HEAD_DIM}, got {head_dim}")
-        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+            checks.refuse("FrameCache", "head_dim", f"is {head_dim}", f"a multiple of 8 from 8 to {MAX_HEAD_DIM}")
+        if dtype not in checks.FLOATS:
+            checks.refuse("FrameCache", "dtype", f"is {dtype}", checks.FLOAT_NAMES)
         return 2 * num_layers * num_pages * page_size * num_heads * head_dim * dtype.itemsize
 
     @staticmethod
@@ -137,7 +137,8 @@ class FrameCache:
 
         Frames are counted as they stand in the sequence now; nothing is copied or moved.
         """
-        _check_window(window, sink)
+        checks.expect_count("FrameCache.evict", "window", window)
+        checks.expect_count("FrameCache.evict", "sink", sink)
         frames = self._book.sequence(seq).frames
         first, last = sink, max(sink, len(frames) - window)
         dropped = len(frames[first:last])
@@ -174,10 +175,11 @@ class FrameCache:
         CUDA graph writes the new frame. A slot is reused once: its rows are the new slot's from then on.
         """
         seqs = tuple(seqs)
-        if not seqs or not _is_int(num_tokens) or num_tokens < 1:
-            raise ValueError(f"a frame needs a sequence and a token, got {len(seqs)} sequences, {num_tokens} tokens")
+        op = "FrameCache.begin_frame"
+        checks.expect_count(op, "the number of seqs", len(seqs), low=1)
+        checks.expect_count(op, "num_tokens", num_tokens, low=1)
         if len(set(seqs)) != len(seqs):
-            raise ValueError(f"each sequence can have one open frame, got sequences {list(seqs)}")
+            checks.refuse(op, "seqs", f"is {list(seqs)}", "every sequence once, it can have one open frame")
         for seq in seqs:
             self._book.closed(seq, "begin another")
         if reuse is not None:
@@ -197,14 +199,12 @@ class FrameCache:
 
     def write(self, slot: FrameSlot, layer: int, k: Tensor, v: Tensor) -> None:
         """Store one layer's keys and values of the frame: k, v ``[sequences, num_tokens, heads, head_dim]``."""
-        expected = (len(slot.seqs), slot.num_tokens, self.num_heads, self.head_dim)
+        op = "FrameCache.write"
         for name, x in (("k", k), ("v", v)):
-            if x.shape != expected or x.dtype != self.dtype or x.device.type != self.device.type:
-                raise ValueError(
-                    f"{name} must be {list(expected)} {self.dtype} on {self.device}, "
-                    f"got {list(x.shape)} {x.dtype} on {x.device}"
-                )
-            _constant(name, x)
+            checks.expect_shape(op, name, x, len(slot.seqs), slot.num_tokens, self.num_heads, self.head_dim)
+            checks.expect_dtype(op, name, x, self.dtype, why="as the cache")
+            _constant(op, name, x)
+        checks.expect_device(op, self.pool, k=k, v=v)
         keys, values, rows = self.place(slot, layer)
         keys.index_copy_(0, rows, k.flatten(0, 1))
         values.index_copy_(0, rows, v.flatten(0, 1))
@@ -214,8 +214,7 @@ class FrameCache:
         the layer's keys and its values, each a view ``[num_pages * page_size, heads, head_dim]``, and the row in them
         of every token, int64 ``[sequences * num_tokens]``. Rows that are not named belong to others.
         """
-        if not 0 <= layer < self.num_layers:
-            raise ValueError(f"layer must be in 0..{self.num_layers - 1}, got {layer}")
+        checks.expect_count("FrameCache.place", "layer", layer, high=self.num_layers - 1)
         self._opened(slot)
         keys, values = self.pool[layer].flatten(1, 2)
         return keys, values, slot.rows
@@ -239,8 +238,9 @@ class FrameCache:
 
     def append(self, seqs: Sequence[int], k_layers: Sequence[Tensor], v_layers: Sequence[Tensor]) -> None:
         """`begin_frame`, `write` every layer and `commit`. k_layers, v_layers: per layer [S, N, heads, head_dim]."""
-        if len(k_layers) != self.num_layers or len(v_layers) != self.num_layers:
-            raise ValueError(f"expected {self.num_layers} layers, got {len(k_layers)} of k and {len(v_layers)} of v")
+        for name, layers in (("k_layers", k_layers), ("v_layers", v_layers)):
+            if len(layers) != self.num_layers:
+                checks.refuse("FrameCache.append", name, f"has {len(layers)} layers", f"{self.num_layers}")
         slot = self.begin_frame(seqs, k_layers[0].shape[1] if k_layers[0].ndim == 4 else 1)
         try:
             for layer, (k, v) in enumerate(zip(k_layers, v_layers, strict=True)):
@@ -260,8 +260,7 @@ class FrameCache:
         seqs = tuple(seqs)
         if max_pages is None:
             max_pages = max((self._book.table(seq).shape[1] for seq in seqs), default=0)
-        elif not _is_int(max_pages) or max_pages < 0:
-            raise ValueError(f"max_pages must be a number of pages, got {max_pages}")
+        checks.expect_count("FrameCache.view", "max_pages", max_pages)
         return CacheView(self._book, self.pool, seqs, max_pages).refresh()
 
     def check_view(self, view: CacheView | ViewHead) -> None:
@@ -294,7 +293,8 @@ class FrameCache:
         the first `sink` frames stay as they are. A frame that forked sequences share is compressed once and stays
         shared. A frame is compressed once: it counts as coarse from then on.
         """
-        _check_window(window, sink)
+        checks.expect_count("FrameCache.compress", "window", window)
+        checks.expect_count("FrameCache.compress", "sink", sink)
         for seq in seqs:
             self._book.closed(seq, "be compressed")
         done: dict[Frame, Frame] = {}
@@ -318,12 +318,11 @@ class FrameCache:
         num_tokens = k.shape[1] if k.ndim == 4 else 0
         expected = (self.num_layers, num_tokens, self.num_heads, self.head_dim)
         if not 0 < num_tokens < frame.num_tokens or k.shape != expected or v.shape != expected:
-            raise ValueError(
-                f"coarse k and v must be [{self.num_layers}, fewer than {frame.num_tokens}, {self.num_heads}, "
-                f"{self.head_dim}], got {list(k.shape)} and {list(v.shape)}"
-            )
-        for name, x in (("k", k), ("v", v)):
-            _constant(f"coarse {name}", x)
+            wanted = f"[{self.num_layers}, fewer than {frame.num_tokens}, {self.num_heads}, {self.head_dim}]"
+            found = f"have shapes {list(k.shape)} and {list(v.shape)}"
+            checks.refuse("FrameCache.compress", "coarse k and v", found, f"{wanted}, both alike")
+        for name, x in (("coarse k", k), ("coarse v", v)):
+            _constant("FrameCache.compress", name, x)
         both = torch.stack([k, v], 1).to(self.pool)
         pages = self._reserve(1, num_tokens)
         try:
@@ -351,14 +350,11 @@ class FrameCache:
         is refused whole. Views follow when they are refreshed.
         """
         self._book.all_closed("be replaced")
-        pages = state.get("pages")
-        if not isinstance(pages, Tensor) or pages.ndim != 6:
-            raise ValueError("saved cache: pages are missing, or not a tensor of 6 dimensions")
-        expected = (self.num_layers, 2, pages.shape[2], self.page_size, self.num_heads, self.head_dim)
-        if pages.shape != expected or pages.dtype != self.dtype:
-            raise ValueError(
-                f"saved pages are {list(pages.shape)} {pages.dtype}, this cache needs {list(expected)} {self.dtype}"
-            )
+        if (pages := state.get("pages")) is None:
+            checks.refuse("saved cache", "pages", "are missing", "a tensor of 6 dimensions")
+        shape = self.num_layers, 2, "pages", self.page_size, self.num_heads, self.head_dim
+        checks.expect_shape("saved cache", "pages", pages, *shape)
+        checks.expect_dtype("saved cache", "pages", pages, self.dtype, why="as this cache")
         if pages.shape[2] > self.num_pages:
             raise ValueError(f"the saved cache has {pages.shape[2]} pages, this one only {self.num_pages}")
         book = self._book.restored(state, pages.shape[2])
@@ -395,24 +391,11 @@ class FrameCache:
         return self._book.reserve(num_frames, num_tokens)
 
 
-def _is_int(value: object) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)
-
-
-def _positive(name: str, value: int) -> None:
-    if not _is_int(value) or operator.index(value) < 1:
-        raise ValueError(f"{name} must be positive, got {value}")
-
-
-def _check_window(window: int, sink: int) -> None:
-    if not _is_int(window) or not _is_int(sink) or window < 0 or sink < 0:
-        raise ValueError(f"window and sink must not be negative, got {window} and {sink}")
-
-
-def _constant(name: str, x: Tensor) -> None:
+def _constant(op: str, name: str, x: Tensor) -> None:
     """Pages hold numbers: a gradient that somebody waits for would be lost."""
     if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} requires a gradient, which pages do not keep: pass {name}.detach(), or use no_grad()")
+        expected = f"{name}.detach(), or a call under torch.no_grad()"
+        checks.refuse(op, name, "requires a gradient, which pages do not keep", expected)
 
 
 def _device(device: torch.device | str) -> torch.device:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mimo_kernels.cache.book import Book, Frame
+from mimo_kernels.core import checks
 
 
 class Joined(NamedTuple):
@@ -64,7 +65,7 @@ class CacheView:
         """Read the page tables of the sequences again (of `seqs`, as many as before, if given): one upload, no sync."""
         wanted = self.seqs if seqs is None else tuple(seqs)
         if len(wanted) != len(self.seqs):
-            raise ValueError(f"the view has {len(self.seqs)} rows and cannot show {len(wanted)} sequences")
+            checks.refuse("CacheView.refresh", "seqs", f"has length {len(wanted)}", f"{len(self.seqs)}, one per row")
         tables = [self.book.table(seq) for seq in wanted]
         counts = [table.shape[1] for table in tables]
         if max(counts, default=0) > self.max_pages:
@@ -101,7 +102,8 @@ class CacheView:
     def first(self, count: int) -> ViewHead:
         """The first `count` sequences of this view as a view that follows it."""
         if not 0 <= count <= len(self.seqs):
-            raise ValueError(f"count is {count}, expected 0 to {len(self.seqs)}, the sequences of the view")
+            expected = f"0 to {len(self.seqs)}, the sequences of the view"
+            checks.refuse("CacheView.first", "count", f"is {count}", expected)
         return ViewHead(self, count)
 
     def rows(self) -> Tensor:

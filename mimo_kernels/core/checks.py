@@ -7,7 +7,8 @@ with a name where any number will do.
 """
 
 import math
-from typing import Any
+from numbers import Integral
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what kernels read and
 FLOAT_NAMES = "float32, float16 or bfloat16"
 
 
-def refuse(op: str, name: str, found: str, expected: str) -> None:
+def refuse(op: str, name: str, found: str, expected: str) -> NoReturn:
     raise ValueError(f"{op}: {name} {found}, expected {expected}")
 
 
@@ -62,6 +63,18 @@ def expect_device(op: str, reference: Tensor, **tensors: Tensor | None) -> None:
             refuse(op, name, f"is on {x.device}", f"{reference.device}")
 
 
+def expect_like(op: str, reference_name: str, reference: Tensor, **tensors: Tensor) -> None:
+    """All tensors of the device, dtype and shape of `reference`, the argument of that name."""
+    for name, x in tensors.items():
+        expect_tensor(op, name, x)
+        if x.device != reference.device:
+            refuse(op, name, f"is on {x.device}", f"{reference.device} (as {reference_name})")
+        if x.dtype != reference.dtype:
+            refuse(op, name, f"is {x.dtype}", f"{reference.dtype} (as {reference_name})")
+        if x.shape != reference.shape:
+            refuse(op, name, f"has shape {list(x.shape)}", f"{list(reference.shape)} (as {reference_name})")
+
+
 def expect_contiguous(op: str, name: str, x: Tensor) -> None:
     if not x.is_contiguous():
         refuse(op, name, f"has strides {list(x.stride())}", f"a contiguous {list(x.shape)}")
@@ -101,8 +114,8 @@ def expect_number(op: str, name: str, value: Any, *, above: float = -math.inf) -
 
 
 def expect_count(op: str, name: str, value: Any, low: int = 0, high: int | None = None) -> None:
-    """A whole number between bounds, both included."""
-    whole = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+    """A whole number between bounds, both included; numpy's are some."""
+    whole = isinstance(value, (int, torch.SymInt, Integral)) and not isinstance(value, bool)
     if not whole or value < low or (high is not None and value > high):
         expected = f"a whole number of at least {low}" if high is None else f"a whole number in {low}..{high}"
         refuse(op, name, f"is {value!r}", expected)

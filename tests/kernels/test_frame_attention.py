@@ -314,8 +314,8 @@ def test_triton_comes_first_on_a_gpu():
 
 
 def test_the_cuda_backend_says_every_reason():
-    reason = "backend 'cuda' cannot serve: q, k and v are torch.float32; .*; head_dim is 16; "
-    reason += "the kernels serve 64, 72, 80, 128"
+    reason = "backend 'cuda' cannot serve: q, k and v are torch.float32, .*; head_dim is 16, "
+    reason += "expected one of 64, 72, 80, 128"
     with pytest.raises(ValueError, match=reason):
         frame_attention(*tensors(MASK), MASK, backend="cuda")
 
@@ -336,21 +336,21 @@ def bad(message, q=(38, 2, 16), k=None, v=None, mask=MASK, dtype=torch.float32, 
 @pytest.mark.parametrize(
     ("q", "k", "v", "mask", "dtype", "device", "options", "message"),
     [
-        bad("q is torch.float32 and k is torch.float16; expected one dtype", dtype=torch.float16),
-        bad("q, k and v are torch.float64; expected float32, float16 or bfloat16", dtype=(torch.float64,) * 3),
-        bad("q has shape [38, 2, 16] and k has [38, 1, 16]; expected equal shapes", k=(38, 1, 16)),
-        bad("q has shape [38, 2, 16] and v has [37, 2, 16]; expected equal shapes", v=(37, 2, 16)),
-        bad("head_dim is 12; expected a multiple of 8 from 8 to 256", q=(38, 2, 12)),
-        bad("head_dim is 264; expected a multiple of 8 from 8 to 256", q=(38, 2, 264)),
-        bad("q has 39 tokens and the mask has 38; expected a mask made for this sequence", q=(39, 2, 16)),
-        bad("q has shape [38, 16]; expected [tokens, heads, head_dim] or", q=(38, 16)),
-        bad("q is a batch of 3 sequences and the mask has 2 clips; expected a mask of one clip", q=(3, 38, 2, 16)),
-        bad("and k is on meta; expected one device", device="meta"),
-        bad("mask is a Tensor; expected a FrameMask", mask=torch.ones(38, 38)),
-        bad("scale is nan; expected a finite number", scale=float("nan")),
-        bad("scale is -inf; expected a finite number", scale=-float("inf")),
-        bad("scale is 'x'; expected a finite number", scale="x"),
-        bad("scale is [0.5]; expected a finite number", scale=[0.5]),
+        bad("k is torch.float16, expected torch.float32 (as q)", dtype=torch.float16),
+        bad("q is torch.float64, expected torch.float32, torch.float16 or torch.bfloat16", dtype=(torch.float64,) * 3),
+        bad("k has shape [38, 1, 16], expected [38, 2, 16] (as q)", k=(38, 1, 16)),
+        bad("v has shape [37, 2, 16], expected [38, 2, 16] (as q)", v=(37, 2, 16)),
+        bad("head_dim is 12, expected a multiple of 8 from 8 to 256", q=(38, 2, 12)),
+        bad("head_dim is 264, expected a multiple of 8 from 8 to 256", q=(38, 2, 264)),
+        bad("q has 39 tokens, expected 38 as the mask has, or a mask made for this sequence", q=(39, 2, 16)),
+        bad("q has shape [38, 16], expected [tokens, heads, head_dim] or", q=(38, 16)),
+        bad("q is a batch of 3 sequences and the mask has 2 clips, expected a mask of one clip", q=(3, 38, 2, 16)),
+        bad("k is on meta, expected cpu (as q)", device="meta"),
+        bad("mask is a Tensor, expected a FrameMask", mask=torch.ones(38, 38)),
+        bad("scale is nan, expected a finite number", scale=float("nan")),
+        bad("scale is -inf, expected a finite number", scale=-float("inf")),
+        bad("frame_attention: scale is 'x', expected a finite number", scale="x"),
+        bad("scale is [0.5], expected a finite number", scale=[0.5]),
         bad("looks like the [heads, tokens, head_dim] of scaled_dot_product_attention", q=(2, 38, 16)),
         bad("tokens come before heads: q.transpose(1, 2))", q=(3, 2, 38, 16)),
         bad("frame_attention: unknown backend 'flash'; expected one of auto, ", backend="flash"),
@@ -403,7 +403,7 @@ def test_a_table_that_was_written_to_is_refused():
 
 def test_arrays_are_not_tensors():
     x = np.zeros((38, 2, 16), dtype=np.float32)
-    with pytest.raises(ValueError, match="v is a ndarray; expected a torch.Tensor"):
+    with pytest.raises(ValueError, match="frame_attention: v is a ndarray, expected a torch.Tensor"):
         frame_attention(torch.from_numpy(x), torch.from_numpy(x), x, MASK)
 
 

@@ -257,23 +257,29 @@ def test_wrong_use_is_named():
     def call(q=q, k=k, v=v, cache=cache, layer=0, **options):
         return paged_frame_attention(q, k, v, cache, layer=layer, view=view, **options)
 
-    with pytest.raises(ValueError, match=r"k_self must be \[5, 9, 2, 8\] torch.float32 on cpu, got \[5, 8, 2, 8\]"):
+    with pytest.raises(
+        ValueError, match=r"attention: k_self has shape \[5, 8, 2, 8\], expected \[5, 9, 2, 8\] \(as q\)$"
+    ):
         call(k=k[:, :8])
-    with pytest.raises(ValueError, match=r"q must be \[5, N, 2, 8\] .* got \[9, 2, 8\]"):
+    with pytest.raises(ValueError, match=r": q has shape \[9, 2, 8\], expected \[5, N, 2, 8\]$"):
         call(q=q[0])
-    with pytest.raises(ValueError, match="v_self must be .* got .* torch.float16"):
+    with pytest.raises(ValueError, match=r": v_self is torch.float16, expected torch.float32 \(as q\)$"):
         call(v=v.half())
+    with pytest.raises(ValueError, match=r": q is torch.float16, expected torch.float32 \(as the cache\)$"):
+        call(q=q.half())
+    with pytest.raises(ValueError, match=r": k_self is on meta, expected cpu \(as q\)$"):
+        call(k=k.to("meta"))
     with pytest.raises(ValueError, match="the view belongs to another cache"):
         call(cache=Clips(2, 8, 4).cache)
     with pytest.raises(ValueError, match="view is a list, expected what cache.view\\(seqs\\) returns"):
         paged_frame_attention(q, k, v, cache, layer=0, view=seqs)
-    with pytest.raises(ValueError, match="layer must be in 0..1, got -1"):
+    with pytest.raises(ValueError, match=": layer is -1, expected a whole number in 0..1$"):
         call(layer=-1)
-    with pytest.raises(ValueError, match="scale is nan; expected a finite number"):
+    with pytest.raises(ValueError, match="^paged_frame_attention: scale is nan, expected a finite number"):
         call(scale=float("nan"))
     with pytest.raises(ValueError, match="unknown backend 'cutlass'"):
         call(backend="cutlass")
-    with pytest.raises(ValueError, match="has no gradient: call it under torch.no_grad()"):
+    with pytest.raises(ValueError, match="attention: has no gradient, expected a call under torch.no_grad"):
         call(k=k.clone().requires_grad_())
     with torch.no_grad():
         call(k=k.clone().requires_grad_())
