@@ -31,14 +31,17 @@ def expect_tensor(op: str, name: str, x: object) -> None:
 def expect_shape(op: str, name: str, x: Tensor, *shape: int | str) -> None:
     """Numbers have to agree; a word stands for any number, and a word that begins with `...` for any leading
     dimensions."""
+    if isinstance(x, Tensor) and x.shape == shape:  # the usual case first: every call of an operator asks several times
+        return
     expect_tensor(op, name, x)
     actual, wanted = x.shape, shape
     if wanted and isinstance(wanted[0], str) and wanted[0].startswith("...") and len(actual) >= len(wanted) - 1:
         wanted = wanted[1:]
         actual = actual[len(actual) - len(wanted) :]
-    if len(actual) != len(wanted) or any(
-        not isinstance(want, str) and have != want for have, want in zip(actual, wanted, strict=True)
-    ):
+    fits = len(actual) == len(wanted)
+    for have, want in zip(actual, wanted):
+        fits = fits and (isinstance(want, str) or have == want)
+    if not fits:
         refuse(op, name, f"has shape {list(x.shape)}", f"[{', '.join(map(str, shape))}]")
 
 

@@ -267,7 +267,9 @@ def _check(
         there = {name: tensor for name, tensor in together.items() if tensor is not None}
         for name, tensor in there.items():
             checks.expect_dtype(op, name, tensor, x.dtype, torch.float32, why="as x, or single")
-            checks.expect_dtype(op, name, tensor, next(iter(there.values())).dtype, why=f"as {next(iter(there))}")
+        for name, tensor in list(there.items())[1:]:
+            first = next(iter(there))
+            checks.expect_dtype(op, name, tensor, there[first].dtype, why=f"as {first}")
     checks.expect_number(op, "eps", eps)
     checks.expect_device(op, x, branch=branch, **modulation, **affine)
 
