@@ -24,7 +24,6 @@ from mimo.config import MiMoConfig
 from mimo.network.blocks import Block, Modulation, Norm, Pages, Pending, added_positions, sinusoid
 from mimo.network.frames import Decoding, FrameBatch, Packed, frame_rows
 from mimo.network.heads import Decoder
-from mimo.recipes import recipe_type
 from mimo_kernels import AxialRoPE, FrameMask, FrameRows, frame_attention, gather_tokens
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -62,9 +61,6 @@ class MiMo(nn.Module):
         if backend not in ("auto", "reference"):
             raise ValueError(f"backend={backend!r}: expected 'auto' or 'reference'")
         self.config, self.backend = config, backend
-        recipe = recipe_type(config)
-        recipe.check(config)
-        self.history_policy = recipe.history_policy(config)
         dim, depth = config.dim, config.depth
         self.embed = nn.Linear(config.channels, dim)
         self.time = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
@@ -207,17 +203,11 @@ class MiMo(nn.Module):
     def _attend(self, mask: FrameMask, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return frame_attention(q, k, v, mask, backend=self.backend)
 
-    @property
-    def history_conditions(self) -> frozenset[str]:
-        """The conditions, of "labels" and "actions", that change the keys and values of a history frame. A guidance
-        branch that is not told one of them sees another history than those that are."""
-        return self.history_policy.conditions
-
-    def rows_of_frames(self, sequences: int, *, history: bool) -> FrameRows:
-        """The rows of `history_frame` or `future_frame`. A captured graph points to their tables: keep them beside
-        it."""
+    def rows_of_frames(self, sequences: int, *, clean: bool = False) -> FrameRows:
+        """The rows of `future_frame` and of a `history_frame` with a timestep or, `clean`, of one without. A captured
+        graph points to their tables: keep them beside it."""
         modulated: bool | None = True
-        if history and self.history_policy.timestep is None:
+        if clean:
             modulated = False if self.config.separate_ln else None
         return frame_rows(sequences, self.config.tokens, modulated=modulated)
 
@@ -227,6 +217,7 @@ class MiMo(nn.Module):
         position: int | Tensor,
         attend: Attend,
         *,
+        timestep: float | None = None,
         labels: Tensor | None = None,
         actions: Tensor | None = None,
         intervals: Tensor | None = None,
@@ -234,17 +225,17 @@ class MiMo(nn.Module):
     ) -> None:
         """Runs one finished frame per sequence, so that `attend` can keep the keys and values of every layer.
 
-        The recipe says as what: as a clean frame, or through AdaLN at a timestep of its own with labels and actions.
-
         Args:
             x: [S, N, C].
             position: frame number, one for all or int [S]. A tensor is not looked at: before it holds 1024 or more on a
                 GPU, call `rope.tables_on(device, largest)`.
             attend: called once per layer with q, k, v [S * N, h, d]; returns the attention output [S * N, h, d].
-            labels, actions, intervals: int64 [S]. What is not in `history_conditions` changes nothing.
+            timestep: the frame goes through AdaLN at this timestep, told labels and actions. None: as a clean frame of
+                training, told its action alone. A recipe's `history_policy` says which.
+            labels, actions, intervals: int64 [S].
             place: of a layer: where its keys and values are written as they are made, before `attend` is called.
         """
-        sequences, timestep = len(x), self.history_policy.timestep
+        sequences = len(x)
         coords = self._coords(position, sequences, x.device)
         x = self._embed(x.flatten(0, 1), coords, intervals, sequences)
         if timestep is not None:
@@ -256,7 +247,7 @@ class MiMo(nn.Module):
             c = x.new_empty(0, self.config.dim)
             if not self.config.separate_ln:
                 c = self._time(torch.zeros(1, device=x.device))
-        rows = self.rows_of_frames(sequences, history=True)
+        rows = self.rows_of_frames(sequences, clean=timestep is None)
         self._frame_trunk(x, rows, coords, attend, c=F.silu(c), pages=place, predicts=False)
 
     def modulations(self, timestep: Tensor, *, labels: Tensor | None = None, actions: Tensor | None = None) -> Tensor:
@@ -297,7 +288,7 @@ class MiMo(nn.Module):
         coords = self._coords(position, sequences, x.device)
         x = self._embed(x.flatten(0, 1), coords, intervals, sequences)
         c = F.silu(self._condition(timestep, labels, actions)) if modulations is None else None
-        rows = self.rows_of_frames(sequences, history=False)
+        rows = self.rows_of_frames(sequences)
         v = self._frame_trunk(x, rows, coords, attend, c=c, modulations=modulations)
         return v.view(sequences, tokens, -1)
 

@@ -5,18 +5,20 @@
 A step runs all branches as one batch. They differ in what the network is told (labels and actions, or the null ones)
 and in the history that their frame sees: none, or one of H histories. History 0 is told the conditions. There is a
 second one, told nothing, where a branch that is told nothing sees history and a condition changes a history frame's
-keys and values (`MiMo.history_conditions`): a history is what the branch would have seen in training, whole.
+keys and values (`HistoryPolicy.conditions` of the recipe): a history is what the branch would have seen in training,
+whole.
 
 Letters: B clips, K trajectories per clip, S = B * K sequences, G branches, H histories.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mimo.config import MiMoConfig
+from mimo.recipes.base import HistoryPolicy
 
 
 @dataclass(frozen=True)
@@ -79,15 +81,15 @@ class Conditions:
     """What the network is told, one row per sequence, in memory whose addresses never change.
 
     Args:
-        history_conditions: what a history frame is told, see `MiMo.history_conditions`.
+        history: how a finished frame becomes history, the policy of the recipe.
     """
 
-    def __init__(self, config: MiMoConfig, key: RunKey, history_conditions: frozenset[str], device: torch.device):
+    def __init__(self, config: MiMoConfig, key: RunKey, history: HistoryPolicy, device: torch.device):
         self.position = torch.zeros(key.sequences, dtype=torch.int64, device=device)  # of the frame being made
         self.labels = torch.zeros_like(self.position) if key.labels else None
         self.actions = self.position.new_zeros(key.sequences, key.num_frames) if key.actions else None
         self.intervals = torch.ones_like(self.position) if config.max_interval else None
-        self._history_conditions, self._histories = history_conditions, key.histories
+        self.history, self._histories = history, key.histories
         self._null = {"labels": config.num_classes, "actions": config.num_actions}
         told = [branch.condition for branch in key.branches]
         self._told = torch.tensor(told, device=device)[:, None]  # [G, 1]; the first to see a history come first
@@ -109,14 +111,15 @@ class Conditions:
         now = self._now()
         return {name: self._or_null(name, now[name], self._told) for name in ("labels", "actions") if name in now}
 
-    def of_histories(self, rows: Tensor | None = None, frames: Tensor | None = None) -> dict[str, Tensor]:
-        """What R frames are told as history, in every history: int64 [H * R] each.
+    def of_histories(self, rows: Tensor | None = None, frames: Tensor | None = None) -> dict[str, Any]:
+        """What R frames are told as history, in every history: the timestep, and conditions, int64 [H * R] each.
 
         rows, frames: int64 [R], the frames' sequences and times; default: the frames being made.
         """
         given = self._now() if rows is None or frames is None else self._at(rows, frames)
         told = self._told[: self._histories]
-        found = {name: self._or_null(name, given[name], told) for name in given if name in self._history_conditions}
+        found: dict[str, Any] = {"timestep": self.history.timestep}
+        found |= {name: self._or_null(name, given[name], told) for name in given if name in self.history.conditions}
         if "intervals" in given:
             found["intervals"] = given["intervals"].expand(self._histories, -1).flatten()
         return found

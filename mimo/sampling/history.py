@@ -22,7 +22,6 @@ H histories.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -165,8 +164,8 @@ class CachedHistory(History):
         self.captures = self.device.type == "cuda" and model.backend == "auto" and not refusals
         # Graphs point to the tables of these, which others may push out of what is kept.
         self.rows = (
-            model.rows_of_frames(self.size * len(self.branches), history=False),
-            model.rows_of_frames(self.size * key.histories, history=True),
+            model.rows_of_frames(self.size * len(self.branches)),
+            model.rows_of_frames(self.size * key.histories, clean=conditions.history.timestep is None),
         )
 
     def begin(self, clips: list[Tensor]) -> None:
@@ -292,7 +291,7 @@ class RecomputedHistory(History):
         rows = torch.arange(self.size).repeat_interleave(torch.tensor(counts)).to(self.device)
         moments = torch.cat([torch.arange(count) for count in counts]).to(self.device)
         x = torch.stack(packed).to(self.dtype).repeat(histories, 1, 1)
-        told: dict[str, Any] = {**self.conditions.of_histories(rows, moments)}
+        told = self.conditions.of_histories(rows, moments)
         self.model.history_frame(x, moments.repeat(histories), attend, **told)
         return layers
 

@@ -31,6 +31,7 @@ from torch import Tensor
 from mimo.config import SampleConfig
 from mimo.diffusion import FlowSchedule, VPredictionSchedule
 from mimo.network.network import MiMo
+from mimo.recipes import recipe_type
 from mimo.sampling.at_once import AtOnceRun
 from mimo.sampling.graphs import Replayed
 from mimo.sampling.guidance import Conditions, RunKey, guidance_branches
@@ -261,12 +262,15 @@ class Sampler:
         page_size: int | None = None,
         graph: Literal["step", "frame"] = "step",
     ):
+        recipe = recipe_type(model.config)
+        recipe.check(model.config)
         expected = {"v": "ddim", "flow": "euler"}[model.config.parameterization]
         if config.sampler != expected:
             raise ValueError(
                 f"sampler={config.sampler!r}: a {model.config.parameterization!r} network is sampled by {expected!r}"
             )
         self.model, self.config = model, config
+        self.history = recipe.history_policy(model.config)
         if policy is not None and config.window is not None:
             raise ValueError(f"window={config.window} and a policy: expected one of them")
         self.policy = policy or CachePolicy(window=config.window, sink=config.sink)
@@ -281,7 +285,7 @@ class Sampler:
         self.page_size = page_size or max(divisors, default=min(tokens, 64))
         self.latencies: list[Callable[[], float]] = []
         self._idle: dict[tuple, Run | AtOnceRun] = {}
-        if model.history_policy.at_once:
+        if self.history.at_once:
             self._check_at_once()
 
     def sample(self, context: Tensor | Sequence[Tensor] | None, num_frames: int, **options) -> Tensor | list[Tensor]:
@@ -375,7 +379,7 @@ class Sampler:
 
     def cache_bytes(self, count: int, context_frames: int, num_frames: int, *, labels: bool, actions: bool) -> int:
         """What the cache of `stream` takes for so many clips: all of it before the run, however far the run comes."""
-        if self.model.history_policy.at_once:
+        if self.history.at_once:
             return 0
         c, key = self.model.config, self._key(count, 1, context_frames, num_frames, labels, actions)
         pages = self.policy.pages_of_run(key, c.tokens, self.page_size)
@@ -387,7 +391,7 @@ class Sampler:
         given = {name for name, there in (("labels", labels), ("actions", actions)) if there}
         # Without a condition its null branch would be the same rows twice.
         class_guidance = self.config.class_guidance if given else 1.0
-        own_history = not given.isdisjoint(self.model.history_conditions)
+        own_history = not given.isdisjoint(self.history.conditions)
         branches = guidance_branches(self.config.history_guidance, class_guidance, own_history=own_history)
         return RunKey(clips, trajectories, context_frames, num_frames, labels, actions, self._dtype, tuple(branches))
 
@@ -401,9 +405,9 @@ class Sampler:
         return run or self._new_run(key)
 
     def _new_run(self, key: RunKey) -> Run | AtOnceRun:
-        if self.model.history_policy.at_once:
+        if self.history.at_once:
             return AtOnceRun(self.model, self.config, key)
-        conditions = Conditions(self.model.config, key, self.model.history_conditions, self._device)
+        conditions = Conditions(self.model.config, key, self.history, self._device)
         history = self.history_type(self.model, self.policy, key, conditions, self.page_size)
         return Run(self.model, self.config, key, history, conditions, self.graph)
 
@@ -445,7 +449,7 @@ class Sampler:
         c = self.model.config
         if not clips or trajectories < 1:
             raise ValueError(f"expected a clip and a trajectory, got {len(clips)} clips, trajectories={trajectories}")
-        if longest and self.model.history_policy.at_once:
+        if longest and self.history.at_once:
             raise ValueError(f"the context has {longest} frames: expected none, as {c.recipe!r} makes clips at once")
         if num_frames <= longest:
             raise ValueError(f"num_frames={num_frames}: the context has {longest} frames already")

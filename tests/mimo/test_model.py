@@ -11,7 +11,7 @@ from mimo import MiMo, MiMoConfig
 from mimo.config import PRESETS
 from mimo.network.blocks import FixedPositions
 from mimo.network.frames import clean_and_noisy
-from mimo.recipes import build_recipe
+from mimo.recipes import build_recipe, recipe_type
 from mimo.recipes.base import step_generator
 
 TINY = MiMoConfig(
@@ -383,14 +383,15 @@ def test_bad_input_is_refused_by_name():
 
 
 def test_conditions_that_change_history_are_named():
-    """Keys and values of a history frame differ with the conditions in `history_conditions`, and with no other."""
+    """Keys and values of a history frame differ with the conditions that its recipe names, and with no other."""
     for options, expected in (({}, set()), ({"num_actions": 4}, {"actions"}), ({"num_classes": 3}, set())):
         torch.manual_seed(0)
         small = {"depth": 2, "dim": 48, "heads": 2, "decoder_layer": 1}
         model = MiMo(dataclasses.replace(MiMoConfig.from_preset("mimo-tiny"), **small, **options)).eval()
         for parameter in model.parameters():
             parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
-        assert model.history_conditions == expected
+        policy = recipe_type(model.config).history_policy(model.config)
+        assert policy.conditions == expected
         x = torch.randn(2, model.config.tokens, model.config.channels)
         given = {"labels": torch.tensor([0, 1]) if "num_classes" in options else None}
         given |= {"actions": torch.tensor([0, 1]) if "num_actions" in options else None}
@@ -406,7 +407,7 @@ def test_conditions_that_change_history_are_named():
                 return q
 
             with torch.no_grad():
-                model.history_frame(x, 1, attend, **told)
+                model.history_frame(x, 1, attend, timestep=policy.timestep, **told)
         for name in ("labels", "actions"):
             same = all(map(torch.equal, seen[name], seen["neither"]))
             assert same == (name not in expected)

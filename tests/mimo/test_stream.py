@@ -15,6 +15,8 @@ from mimo import MiMo, MiMoConfig, records
 from mimo.cli import main
 from mimo.config import SampleConfig
 from mimo.errors import InputError
+from mimo.recipes.base import HistoryPolicy
+from mimo.recipes.mimo import MaskedHistory
 from mimo.sampling.history import CachePolicy
 from mimo.sampling.sampler import Sampler
 from mimo.sampling.saving import Saving, delete_folder
@@ -169,7 +171,7 @@ def test_state_of_another_run_is_named(model, tmp_path):
 def test_state_with_fewer_histories_is_refused(model, tmp_path, monkeypatch):
     """As an older version saved it, whose null branch was told the actions of its history."""
     with monkeypatch.context() as patch:
-        patch.setattr(MiMo, "history_conditions", frozenset())
+        patch.setattr(MaskedHistory, "history_policy", classmethod(lambda cls, config: HistoryPolicy()))
         saving = saved_run(model, tmp_path)
     with pytest.raises(InputError, match="has 4 sequences in its cache, expected 8: 4 in each of 2 histories"):
         next(Sampler(model, config()).resume(saving))

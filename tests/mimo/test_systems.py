@@ -84,6 +84,10 @@ def test_gradients_are_exactly_zero_where_nothing_is_seen(system, alone):
 # Sampling -------------------------------------------------------------------------------------------------------------
 
 
+def policy_of(model):
+    return recipe_type(model.config).history_policy(model.config)
+
+
 def starts_of(monkeypatch) -> list[torch.Tensor]:
     """The noise that every frame will start from."""
     found, original = [], Sampler._noise
@@ -101,7 +105,7 @@ def starts_of(monkeypatch) -> list[torch.Tensor]:
 def by_full_masks(model, context, starts, steps, history_guidance, class_guidance, labels, actions):
     """Every step of every branch of every frame as one forward pass over all frames, as training has it: finished
     frames are told the timestep of history, and a branch that is told nothing is told nothing in any frame."""
-    schedule, history = build_schedule("flow"), model.history_policy.timestep
+    schedule, history = build_schedule("flow"), policy_of(model).timestep
     timesteps, done = schedule.embedding(schedule.sampling_timesteps(steps)), list(context.unbind(1))
     for x in starts:
         t = len(done)
@@ -204,13 +208,13 @@ def test_a_clip_made_at_once_goes_on_where_it_stopped(tmp_path):
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_history_is_conditioned_as_the_paper_has_it(system):
     model = network(system, num_classes=CLASSES, num_actions=ACTIONS)
-    policy = model.history_policy
+    policy = policy_of(model)
     assert policy.timestep == {"dfot": 0.0, "far": -1.0}.get(system)
     assert policy.at_once == (system == "video_dit")
     everything = {"labels", "actions"}
     expected = {"acdit": {"actions"}, "dfot": everything, "far": everything, "video_dit": set()}[system]
-    assert model.history_conditions == expected
-    assert not network(system).history_conditions
+    assert policy.conditions == expected
+    assert not policy_of(network(system)).conditions
 
 
 def test_history_without_qk_norm_goes_into_the_pages():
@@ -325,9 +329,10 @@ def test_what_a_recipe_cannot_serve_is_refused():
         ("video_dit", {"history_dropout": 0.1}, "history_dropout=0.1: expected 0.0"),
         ("video_dit", K600, "min_snr_decay=0.96: expected None"),
     ):
-        for build in (MiMo, build_recipe):
+        wrong = config(system, **changes)
+        for build in (build_recipe, lambda c: Sampler(MiMo(c), SampleConfig(sampler="euler"))):
             with pytest.raises(ValueError, match=message):
-                build(config(system, **changes))
+                build(wrong)
     with pytest.raises(ValueError, match="unmasked_steps: expected 0, as the recipe 'far' masks nothing"):
         build_recipe(config("far"), unmasked_from=3)
 
