@@ -1,10 +1,14 @@
 """frame_attention in plain PyTorch: every frame is one call of a fused attention of torch on the keys it sees, never a
 dense mask.
 
-One interval of keys is a view, several are concatenated. Clips that are alike run as one batch. Forward and backward
-are two operators, `mimo_kernels::frame_attention_reference` and its `_backward`; between them only q, k, v, out and the
-log-sum-exp are kept.
+One interval of keys is a view, several are concatenated. Clips that are alike run as one batch. On the CPU frames of a
+few tokens (one each, in the temporal layers of a factorized network) would be a call per row: there neighbouring ones
+share a call, whose small mask tells their keys apart. Forward and backward are two operators,
+`mimo_kernels::frame_attention_reference` and its `_backward`; between them only q, k, v, out and the log-sum-exp are
+kept.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +19,17 @@ from mimo_kernels.attention.operator import register_attention
 from mimo_kernels.core import torch_private
 
 DEVICES = ("cpu", "cuda", "meta")
+FEW_ROWS = 4  # frames of so many rows at most share a call
+CALL_ROWS = 64  # rows that share one at most
+WASTE = 4  # pairs that are computed and masked out: up to so many times those that are allowed
+
+
+class _Call(NamedTuple):
+    """Rows that attend together: to all of `keys`, or to those that `allowed`, bool [rows, keys], says."""
+
+    rows: slice
+    keys: list[slice]
+    allowed: Tensor | None = None
 
 
 def refusals(device: torch.device) -> list[str]:
@@ -35,8 +50,10 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, frames: Tensor, repeats: int, scal
         return out, lse
     q, k, v = (_split_clips(_computable(x), repeats) for x in (q, k, v))
     out_clips, lse_clips = _split_clips(out, repeats), _split_clips_lse(lse, repeats)
-    for rows, keys in _groups(frames):
-        out_clips[:, :, rows], lse_clips[:, :, rows] = _attend(q[:, :, rows], _take(k, keys), _take(v, keys), scale)
+    for rows, keys, allowed in _calls(frames, share=q.device.type == "cpu"):
+        out_clips[:, :, rows], lse_clips[:, :, rows] = _attend(
+            q[:, :, rows], _take(k, keys), _take(v, keys), _bias(allowed, q), scale
+        )
     return out, lse
 
 
@@ -69,10 +86,9 @@ def _backward(
     # Keys are shared by many frames: their gradients add up in fp32, in the order of the frames.
     dq, dk, dv = (torch.zeros(shape, dtype=torch.float32, device=q.device) for _ in range(3))
     dq_clips, dk_clips, dv_clips = (_split_clips(x, repeats) for x in (dq, dk, dv))
-    for rows, keys in _groups(frames):
-        dq_rows, dk_rows, dv_rows = _attend_backward(
-            dout[:, :, rows], q[:, :, rows], _take(k, keys), _take(v, keys), out[:, :, rows], lse[:, :, rows], scale
-        )
+    for rows, keys, allowed in _calls(frames, share=q.device.type == "cpu"):
+        there = dout[:, :, rows], q[:, :, rows], _take(k, keys), _take(v, keys), out[:, :, rows], lse[:, :, rows]
+        dq_rows, dk_rows, dv_rows = _attend_backward(*there, _bias(allowed, q), scale)
         dq_clips[:, :, rows] = dq_rows[..., :head_dim]
         start = 0
         for interval in keys:
@@ -83,14 +99,64 @@ def _backward(
     return dq.to(dtype), dk.to(dtype), dv.to(dtype)
 
 
-def _groups(frames: Tensor) -> list[tuple[slice, list[slice]]]:
-    """(rows, intervals of keys) of every group of rows that sees any key."""
-    groups = []
+def _calls(frames: Tensor, *, share: bool) -> list[_Call]:
+    """What is computed together: every group of rows that sees any key, small neighbours in one call if they `share`
+    it."""
+    calls: list[list[_Call]] = []
     for row_start, row_end, *bounds in frames.tolist():
         keys = [slice(start, end) for start, end in zip(bounds[::2], bounds[1::2]) if end > start]
-        if keys:
-            groups.append((slice(row_start, row_end), keys))
-    return groups
+        if not keys:
+            continue
+        group = _Call(slice(row_start, row_end), keys)
+        if share and calls and _together(calls[-1], group):
+            calls[-1].append(group)
+        else:
+            calls.append([group])
+    return [_merged(groups) if len(groups) > 1 else groups[0] for groups in calls]
+
+
+def _together(groups: list[_Call], group: _Call) -> bool:
+    """Whether a group joins those of a call: small ones, adjacent, that see much the same keys."""
+    few = all(_count([rows]) <= FEW_ROWS for rows in (groups[-1].rows, group.rows))
+    rows = slice(groups[0].rows.start, group.rows.stop)
+    if not few or groups[-1].rows.stop != group.rows.start or _count([rows]) > CALL_ROWS:
+        return False
+    allowed = sum(_count([some.rows]) * _count(some.keys) for some in (*groups, group))
+    computed = _count([rows]) * _count(_union([*groups, group]))
+    return computed <= max(CALL_ROWS**2, (1 + WASTE) * allowed)
+
+
+def _merged(groups: list[_Call]) -> _Call:
+    """One call of several groups: the keys that any of them sees, and who sees which."""
+    first, keys = groups[0].rows.start, _union(groups)
+    column = torch.cat([torch.arange(part.start, part.stop, device="cpu") for part in keys])
+    allowed = torch.zeros(groups[-1].rows.stop - first, len(column), dtype=torch.bool, device="cpu")
+    for rows, seen, _ in groups:
+        for part in seen:
+            allowed[rows.start - first : rows.stop - first] |= (column >= part.start) & (column < part.stop)
+    return _Call(slice(first, groups[-1].rows.stop), keys, allowed)
+
+
+def _union(groups: list[_Call]) -> list[slice]:
+    """The keys that any of the groups sees, as disjoint intervals in their order."""
+    union: list[slice] = []
+    for part in sorted((part for group in groups for part in group.keys), key=lambda part: part.start):
+        if union and part.start <= union[-1].stop:
+            union[-1] = slice(union[-1].start, max(union[-1].stop, part.stop))
+        else:
+            union.append(part)
+    return union
+
+
+def _count(parts: list[slice]) -> int:
+    return sum(part.stop - part.start for part in parts)
+
+
+def _bias(allowed: Tensor | None, q: Tensor) -> Tensor | None:
+    """What is added to the scores: 0 where a pair is allowed, else -inf."""
+    if allowed is None:
+        return None
+    return torch.zeros(allowed.shape, dtype=q.dtype, device=q.device).masked_fill_(~allowed, -torch.inf)
 
 
 def _computable(x: Tensor) -> Tensor:
@@ -117,20 +183,22 @@ def _take(x: Tensor, keys: list[slice]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of one frame, all [clips, h, rows or keys, d], with its log-sum-exp [clips, h, rows]."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of one call, all [clips, h, rows or keys, d], with its log-sum-exp [clips, h, rows]. bias: [rows,
+    keys], on the CPU alone."""
     if q.device.type == "cpu":
-        return torch_private.cpu_attention(q, k, v, scale=scale)
+        return torch_private.cpu_attention(q, k, v, attn_mask=bias, scale=scale)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out, lse, *_ = torch_private.cuda_attention(q, k, v, None, None, None, None, None, 0.0, 0, True, scale=scale)
     return out.transpose(1, 2), lse[:, :, : q.shape[1]]
 
 
 def _attend_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     if q.device.type == "cpu":
-        return torch_private.cpu_attention_backward(dout, q, k, v, out, lse, 0.0, False, scale=scale)
+        given = dout, q, k, v, out, lse, 0.0, False
+        return torch_private.cpu_attention_backward(*given, attn_mask=bias, scale=scale)
     dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
     rows, keys = q.shape[1], k.shape[1]
     # The kernel reads the log-sum-exp in 32s. One split of the keys keeps it deterministic.

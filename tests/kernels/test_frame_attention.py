@@ -105,6 +105,27 @@ def test_head_dims(head_dim):
     check(FrameMask.block_causal([[33, 64, 1, 40]]), 1, head_dim)
 
 
+@pytest.mark.parametrize(
+    ("mask", "calls"),
+    [
+        (FrameMask.teacher_forcing([[1] * 8] * 6, [[1] * 8] * 6), 1),  # tracks of a factorized network
+        (FrameMask.block_causal([[1] * 80], window=20, sink=2), 2),
+        (FrameMask.block_causal([[3, 4, 40, 2, 1], [1, 5, 2]]), 5),
+        (FrameMask.teacher_forcing([[1, 2, 0]], [[2, 1, 3]], drop_history=[[False, True, True]]), 1),
+    ],
+)
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU the reference makes a call per frame")
+def test_small_frames_share_calls(mask, calls, monkeypatch):
+    """Frames of a few tokens are no call each; their gradients and log-sum-exps are those of the dense mask."""
+    made, original = [], torch_private.cpu_attention
+    monkeypatch.setattr(
+        torch_private, "cpu_attention", lambda *given, **named: made.append(1) or original(*given, **named)
+    )
+    check(mask)
+    assert len(made) == calls
+    check(mask, dtype=torch.bfloat16)
+
+
 @pytest.mark.parametrize("scale", [0.0, 1.5, -0.3])
 def test_scale(scale):
     check(RAGGED, scale=scale)

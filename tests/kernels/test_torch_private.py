@@ -66,16 +66,19 @@ def attention_inputs() -> list[torch.Tensor]:
     return [torch.randn(2, 3, rows, 16, generator=generator, requires_grad=True) for rows in (5, 7, 7)]
 
 
-def test_cpu_attention():
+@pytest.mark.parametrize("masked", [False, True])
+def test_cpu_attention(masked):
     q, k, v = attention_inputs()
     scores = 0.3 * q @ k.transpose(-1, -2)
+    bias = torch.zeros(5, 7).masked_fill(torch.ones(5, 7).tril() == 0, -torch.inf) if masked else None
+    scores = scores if bias is None else scores + bias
     expected = scores.softmax(-1) @ v
-    out, lse = torch_private.cpu_attention(q.detach(), k.detach(), v.detach(), scale=0.3)
+    out, lse = torch_private.cpu_attention(q.detach(), k.detach(), v.detach(), attn_mask=bias, scale=0.3)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(lse, scores.logsumexp(-1))
     dout = out.cos()
     gradients = torch_private.cpu_attention_backward(
-        dout, q.detach(), k.detach(), v.detach(), out, lse, 0.0, False, scale=0.3
+        dout, q.detach(), k.detach(), v.detach(), out, lse, 0.0, False, attn_mask=bias, scale=0.3
     )
     for actual, wanted in zip(gradients, torch.autograd.grad(expected, (q, k, v), dout), strict=True):
         torch.testing.assert_close(actual, wanted)
