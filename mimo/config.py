@@ -96,11 +96,16 @@ class MiMoConfig(_Record):
         depth: number of transformer blocks.
         dim: width D.
         heads: attention heads; D / heads is the head dimension, a multiple of 8.
+        attention: "joint": a token attends to all tokens of the frames that its frame sees; "factorized": blocks are
+            spatial and temporal in turn, a token attends to its own frame and then to its own place in the frames that
+            its frame sees (MAGI; `depth` counts both).
         mlp_ratio: hidden width of the MLP over D.
         frames: latent frames T of a training clip.
         height: latent height H.
-        width: latent width W. One token is one latent position, N = H * W tokens per frame.
-        channels: latent channels C.
+        width: latent width W.
+        channels: latent channels.
+        patch: rows and columns of latent positions that are one token; 1: N = H * W tokens per frame. A token has the
+            channels of all its positions, C of them.
         positions: "rope" (axial 3D RoPE), "sincos" (the ablation "vanilla DiT": fixed sines and cosines of time and of
             the place in the frame, added to the tokens) or "learned" (a table for each instead; frames beyond
             `frames` have none).
@@ -137,11 +142,13 @@ class MiMoConfig(_Record):
     depth: int = 12
     dim: int = 768
     heads: int = 12
+    attention: Literal["joint", "factorized"] = "joint"
     mlp_ratio: float = 4.0
     frames: int = 5
     height: int = 16
     width: int = 16
     channels: int = 16
+    patch: int = 1
     positions: Literal["rope", "sincos", "learned"] = "rope"
     rope_theta: float = 100.0
     rope_split: tuple[int, int, int] | None = None
@@ -173,13 +180,33 @@ class MiMoConfig(_Record):
         return self.dim // self.heads
 
     @property
+    def cached_depth(self) -> int:
+        """Blocks whose attention sees other frames, and so has keys and values in a cache."""
+        return self.depth // 2 if self.attention == "factorized" else self.depth
+
+    @property
     def tokens(self) -> int:
         """Tokens per frame, N."""
-        return self.height * self.width
+        return math.prod(self.grid)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of a frame in tokens."""
+        return self.height // self.patch, self.width // self.patch
+
+    @property
+    def token_channels(self) -> int:
+        """Channels of a token, C."""
+        return self.channels * self.patch**2
+
+    @property
+    def tracks(self) -> int:
+        """Parts of a frame, of as many tokens each, that have a history of their own: 1, or every place."""
+        return self.tokens if self.attention == "factorized" else 1
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
-        """(T, H, W, C)."""
+        """Frames, rows, columns and channels of a clip's latents."""
         return self.frames, self.height, self.width, self.channels
 
     @property
@@ -198,6 +225,11 @@ class MiMoConfig(_Record):
             _require(getattr(self, name) <= 1, name, getattr(self, name), "a probability")
         divides = self.dim % self.heads == 0 and self.head_dim % 8 == 0
         _require(divides, "heads", self.heads, f"a divisor of dim={self.dim} with a head dimension that 8 divides")
+        fits = self.height % self.patch == 0 and self.width % self.patch == 0
+        _require(fits, "patch", self.patch, f"a divisor of height={self.height} and width={self.width}")
+        if self.attention == "factorized":
+            _require(self.depth % 2 == 0, "depth", self.depth, "an even number, of spatial and temporal blocks in turn")
+            _require(self.mask_ratio[1] == 0, "mask_ratio", self.mask_ratio, "(0, 0) with attention='factorized'")
         if (split := self.rope_split) is not None:
             even = len(split) == 3 and all(type(n) is int and n >= 0 and n % 2 == 0 for n in split)
             fits = even and sum(split) == self.head_dim
@@ -343,6 +375,8 @@ class SampleConfig(_Record):
         history_noise: standard deviation of the noise added to a finished frame before it becomes history, for the
             first and the last frame made, linear in between; of no paper. MAGI injects noise in training, and tells the
             network how much; here the network is not told.
+        interpolate: the frames of a video longer than a training clip stand between the times that training knows,
+            evenly spaced from the first to the last (MAGI, App. A.4); for positions="sincos".
     """
 
     sampler: Literal["ddim", "euler"] = "ddim"
@@ -355,6 +389,7 @@ class SampleConfig(_Record):
     sink: int = 0
     temperature: tuple[float, float] = (1.0, 1.0)
     history_noise: tuple[float, float] = (0.0, 0.0)
+    interpolate: bool = False
 
     _MAY_BE_ZERO = ("history_guidance", "class_guidance", "context_frames", "sink")
 

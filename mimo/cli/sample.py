@@ -39,6 +39,8 @@ class Sample:
             VideoMAR's, which scales noise inside its token diffusion.
         history_noise: standard deviation of the noise on the first and the last frame as the history of later ones; 0
             is none. Not MAGI's, which adds noise in training and tells the network its level.
+        interpolate: the frames of a video longer than those of training stand at times between those of training
+            (MAGI); for networks with positions="sincos".
         weights: the averaged weights, or those of the last step.
         tokenizer_weights: where the tokenizer's weights lie, if not where they lay when the model was trained.
         trust_pickle: read tokenizer weights that hold pickled objects, which can run any code.
@@ -70,6 +72,7 @@ class Sample:
     sink: int | None = None
     temperature: tuple[float, float] | None = None
     history_noise: tuple[float, float] | None = None
+    interpolate: bool | None = None
     weights: Literal["ema", "model"] = "ema"
     tokenizer_weights: Path | None = None
     trust_pickle: bool = False
@@ -102,6 +105,7 @@ class Sample:
             "sink",
             "temperature",
             "history_noise",
+            "interpolate",
         )
         chosen = {name: getattr(self, name) for name in options if getattr(self, name) is not None}
         if chosen.get("class_guidance", 1) != 1 and self.label is None and not loaded.model.config.num_actions:

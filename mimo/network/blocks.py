@@ -15,8 +15,18 @@ from torch.utils.checkpoint import checkpoint
 
 from mimo.config import MiMoConfig
 from mimo.network.fp8 import Projection
-from mimo.network.frames import Part
-from mimo_kernels import AxialRoPE, FrameRows, bias_gelu, gated_residual_modulate, modulate, qk_norm_rope
+from mimo.network.frames import Part, Tracks
+from mimo_kernels import (
+    AxialRoPE,
+    FrameMask,
+    FrameRows,
+    bias_gelu,
+    frame_attention,
+    gated_residual_modulate,
+    gather_tokens,
+    modulate,
+    qk_norm_rope,
+)
 from mimo_kernels.ops.rope import apply_rope, qk_norm_rope_cache
 
 Pages = tuple[Tensor, Tensor, Tensor]  # keys and values [slots, h, d] of a layer, and the slot of every row, int64 [R]
@@ -28,6 +38,14 @@ def sinusoid(t: Tensor, width: int = 256) -> Tensor:
     frequency = torch.exp(torch.arange(half, device=t.device) * (-math.log(10_000) / half))
     angle = t.float()[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def attend_tracks(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask, tracks: Tracks, backend: str) -> Tensor:
+    """Temporal attention of packed frames, [R, h, d] each: rows are taken track by track, so that one call serves all
+    places. mask: of the tracks."""
+    q, k, v = (gather_tokens(x.flatten(1), tracks.to_tracks, backend=backend).view_as(x) for x in (q, k, v))
+    out = frame_attention(q, k, v, mask, backend=backend)
+    return gather_tokens(out.flatten(1), tracks.to_frames, backend=backend).view_as(out)
 
 
 class Attention(nn.Module):
@@ -191,7 +209,7 @@ class LearnedPositions(nn.Module):
 
     def __init__(self, config: MiMoConfig) -> None:
         super().__init__()
-        self.width = config.width
+        self.width = config.grid[1]
         self.time = nn.Parameter(0.02 * torch.randn(config.frames, config.dim))
         self.space = nn.Parameter(0.02 * torch.randn(config.tokens, config.dim))
 
@@ -207,7 +225,10 @@ class FixedPositions(nn.Module):
         e(p, W)  = [sin(p w_i), cos(p w_i)],  w_i = 10000 ** (-2i / W),  i = 0 .. W/2 - 1
         position = [e(x, D/2), e(y, D/2)] + e(t, D)
 
-    Source: Peebles and Xie 2023; Ma et al. 2024 (Latte).
+    Between two times lies what is linear between them, (1 - s) e(n, D) + s e(n + 1, D) at n + s: longer videos than
+    those of training are squeezed into its times.
+
+    Source: Peebles and Xie 2023; Ma et al. 2024 (Latte); Zhou et al. 2025 (MAGI), App. A.4.
     """
 
     def __init__(self, config: MiMoConfig) -> None:
@@ -215,9 +236,15 @@ class FixedPositions(nn.Module):
         self.dim = config.dim
 
     def forward(self, coords: Tensor) -> Tensor:
-        """coords int32 [R, 3] -> fp32 [R, D]."""
+        """coords [R, 3], int32, or fp32 with times between two frames -> fp32 [R, D]."""
         t, y, x = coords.unbind(1)
-        return torch.cat([self._waves(x, self.dim // 2), self._waves(y, self.dim // 2)], 1) + self._waves(t, self.dim)
+        place = torch.cat([self._waves(x, self.dim // 2), self._waves(y, self.dim // 2)], 1)
+        if not coords.is_floating_point():
+            return place + self._waves(t, self.dim)
+        before = t.floor()
+        return place + torch.lerp(
+            self._waves(before, self.dim), self._waves(before + 1, self.dim), (t - before)[:, None]
+        )
 
     @staticmethod
     def _waves(position: Tensor, width: int) -> Tensor:

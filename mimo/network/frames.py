@@ -17,7 +17,7 @@ again are kept. What changes with every batch are tensors, in FrameBatch: latent
     one copy, "bidirectional":      the same                                                              video DiT
 
 Letters: B clips, T frames per clip, F frames in all clips, N tokens per frame, k kept tokens per clean frame, R packed
-rows, G rows of modulation, C latent channels, D width.
+rows, G rows of modulation, C channels of a token, D width.
 """
 
 from __future__ import annotations
@@ -103,10 +103,33 @@ class FrameList:
             return self.mask
         return _seeing(self.mask, clean[self._once("with rows", self._with_rows)], alone=False)
 
-    def packed(self, *, separate_ln: bool, device: torch.device) -> Packed:
-        """What the network needs of the list, on a device. separate_ln: clean frames have norms of their own."""
-        packed = self._once(f"packed {separate_ln}", lambda: _Copied(_pack(self, separate_ln)))
-        return packed.on(device)._replace(mask=self.mask, blind_mask=self.blind_mask)
+    @cached_property
+    def tracks(self) -> FrameList:
+        """The same list seen from one place: a track is a clip that has one token of every frame. All tracks of clip 0
+        come first, in the order of its places, then those of clip 1.
+
+        ValueError where frames are not of one size each: then places have no tracks.
+        """
+        listed: FrameList = self._once("tracks", self._tracks)
+        if self.alone is None:
+            return listed
+        counts = [sum(frame.kind != "clean" for frame in clip) for clip in self.clips]
+        each = zip(self.alone.split(counts), self.clips, strict=True)
+        return listed.isolating(torch.cat([alone.repeat(_places(clip)) for alone, clip in each]))
+
+    def packed(self, *, separate_ln: bool, device: torch.device, factorized: bool = False) -> Packed:
+        """What the network needs of the list, on a device. separate_ln: clean frames have norms of their own;
+        factorized: attention is spatial and temporal in turn."""
+        packed = self._once(f"packed {separate_ln}", lambda: _Copied(_pack(self, separate_ln))).on(device)
+        if not factorized:
+            return packed._replace(mask=self.mask, blind_mask=self.blind_mask)
+        seen = self.tracks
+        return packed._replace(mask=seen.mask, blind_mask=seen.blind_mask, tracks=self.by_tracks(device))
+
+    def by_tracks(self, device: torch.device) -> Tracks:
+        """How rows go from frames to `tracks` and back."""
+        tracks = self._once("track rows", lambda: _Copied(_track_rows(self))).on(device)
+        return tracks._replace(frames=self._once("within", self._within))
 
     def decoding(self, offset: int, tokens: int, device: torch.device) -> Decoding | None:
         """How clean frames are decoded into those `offset` later, of `tokens` tokens; None if no clip has any."""
@@ -117,6 +140,16 @@ class FrameList:
         if name not in self._kept:
             self._kept[name] = make()
         return self._kept[name]
+
+    def _within(self) -> FrameMask:
+        """Every frame sees itself alone."""
+        return FrameMask.bidirectional([[frame.tokens] for frame in self.frames if frame.tokens])
+
+    def _tracks(self) -> FrameList:
+        clips: list[tuple[Frame, ...]] = []
+        for clip in self.clips:
+            clips += [tuple(frame._replace(tokens=1) for frame in clip)] * _places(clip)
+        return FrameList(tuple(clips), self.sees, None, self.window, self.sink)
 
     def _copies(self) -> tuple[list[list[int]], list[list[int]]]:
         """Token counts of the clean frames and of the others, per clip, as FrameMask.teacher_forcing takes them."""
@@ -139,6 +172,14 @@ class FrameList:
 
     def _with_rows(self) -> Tensor:
         return torch.tensor([i for i, frame in enumerate(self.frames) if frame.tokens])
+
+
+def _places(clip: tuple[Frame, ...]) -> int:
+    """Tokens of each of the frames of a clip."""
+    sizes = {frame.tokens for frame in clip}
+    if len(sizes) > 1:
+        raise ValueError(f"frames of {sorted(sizes)} tokens in a clip: expected one size, so that places have tracks")
+    return sizes.pop() if sizes else 0
 
 
 def _seeing(mask: FrameMask, chosen: Tensor, *, alone: bool) -> FrameMask:
@@ -218,6 +259,18 @@ class Part(NamedTuple):
         return selected if self.alike is None else selected.unflatten(1, (self.alike[1], -1))
 
 
+class Tracks(NamedTuple):
+    """How attention that is spatial and temporal in turn goes from frames to tracks (see `FrameList.tracks`).
+
+    to_tracks, to_frames: int64 [R]: the row of the frames that is each row of the tracks, and the other way round.
+    frames: the mask of the spatial layers.
+    """
+
+    to_tracks: Tensor
+    to_frames: Tensor
+    frames: FrameMask
+
+
 class Packed(NamedTuple):
     """A frame list on a device.
 
@@ -227,6 +280,7 @@ class Packed(NamedTuple):
     clips: B. clip: int64 [R], the clip of every row, or None where all have as many.
     frame, token: int32 [R], the frame of every row and, if its frame is whole, the token in it.
     time: int64 [F]. stride: int64 [F], or None where it is 1 everywhere.
+    tracks: where attention is factorized; `mask` and `blind_mask` are then those of the tracks.
     """
 
     clips: int
@@ -240,6 +294,7 @@ class Packed(NamedTuple):
     token: Tensor
     time: Tensor
     stride: Tensor | None
+    tracks: Tracks | None = None
 
     def coordinates(self, tokens: Tensor | None, width: int) -> Tensor:
         """(t, y, x) of every row, int32 [R, 3]. tokens: int64 [R], where frames are not whole; width: of the latent."""
@@ -293,6 +348,18 @@ def _pack(given: FrameList, separate_ln: bool) -> Packed:
         time=torch.tensor([frame.time for frame in frames]),
         stride=None if set(strides) == {1} else torch.tensor(strides),
     )
+
+
+@torch.inference_mode(False)
+def _track_rows(given: FrameList) -> Tracks:
+    order, start = [], 0
+    for clip in given.clips:
+        places = _places(clip)
+        rows = torch.arange(len(clip) * places)
+        order.append(start + rows.view(len(clip), places).t().flatten())
+        start += len(rows)
+    to_tracks = torch.cat(order)
+    return Tracks(to_tracks, torch.argsort(to_tracks), frames=None)
 
 
 def _part(given: FrameList, chosen: list[int], groups: list[int] | None) -> Part | None:
@@ -350,9 +417,9 @@ def _rows_of(lens: Iterable[int] | Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Copied:
-    """A Packed, a Decoding or None on the host, and the same with its tensors on a device."""
+    """A Packed, a Tracks, a Decoding or None on the host, and the same with its tensors on a device."""
 
-    def __init__(self, host: Packed | Decoding | None) -> None:
+    def __init__(self, host: Packed | Tracks | Decoding | None) -> None:
         tensors: list[Tensor] = []
         _each_tensor(host, lambda tensor: tensors.append(tensor) or tensor)
         self.host, self.copies = host, DeviceCopies("FrameList: these frames", *tensors)
@@ -460,6 +527,23 @@ def _check(frames: Tensor, noisy, timestep, keep, drop_history) -> None:
         raise ValueError(f"keep is {list(keep.shape)}: expected [{shape[0]}, k] with 1 <= k <= {shape[2]}")
     if drop_history is not None and drop_history.device.type != "cpu":
         raise ValueError(f"drop_history is on {drop_history.device}: expected cpu, where the mask is built")
+
+
+def to_tokens(latents: Tensor, patch: int) -> Tensor:
+    """Latents [B, T, H, W, channels] -> tokens [B, T, N, C]: `patch` x `patch` positions, row by row, are one."""
+    if patch > 1:
+        x = latents.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # [B, T, H / p, p, W / p, p, channels]
+        latents = x.transpose(3, 4).flatten(4)
+    return latents.flatten(2, 3)
+
+
+def to_latents(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
+    """The inverse of `to_tokens`; grid: rows and columns of a frame in tokens."""
+    latents = tokens.unflatten(2, grid)
+    if patch == 1:
+        return latents
+    x = latents.unflatten(4, (patch, patch, -1))  # [B, T, H / p, W / p, p, p, channels]
+    return x.transpose(3, 4).flatten(4, 5).flatten(2, 3)
 
 
 @lru_cache(maxsize=256)

@@ -1,6 +1,6 @@
 """Heads that only training has: the decoder of masked history modelling.
 
-Letters: B clips, T frames, N tokens per frame, C latent channels, D width, n clean rows.
+Letters: B clips, T frames, N tokens per frame, C channels of a token, D width, n clean rows.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Decoder(nn.Module):
         vit = {"modulated": False, "affine1": True, "affine2": True}
         self.blocks = nn.ModuleList(Block(config, backend, **vit) for _ in range(config.decoder_depth))
         self.norm = Norm(config.dim, backend, modulated=False, affine=True)
-        self.head = nn.Linear(config.dim, config.channels)
+        self.head = nn.Linear(config.dim, config.token_channels)
 
     def forward(
         self, features: Tensor, tokens: Tensor, offset: int, decoding: Decoding, rope: AxialRoPE | None
@@ -49,7 +49,8 @@ class Decoder(nn.Module):
         x = x + self.offset[config.mask_offsets.index(offset)].to(x.dtype)
         row = torch.arange(num_rows, device=device)
         token = row % size
-        coords = torch.stack([decoding.time[row // size], token // config.width, token % config.width], dim=-1).int()
+        width = config.grid[1]
+        coords = torch.stack([decoding.time[row // size], token // width, token % width], dim=-1).int()
         if self.positions is not None:
             x = x + self.positions(coords).to(x.dtype)
         c, pending = x.new_empty(0, config.dim), None  # nothing is modulated

@@ -6,14 +6,14 @@ own timestep; all share all other weights. Sampling runs one frame per sequence 
 what training saw. Blocks are told how to attend (`attend(layer, q, k, v) -> out`): over the whole packed sequence when
 training, over a cache when sampling.
 
-Letters: B clips, T frames, F frames of all clips, N tokens per frame, C latent channels, D width, h heads, d head
+Letters: B clips, T frames, F frames of all clips, N tokens per frame, C channels of a token, D width, h heads, d head
 dimension, R packed rows, G rows of modulation (one per frame that is not clean), S sequences being sampled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimo.config import MiMoConfig
-from mimo.network.blocks import Block, Modulation, Norm, Pages, Pending, added_positions, sinusoid
+from mimo.network.blocks import Block, Modulation, Norm, Pages, Pending, added_positions, attend_tracks, sinusoid
 from mimo.network.frames import Decoding, FrameBatch, Packed, frame_rows
 from mimo.network.heads import Decoder
 from mimo_kernels import AxialRoPE, FrameMask, FrameRows, frame_attention, gather_tokens
@@ -62,7 +62,7 @@ class MiMo(nn.Module):
             raise ValueError(f"backend={backend!r}: expected 'auto' or 'reference'")
         self.config, self.backend = config, backend
         dim, depth = config.dim, config.depth
-        self.embed = nn.Linear(config.channels, dim)
+        self.embed = nn.Linear(config.token_channels, dim)
         self.time = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.classes = nn.Embedding(config.num_classes + 1, dim) if config.num_classes else None
         self.actions = nn.Embedding(config.num_actions + 1, dim) if config.num_actions else None
@@ -82,7 +82,7 @@ class MiMo(nn.Module):
             for i in range(depth)
         )
         self.norm = Norm(dim, backend, modulated=True, affine=False, gated=False)
-        self.head = nn.Linear(dim, config.channels)
+        self.head = nn.Linear(dim, config.token_channels)
         self.decoder = Decoder(config, backend) if decodes else None
         self._initialise()
 
@@ -111,12 +111,14 @@ class MiMo(nn.Module):
                 network runs as far as somebody reads.
         """
         self._check(batch)
-        packed = batch.frames.packed(separate_ln=self.config.separate_ln, device=batch.latents.device)
+        config = self.config
+        factorized = config.attention == "factorized"
+        packed = batch.frames.packed(separate_ln=config.separate_ln, device=batch.latents.device, factorized=factorized)
         decodings = {}
         if reconstruct and self.decoder is not None and packed.clean is not None and batch.tokens is not None:
             found = {
-                offset: batch.frames.decoding(offset, self.config.tokens, batch.latents.device)
-                for offset in self.config.mask_offsets
+                offset: batch.frames.decoding(offset, config.tokens, batch.latents.device)
+                for offset in config.mask_offsets
             }
             decodings = {offset: decoding for offset, decoding in found.items() if decoding is not None}
         self._check_taps(packed, taps, bool(decodings))
@@ -141,7 +143,7 @@ class MiMo(nn.Module):
         x = latents.flatten(0, 1)
         if tokens is not None:
             x = gather_tokens(x, packed.frame * config.tokens + tokens, backend=self.backend)
-        coords = packed.coordinates(tokens, config.width)
+        coords = packed.coordinates(tokens, config.grid[1])
         x = self._embed(x, coords, intervals, packed.clips, packed.clip)
         if clean is not None and (self.actions is not None or actions is not None):
             told = None if actions is None else actions[clean.clip, clean.time]
@@ -174,7 +176,7 @@ class MiMo(nn.Module):
         for layer, block in enumerate(self.blocks[:needed], start=1):
             # Behind the last block nobody needs clean rows, unless somebody reads them: their keys and values were all.
             ends = layer == depth and clean is not None and predicted is not None and (layer, "clean") not in taps
-            attend = partial(self._attend, packed.blind_mask if ends else packed.mask)
+            attend = partial(self._attend, packed, packed.blind_mask if ends else packed.mask, layer - 1)
             out = predicted if ends else None
             x, pending = block(x, pending, c, rows, coords, self.rope, attend, out=out)
             for tap in taps & {(layer, "clean"), (layer, "noisy")}:
@@ -200,8 +202,22 @@ class MiMo(nn.Module):
         gate = part.per_frame(pending.gate[: len(part.time)])
         return (part.by_frame(x) + gate * part.by_frame(branch)).flatten(0, -2)
 
-    def _attend(self, mask: FrameMask, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, packed: Packed, mask: FrameMask, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of a training sequence."""
+        if packed.tracks is not None and _is_temporal(layer):
+            return attend_tracks(q, k, v, mask, packed.tracks, self.backend)
+        mask = mask if packed.tracks is None else packed.tracks.frames
         return frame_attention(q, k, v, mask, backend=self.backend)
+
+    def _attend_frame(self, attend: Attend, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of one frame per sequence, [S * N, h, d]: what sees no other frame needs no history."""
+        if self.config.attention == "joint":
+            return attend(layer, q, k, v)
+        if _is_temporal(layer):
+            return attend(layer // 2, q, k, v)
+        mask = _whole_frame(self.config.tokens)
+        each = (x.unflatten(0, (-1, self.config.tokens)) for x in (q, k, v))
+        return frame_attention(*each, mask, backend=self.backend).flatten(0, 1)
 
     def rows_of_frames(self, sequences: int, *, clean: bool = False) -> FrameRows:
         """The rows of `future_frame` and of a `history_frame` with a timestep or, `clean`, of one without. A captured
@@ -214,7 +230,7 @@ class MiMo(nn.Module):
     def history_frame(
         self,
         x: Tensor,
-        position: int | Tensor,
+        position: float | Tensor,
         attend: Attend,
         *,
         timestep: float | None = None,
@@ -228,12 +244,14 @@ class MiMo(nn.Module):
         Args:
             x: [S, N, C].
             position: frame number, one for all or int [S]. A tensor is not looked at: before it holds 1024 or more on a
-                GPU, call `rope.tables_on(device, largest)`.
-            attend: called once per layer with q, k, v [S * N, h, d]; returns the attention output [S * N, h, d].
+                GPU, call `rope.tables_on(device, largest)`. With positions="sincos" also a time between two frames,
+                float or fp32 [S].
+            attend: called with the number of a layer that sees other frames, 0 .. config.cached_depth - 1, and its q,
+                k, v [S * N, h, d]; returns the attention output [S * N, h, d].
             timestep: the frame goes through AdaLN at this timestep, told labels and actions. None: as a clean frame of
                 training, told its action alone. A recipe's `history_policy` says which.
             labels, actions, intervals: int64 [S].
-            place: of a layer: where its keys and values are written as they are made, before `attend` is called.
+            place: of such a layer: where its keys and values are written as they are made, before `attend` is called.
         """
         sequences = len(x)
         coords = self._coords(position, sequences, x.device)
@@ -267,7 +285,7 @@ class MiMo(nn.Module):
         self,
         x: Tensor,
         timestep: Tensor | None,
-        position: int | Tensor,
+        position: float | Tensor,
         attend: Attend,
         *,
         labels: Tensor | None = None,
@@ -314,13 +332,18 @@ class MiMo(nn.Module):
         pending = None
         for i, block in enumerate(self.blocks):
             keys_only = not predicts and i + 1 == self.config.depth
-            written = None if pages is None else pages(i)
-            given = x, pending, c, rows, coords, self.rope, partial(attend, i)
+            written = self._pages_of(i, pages)
+            given = x, pending, c, rows, coords, self.rope, partial(self._attend_frame, attend, i)
             x, pending = block(*given, modulations=told[i], keys_only=keys_only, pages=written)
         if not predicts:
             return None
         _, y = self.norm(x, pending, last or self.norm.condition(c), rows)
         return self.head(y)
+
+    def _pages_of(self, layer: int, pages: Callable[[int], Pages] | None) -> Pages | None:
+        if pages is None or self.config.attention == "joint":
+            return None if pages is None else pages(layer)
+        return pages(layer // 2) if _is_temporal(layer) else None
 
     def _embed(
         self, x: Tensor, coords: Tensor, intervals: Tensor | None, clips: int, clip: Tensor | None = None
@@ -387,20 +410,21 @@ class MiMo(nn.Module):
             raise ValueError(f"intervals: expected [{clips}] of them, each in 1..{self.config.max_interval}")
         return self.intervals(intervals - 1)
 
-    def _coords(self, position: int | Tensor, sequences: int, device: torch.device) -> Tensor:
+    def _coords(self, position: float | Tensor, sequences: int, device: torch.device) -> Tensor:
         """Coordinates of the tokens of one frame per sequence, int32 [S * N, 3]."""
-        token, width = torch.arange(self.config.tokens, device=device), self.config.width
-        if isinstance(position, int):
-            self._check_frames(position + 1)
-            if self.rope is not None:
-                self.rope.tables_on(device, position)
-            time = torch.full((sequences,), position, device=device)
-        else:
+        token, width = torch.arange(self.config.tokens, device=device), self.config.grid[1]
+        if isinstance(position, Tensor):
             time = position
+        else:
+            if isinstance(position, int):
+                self._check_frames(position + 1)
+                if self.rope is not None:
+                    self.rope.tables_on(device, position)
+            time = torch.full((sequences,), position, device=device)
         place = torch.stack([torch.zeros_like(token), token // width, token % width], dim=-1)  # [N, 3]
-        coords = place.repeat(sequences, 1, 1)
+        coords = place.repeat(sequences, 1, 1).to(time.dtype if time.is_floating_point() else torch.int32)
         coords[:, :, 0] = time[:, None]
-        return coords.flatten(0, 1).int()
+        return coords.flatten(0, 1)
 
     def _check_frames(self, frames: int) -> None:
         if self.config.positions == "learned" and frames > self.config.frames:
@@ -409,7 +433,7 @@ class MiMo(nn.Module):
     def _check(self, batch: FrameBatch) -> None:
         """Refuses what does not fit, by name."""
         config, frames = self.config, batch.frames.frames
-        expected = [len(frames), config.tokens, config.channels]
+        expected = [len(frames), config.tokens, config.token_channels]
         if list(batch.latents.shape) != expected:
             raise ValueError(
                 f"latents are {list(batch.latents.shape)}: expected {expected}, [frames, tokens, channels]"
@@ -452,3 +476,13 @@ class MiMo(nn.Module):
             raise ValueError(
                 "clean frames alone: expected masked ones and a decoder, or taps; nothing else is computed"
             )
+
+
+def _is_temporal(layer: int) -> bool:
+    """Of the blocks of a network whose attention is factorized: spatial, temporal, spatial, ..."""
+    return layer % 2 == 1
+
+
+@lru_cache(maxsize=64)
+def _whole_frame(tokens: int) -> FrameMask:
+    return FrameMask.bidirectional([[tokens]])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mimo.config import MiMoConfig
 from mimo.diffusion import build_schedule, compute_loss_weight
-from mimo.network.frames import FrameBatch
+from mimo.network.frames import FrameBatch, to_tokens
 from mimo_kernels import weighted_squared_error
 
 
@@ -168,7 +168,7 @@ class Recipe(ABC):
         """
         draws = Draws(generator, len(latents), first, total)
         given = {"labels": labels, "actions": actions, "intervals": intervals}
-        prepared = self.frames(latents.flatten(2, 3), given, draws, step)
+        prepared = self.frames(to_tokens(latents, self.config.patch), given, draws, step)
         return self.loss_of(model(prepared.batch, reconstruct=prepared.reconstruct), prepared)
 
     def diffusion_loss(self, velocity: Tensor, prepared: Prepared) -> Tensor:

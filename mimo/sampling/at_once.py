@@ -25,7 +25,9 @@ class AtOnceRun:
         self.model, self.config, self.key = model, config, key
         self.device = model.embed.weight.device
         c = model.config
-        self.x = torch.zeros(key.sequences, c.tokens, c.channels, device=self.device)  # the frame that is asked for
+        self.x = torch.zeros(
+            key.sequences, c.tokens, c.token_channels, device=self.device
+        )  # the frame that is asked for
         self.clips: Tensor | None = None  # [S, T, N, C], once they are made
         self.given: dict[str, Tensor] = {}
         self.next = 0

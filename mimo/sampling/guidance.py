@@ -62,6 +62,7 @@ class RunKey(NamedTuple):
     actions: bool
     dtype: torch.dtype
     branches: tuple[Branch, ...]
+    pace: float | None = None  # times of training per frame, where positions are interpolated
 
     @property
     def asked(self) -> list[int | bool]:
@@ -89,10 +90,15 @@ class Conditions:
         self.labels = torch.zeros_like(self.position) if key.labels else None
         self.actions = self.position.new_zeros(key.sequences, key.num_frames) if key.actions else None
         self.intervals = torch.ones_like(self.position) if config.max_interval else None
-        self.history, self._histories = history, key.histories
+        self.history, self._histories, self._pace = history, key.histories, key.pace
         self._null = {"labels": config.num_classes, "actions": config.num_actions}
         told = [branch.condition for branch in key.branches]
         self._told = torch.tensor(told, device=device)[:, None]  # [G, 1]; the first to see a history come first
+
+    def time(self, frame: Any) -> Any:
+        """Where a frame, or int64 ones, stand in time for the network: between its times where they are
+        interpolated."""
+        return frame if self._pace is None else frame * self._pace
 
     @property
     def tensors(self) -> dict[str, Tensor]:

@@ -15,8 +15,11 @@ A history is asked by the loop (mimo.sampling.sampler) in this order:
 `prepare`, `attend` and `record` are device work on static buffers; where `captures` is true they can be replayed as a
 CUDA graph.
 
+Where attention is factorized, the network attends within a frame by itself and a token sees its own place in the frames
+before: then every place of a sequence is a track, with a history of one token per frame.
+
 Letters: B clips, K trajectories per clip, S = B * K sequences, N tokens per frame, C latent channels, G branches,
-H histories.
+H histories, P tracks of a sequence (1, or N where attention is factorized).
 """
 
 from abc import ABC, abstractmethod
@@ -28,9 +31,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimo.errors import InputError
+from mimo.network.blocks import attend_tracks
+from mimo.network.frames import Frame, FrameList
 from mimo.network.network import MiMo
 from mimo.sampling.guidance import Conditions, RunKey
-from mimo_kernels import FrameCache, FrameMask, frame_attention, paged_frame_attention
+from mimo_kernels import FrameCache, frame_attention, paged_frame_attention
 from mimo_kernels.attention.paged import serving as paged_serving
 from mimo_kernels.cache.pages import CacheView, FrameSlot, ViewHead
 
@@ -104,6 +109,7 @@ class History(ABC):
         self.model, self.policy, self.key, self.conditions = model, policy, key, conditions
         self.page_size = page_size
         self.size, self.tokens, self.branches = key.sequences, model.config.tokens, key.branches
+        self.tracks = model.config.tracks
         self.device, self.dtype = model.embed.weight.device, model.embed.weight.dtype
 
     @abstractmethod
@@ -144,57 +150,61 @@ class History(ABC):
 
 
 class CachedHistory(History):
-    """Keys and values in a FrameCache: H * S sequences, those of history 0 first."""
+    """Keys and values in a FrameCache: H * S * P sequences, those of history 0 first, tracks of a sequence together."""
 
     def __init__(self, model: MiMo, policy: CachePolicy, key: RunKey, conditions: Conditions, page_size: int):
         super().__init__(model, policy, key, conditions, page_size)
         c = model.config
-        num_pages = policy.pages_of_run(key, c.tokens, page_size)
-        self.cache = FrameCache(
-            c.depth, c.heads, c.head_dim, num_pages=num_pages, page_size=page_size, dtype=key.dtype, device=self.device
-        )
+        self.rows = self.tokens // self.tracks  # of a track in a frame
+        num_pages = self.tracks * policy.pages_of_run(key, self.rows, page_size)
+        sizes = {"num_pages": num_pages, "page_size": page_size}
+        self.cache = FrameCache(c.cached_depth, c.heads, c.head_dim, **sizes, dtype=key.dtype, device=self.device)
         self.seqs: list[int] = []
-        most = policy.pages(key.num_frames, c.tokens, page_size)
-        self.seen = self.cache.view([None] * (self.size * len(self.branches)), max_pages=most)  # by the branches
-        self.past = self.seen.first(key.histories * self.size)  # by a frame that becomes history
+        most = policy.pages(key.num_frames, self.rows, page_size)
+        rows = self.size * self.tracks
+        self.seen = self.cache.view([None] * (rows * len(self.branches)), max_pages=most)  # by the branches
+        self.past = self.seen.first(key.histories * rows)  # by a frame that becomes history
         self.slot: FrameSlot | None = None  # of the frame that becomes history now
         self.kept: FrameSlot | None = None  # the one that the captured graph writes to
         # The reference attention takes lengths from the host, which a graph would freeze.
         refusals = paged_serving(self.device, key.dtype, c.head_dim)["triton"]
         self.captures = self.device.type == "cuda" and model.backend == "auto" and not refusals
         # Graphs point to the tables of these, which others may push out of what is kept.
-        self.rows = (
+        self.frame_rows = (
             model.rows_of_frames(self.size * len(self.branches)),
             model.rows_of_frames(self.size * key.histories, clean=conditions.history.timestep is None),
         )
 
     def begin(self, clips: list[Tensor]) -> None:
-        histories, trajectories = self.key.histories, self.key.trajectories
-        self.seqs = [self.cache.new_sequence() for _ in range(histories * len(clips))]  # all of them, should this fail
-        firsts = list(self.seqs)
+        histories, trajectories, tracks = self.key.histories, self.key.trajectories, range(self.tracks)
+        # All of them, should this fail.
+        self.seqs = [self.cache.new_sequence() for _ in range(histories * len(clips) * self.tracks)]
+        firsts = [self.seqs[i : i + self.tracks] for i in range(0, len(self.seqs), self.tracks)]
         for moment in range(max(map(len, clips))):
             here = [b for b, clip in enumerate(clips) if len(clip) > moment]
-            seqs = [firsts[h * len(clips) + b] for h in range(histories) for b in here]
+            seqs = [firsts[h * len(clips) + b][p] for h in range(histories) for b in here for p in tracks]
             x = torch.stack([clips[b][moment] for b in here]).to(self.device, torch.float32)
             rows = torch.tensor([b * trajectories for b in here], device=self.device)
             told = self.conditions.of_histories(rows, torch.full_like(rows, moment))
-            self.slot = self.cache.begin_frame(seqs, self.tokens)
-            self._as_history(x, moment, told, self.cache.view(seqs, max_pages=self.seen.max_pages))
+            self.slot = self.cache.begin_frame(seqs, self.rows)
+            time = self.conditions.time(moment)
+            self._as_history(x, time, told, self.cache.view(seqs, max_pages=self.seen.max_pages))
             self._show()
         self.seqs = []
         for first in firsts:
-            self.seqs += [first, *(self.cache.fork(first) for _ in range(trajectories - 1))]
+            self.seqs += first
+            self.seqs += [self.cache.fork(track) for _ in range(trajectories - 1) for track in first]
         self._refresh()
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self._attend(self.seen, layer, q, k, v)
 
     def reserve(self) -> None:
-        self.slot = self.kept = self.cache.begin_frame(self.seqs, self.tokens, reuse=self.kept)
+        self.slot = self.kept = self.cache.begin_frame(self.seqs, self.rows, reuse=self.kept)
 
     def record(self, x: Tensor) -> None:
-        position = self.conditions.position.expand(self.key.histories, -1).flatten()
-        self._as_history(x, position, self.conditions.of_histories(), self.past)
+        time = self.conditions.time(self.conditions.position).expand(self.key.histories, -1).flatten()
+        self._as_history(x, time, self.conditions.of_histories(), self.past)
 
     def commit(self) -> None:
         self._show()
@@ -213,28 +223,29 @@ class CachedHistory(History):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Instead of `begin`: go on where `state_dict` was called. InputError for a state of other histories."""
-        seqs, expected = state["seqs"].tolist(), self.key.histories * self.size
+        seqs, rows = state["seqs"].tolist(), self.size * self.tracks
+        expected = self.key.histories * rows
         if len(seqs) != expected:
             raise InputError(
-                f"the saved run has {len(seqs)} sequences in its cache, expected {expected}: {self.size} in each of "
+                f"the saved run has {len(seqs)} sequences in its cache, expected {expected}: {rows} in each of "
                 f"{self.key.histories} histories"
             )
         self.cache.load_state_dict(state)
         self.seqs = seqs
         self._refresh()
 
-    def _as_history(self, x: Tensor, position: int | Tensor, told: dict, past: CacheView | ViewHead) -> None:
+    def _as_history(self, x: Tensor, time: float | Tensor, told: dict, past: CacheView | ViewHead) -> None:
         """Keys and values of clean frames in all histories, made straight into the pages of `slot`."""
         self.model.history_frame(
             x.to(self.dtype).expand(self.key.histories, *x.shape).flatten(0, 1),
-            position,
+            time,
             lambda layer, q, k, v: self._attend(past, layer, q, k, v),
             **told,
             place=lambda layer: self.cache.place(self.slot, layer),
         )
 
     def _attend(self, view: CacheView | ViewHead, layer: int, *packed: Tensor) -> Tensor:
-        q, k, v = (x.unflatten(0, (-1, self.tokens)) for x in packed)
+        q, k, v = (x.unflatten(0, (-1, self.rows)) for x in packed)
         out = paged_frame_attention(q, k, v, self.cache, layer=layer, view=view, backend=self.model.backend)
         return out.flatten(0, 1)
 
@@ -251,8 +262,9 @@ class CachedHistory(History):
         """What every row of a step sees: the sequence of its history, or nothing."""
         seqs: list[int | None] = []
         for branch in self.branches:
-            first = None if branch.history is None else branch.history * self.size
-            seqs += [None] * self.size if first is None else self.seqs[first : first + self.size]
+            rows = self.size * self.tracks
+            first = None if branch.history is None else branch.history * rows
+            seqs += [None] * rows if first is None else self.seqs[first : first + rows]
         self.seen.refresh(seqs)
 
 
@@ -278,21 +290,24 @@ class RecomputedHistory(History):
         counts, histories = [len(frames) for frames in self.frames], self.key.histories
         packed = [x for frames in self.frames for x in frames]
         if not packed:
-            return [[]] * self.model.config.depth
-        lens = [[self.tokens] * count for count in counts] * histories
-        mask = FrameMask.block_causal(lens, window=self.policy.window, sink=self.policy.sink)
-        layers = []
+            return [[]] * self.model.config.cached_depth
+        clips = tuple(tuple(Frame(t, "clean", self.tokens) for t in range(count)) for count in counts * histories)
+        listed = FrameList(clips, "block_causal", window=self.policy.window, sink=self.policy.sink)
+        mask = listed.mask if self.tracks == 1 else listed.tracks.mask
+        layers, backend = [], self.model.backend
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             split = [x.unflatten(0, (-1, self.tokens)).split(counts * histories) for x in (k, v)]
             layers.append(list(zip(*split, strict=True)))
-            return frame_attention(q, k, v, mask, backend=self.model.backend)
+            if self.tracks == 1:
+                return frame_attention(q, k, v, mask, backend=backend)
+            return attend_tracks(q, k, v, mask, listed.by_tracks(self.device), backend)
 
         rows = torch.arange(self.size).repeat_interleave(torch.tensor(counts)).to(self.device)
         moments = torch.cat([torch.arange(count) for count in counts]).to(self.device)
         x = torch.stack(packed).to(self.dtype).repeat(histories, 1, 1)
         told = self.conditions.of_histories(rows, moments)
-        self.model.history_frame(x, moments.repeat(histories), attend, **told)
+        self.model.history_frame(x, self.conditions.time(moments).repeat(histories), attend, **told)
         return layers
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -300,17 +315,15 @@ class RecomputedHistory(History):
         out = torch.empty_like(rows[0])
         for g, branch in enumerate(self.branches):
             for s in range(self.size):
-                q_s, k_s, v_s = (x[g, s] for x in rows)
+                # [frames, N, h, d] -> [P, h, frames * N / P, d]
+                each = [x[g, s][None] for x in rows]
                 if branch.history is not None and self.layers[layer]:
+                    past = self.layers[layer][branch.history * self.size + s]
                     seen = self._seen(s)
-                    k_s, v_s = (
-                        torch.cat([past[seen].flatten(0, 1), own])
-                        for past, own in zip(
-                            self.layers[layer][branch.history * self.size + s], (k_s, v_s), strict=True
-                        )
-                    )
-                q_s, k_s, v_s = (x.transpose(0, 1) for x in (q_s, k_s, v_s))
-                out[g, s] = F.scaled_dot_product_attention(q_s, k_s, v_s).transpose(0, 1)
+                    each[1:] = (torch.cat([x[seen], own]) for x, own in zip(past, each[1:], strict=True))
+                each = [x.unflatten(1, (self.tracks, -1)).transpose(0, 1).flatten(1, 2) for x in each]
+                q_s, k_s, v_s = (x.transpose(1, 2).squeeze(0) for x in each)
+                out[g, s] = F.scaled_dot_product_attention(q_s, k_s, v_s).transpose(-3, -2).reshape(out.shape[2:])
         return out.flatten(0, 2)
 
     def _seen(self, s: int) -> list[int]:

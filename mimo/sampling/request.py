@@ -263,7 +263,7 @@ def _require_memory(sampler: Sampler, request: Request, lengths: Lengths, precis
     with autocast(device, precision):
         cache = sampler.cache_bytes(request.count, lengths.context, lengths.total, **told)
     pixels = request.count * lengths.total_shown * c.video_shape[1] * c.video_shape[2] * 3
-    latents = request.count * lengths.total * c.tokens * c.channels
+    latents = request.count * lengths.total * c.tokens * c.token_channels
     needed = {
         "the cache": cache,
         "latents": 8 * latents,

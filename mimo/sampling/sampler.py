@@ -60,7 +60,7 @@ class Run:
         zero, one = torch.zeros(self.steps, device=device), torch.ones(self.steps, device=device)
         self.coefficients = torch.stack([schedule.step(zero, one, every), schedule.step(one, zero, every)], 1)
         self.weights = torch.tensor([branch.weight for branch in key.branches], dtype=torch.float32, device=device)
-        self.x = torch.zeros(self.size, c.tokens, c.channels, device=device)
+        self.x = torch.zeros(self.size, c.tokens, c.token_channels, device=device)
         self.extra = torch.zeros_like(self.x)  # what is added to the finished frame before it becomes history
         self.index = torch.zeros(1, dtype=torch.int64, device=device)
         # A few sequences wait for weights, many for arithmetic: then every step makes its own.
@@ -135,7 +135,7 @@ class Run:
             told = {"timestep": self.embeddings[self.index].expand(branches * self.size), **conditions.of_branches()}
         v = self.model.future_frame(
             self.x.to(self.model.embed.weight.dtype).repeat(branches, 1, 1),
-            position=conditions.position.repeat(branches),
+            position=conditions.time(conditions.position).repeat(branches),
             attend=self.history.attend,
             intervals=None if conditions.intervals is None else conditions.intervals.repeat(branches),
             **told,
@@ -245,7 +245,7 @@ class Sampler:
         policy: which earlier frames a frame sees, where the config's window and sink do not say all.
         use_cache: False computes the history anew in every step, with the full mask: for comparison.
         page_size: tokens per cache page; default the largest divisor of a frame's tokens in 16..64, else 64 or a
-            frame, whichever is less.
+            frame, whichever is less. (Of a track's one token where attention is factorized.)
         graph: what one CUDA graph holds on a GPU: a denoising "step", replayed for every step, or a whole "frame" with
             its pass as history, which is launched once, but takes longer to capture.
 
@@ -280,11 +280,16 @@ class Sampler:
             raise ValueError(f"graph={graph!r}: expected 'step' or 'frame'")
         self.graph = graph
         self.history_type: type[History] = CachedHistory if use_cache else RecomputedHistory
-        tokens = model.config.tokens
+        tokens = model.config.tokens // model.config.tracks
         divisors = [size for size in range(16, 65) if tokens % size == 0]
         self.page_size = page_size or max(divisors, default=min(tokens, 64))
         self.latencies: list[Callable[[], float]] = []
         self._idle: dict[tuple, Run | AtOnceRun] = {}
+        if config.interpolate and model.config.positions != "sincos":
+            raise ValueError(
+                f"interpolate=True: expected False, or a network with positions='sincos', not "
+                f"{model.config.positions!r}"
+            )
         if self.history.at_once:
             self._check_at_once()
 
@@ -382,9 +387,9 @@ class Sampler:
         if self.history.at_once:
             return 0
         c, key = self.model.config, self._key(count, 1, context_frames, num_frames, labels, actions)
-        pages = self.policy.pages_of_run(key, c.tokens, self.page_size)
+        pages = c.tracks * self.policy.pages_of_run(key, c.tokens // c.tracks, self.page_size)
         return FrameCache.bytes(
-            c.depth, c.heads, c.head_dim, num_pages=pages, page_size=self.page_size, dtype=key.dtype
+            c.cached_depth, c.heads, c.head_dim, num_pages=pages, page_size=self.page_size, dtype=key.dtype
         )
 
     def _key(self, clips, trajectories, context_frames, num_frames, labels: bool, actions: bool) -> RunKey:
@@ -393,13 +398,20 @@ class Sampler:
         class_guidance = self.config.class_guidance if given else 1.0
         own_history = not given.isdisjoint(self.history.conditions)
         branches = guidance_branches(self.config.history_guidance, class_guidance, own_history=own_history)
-        return RunKey(clips, trajectories, context_frames, num_frames, labels, actions, self._dtype, tuple(branches))
+        given = clips, trajectories, context_frames, num_frames, labels, actions
+        return RunKey(*given, self._dtype, tuple(branches), self._pace(num_frames))
+
+    def _pace(self, num_frames: int) -> float | None:
+        """Times of training per frame, where positions are interpolated: the last frame stands where a training clip
+        ends."""
+        frames = self.model.config.frames
+        return (frames - 1) / (num_frames - 1) if self.config.interpolate and num_frames > frames else None
 
     def _run(self, *asked: Any) -> Run | AtOnceRun:
         """The latest run, if it was of the same size, or a new one. asked: as `RunKey.asked`."""
         c, key = self.model.config, self._key(*asked)
         if self.model.rope is not None:
-            self.model.rope.tables_on(self._device, max(key.num_frames, c.height, c.width))
+            self.model.rope.tables_on(self._device, max(key.num_frames, *c.grid))
         run = self._idle.pop(key, None)
         self._idle.clear()  # before memory is taken for another one
         return run or self._new_run(key)
@@ -436,11 +448,11 @@ class Sampler:
         if context is None:
             given = [len(x) for x in conditions if x is not None]
             count = batch or (given[0] if given else 1)
-            return [torch.empty(0, c.tokens, c.channels)] * count, count
+            return [torch.empty(0, c.tokens, c.token_channels)] * count, count
         clips = list(context)
         for clip in clips:
-            if clip.ndim != 3 or clip.shape[1:] != (c.tokens, c.channels):
-                raise ValueError(f"a context is {list(clip.shape)}: expected [frames, {c.tokens}, {c.channels}]")
+            if clip.ndim != 3 or clip.shape[1:] != (c.tokens, c.token_channels):
+                raise ValueError(f"a context is {list(clip.shape)}: expected [frames, {c.tokens}, {c.token_channels}]")
         if batch not in (None, len(clips)):
             raise ValueError(f"batch={batch}: the context has {len(clips)} clips")
         return clips, len(clips)
@@ -479,6 +491,7 @@ class Sampler:
             "history_noise": (config.history_noise, (0.0, 0.0)),
             "window": (policy.window, None),
             "coarse": (policy.coarse, None),
+            "interpolate": (config.interpolate, False),
         }
         for name, (found, wanted) in expected.items():
             if found != wanted:
@@ -496,7 +509,7 @@ class Sampler:
     def _noise(self, seed: int, ids: list[int], positions: list[int], use: str, scale: float) -> Tensor:
         """scale * noise on the host, ``[S, N, C]``; drawn there, so that every device makes the same video."""
         c = self.model.config
-        noise = torch.empty(len(ids), c.tokens, c.channels, pin_memory=self._device.type == "cuda")
+        noise = torch.empty(len(ids), c.tokens, c.token_channels, pin_memory=self._device.type == "cuda")
         for row, *names in zip(noise, ids, positions, strict=True):
             digest = hashlib.blake2b(repr((seed, *names, use)).encode(), digest_size=8).digest()
             row.normal_(generator=torch.Generator().manual_seed(int.from_bytes(digest, "little")))

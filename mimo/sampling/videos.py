@@ -15,6 +15,7 @@ from tqdm import tqdm
 from mimo import folders
 from mimo.data import atomic_path, contact_sheet, to_float, to_uint8, write_gif, write_video
 from mimo.errors import InputError
+from mimo.network.frames import to_latents, to_tokens
 from mimo.runtime import autocast, config_tokenizer
 from mimo.sampling.sampler import Sampler, Stream
 from mimo.sampling.saving import Saving
@@ -67,7 +68,7 @@ def generate(
         else:
             context = context[:, : tokenizer.num_frames(config.context_frames)]
             latents = tokenizer.encode(to_float(context.to(device)))
-        latents, count = latents.flatten(2, 3), len(context)  # [B, T, N, C]
+        latents, count = to_tokens(latents, model.config.patch), len(context)
     generator = torch.Generator(device).manual_seed(seed)
     given = {"labels": labels, "actions": actions, "intervals": intervals}
     conditions = {name: None if value is None else value.to(device) for name, value in given.items()}
@@ -83,8 +84,8 @@ def generate(
     if resume:
         made = [frame.to(device) for frame in frames.saved()]
     latents = torch.cat([*([] if latents is None else [latents]), torch.stack(made, dim=1)], dim=1)
-    c = model.config
-    video = to_uint8(tokenizer.decode(latents.float().unflatten(2, (c.height, c.width)))).cpu()
+    latents = to_latents(latents.float(), model.config.grid, model.config.patch)
+    video = to_uint8(tokenizer.decode(latents)).cpu()
     if context is not None and not context.is_floating_point():
         video[:, : context.shape[1]] = context  # not what the tokenizer made of it
     return video

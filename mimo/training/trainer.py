@@ -179,7 +179,8 @@ class Trainer:
                 with autocast(self.device, config.precision):
                     loss = self.shared(latents, **conditions, **place)
                 (loss.total / config.accumulate).backward()
-            self.sums.add(loss.diffusion, loss.mask, config.accumulate, latents.shape[:4].numel() * world.size)
+            tokens = latents.shape[:4].numel() // self.model_config.patch**2
+            self.sums.add(loss.diffusion, loss.mask, config.accumulate, tokens * world.size)
         grad_norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip))
         self.step += 1
         # A step with found_inf set changes neither weights, moments and their counts nor the average. All of them read
