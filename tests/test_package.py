@@ -3,19 +3,24 @@ Triton."""
 
 import importlib
 import importlib.util
+import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import mimo_kernels
+from mimo.__main__ import PACKAGES
 from mimo_kernels import collect_env
 from mimo_kernels.core import backends
 from mimo_kernels.core.operators import OPERATORS, Operator
 from mimo_kernels.testing import assert_within_budget, between_nans, poisoned_memory
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def python(code: str) -> str:
@@ -223,3 +228,47 @@ def test_between_nans():
     assert torch.equal(x, y) and y.requires_grad and y.is_leaf and y.is_contiguous() and y.data_ptr() % 16 == 0
     around = y.detach().as_strided((y.numel() + 2,), (1,), y.storage_offset() - 1)
     assert around[0].isnan() and around[-1].isnan()
+
+
+WITHOUT_EXTRA = """
+    import sys
+    from mimo.__main__ import PACKAGES, main
+    sys.modules.update(dict.fromkeys(PACKAGES))  # as if none of them were installed
+"""
+
+
+def test_kernels_and_network_need_torch_alone():
+    python(
+        WITHOUT_EXTRA
+        + """
+    import mimo_kernels.attention, mimo_kernels.testing, mimo
+    mimo.MiMo, mimo.MiMoConfig
+    """
+    )
+
+
+def test_the_benchmark_of_a_plain_installation_has_no_plot_and_says_so(tmp_path):
+    words = python(
+        WITHOUT_EXTRA
+        + f"""
+    import pathlib
+    sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+    import attn_bench, common
+    common.bar_plot(pathlib.Path({str(tmp_path)!r}) / "attention.png", [], title="", **attn_bench.PLOT)
+    """
+    )
+    assert words.startswith("matplotlib is not installed: attention.png is not drawn") and words.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line_says_what_to_install():
+    code = textwrap.dedent(WITHOUT_EXTRA) + "sys.modules['tqdm'] = sys\nsys.exit(main())"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    names = "av, einops, matplotlib, pillow, safetensors, tensorboard, tyro"
+    assert result.stderr == f"error: mimo needs {names}: pip install 'mimo-kernels[mimo]'\n"
+
+
+def test_the_extra_is_what_the_command_line_asks_for():
+    declared = re.search(r"^mimo = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.M)[1]
+    assert set(re.findall(r'"([\w-]+)', declared)) == set(PACKAGES.values())
