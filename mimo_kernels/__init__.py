@@ -10,12 +10,13 @@ from mimo_kernels.core.operators import OPERATORS
 
 __version__ = "0.1.0"
 
-# What is public beside the operators: the data that they take.
+# What is public beside the operators: the data that they take, and a second door to one of them.
 _EXPORTS = {operator.name: operator.family for operator in OPERATORS} | {
     "AxialRoPE": "ops.rope",
     "FrameCache": "cache.pages",
     "FrameMask": "attention.mask",
     "FrameRows": "ops.frame_rows",
+    "paged_attention": "attention.paged",
     "sample_tube_mask": "ops.token_rows",
 }
 __all__ = sorted(_EXPORTS)

@@ -1,5 +1,6 @@
 """Who owns which page: the host's account of a FrameCache. No tensor of keys or values, nothing on a device."""
 
+from collections import deque
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from mimo_kernels.core import checks
 
-_NO_PAGES = torch.zeros(2, 0, dtype=torch.int32, device="cpu")
+_NO_PAGES = torch.zeros(3, 0, dtype=torch.int32, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,25 @@ class Frame:
 @dataclass
 class Sequence:
     frames: list[Frame]
-    table: Tensor  # int32 [2, pages], host: page numbers and rows in use per page; replaced, never written to
+    table: Tensor  # int32 [3, pages], host: page numbers, rows in use, place of the frame; replaced, never written to
     appended: int  # frames ever appended
     changed: int  # the book's count of changes when the frames changed last
     open: bool = False  # a frame is reserved and not yet committed
+
+
+class Hold:
+    """One more owner of the pages of some frames, as long as somebody refers to it: a view that shows them for good, or
+    a backward that has yet to run."""
+
+    def __init__(self, book: "Book", frames: list[Frame]):
+        book.collect()
+        book.acquire(frames)
+        book.holds += 1
+        self._book, self._frames = book, frames
+
+    def __del__(self) -> None:
+        # At any moment and in any thread: an append alone, which nothing can interrupt. The book collects them itself.
+        self._book.returned.append(self._frames)
 
 
 class Book:
@@ -41,6 +57,8 @@ class Book:
         self.sequences: dict[int, Sequence] = {}
         self.next_id = 0
         self.changes = 0
+        self.holds = 0  # owners beside the sequences
+        self.returned: deque[list[Frame]] = deque()  # what holds have given up and nobody has collected yet
 
     def sequence(self, seq: int) -> Sequence:
         if seq not in self.sequences:
@@ -84,8 +102,8 @@ class Book:
     def append(self, seq: int, frame: Frame) -> None:
         sequence = self.sequences[seq]
         self.acquire([frame])
+        sequence.table = torch.cat([sequence.table, self.table_of([frame], len(sequence.frames))], 1)
         sequence.frames.append(frame)
-        sequence.table = torch.cat([sequence.table, self.table_of([frame])], 1)
         sequence.appended += 1
         self.changes += 1
         sequence.changed = self.changes
@@ -111,6 +129,18 @@ class Book:
         for some in pages:
             self.free.extend(reversed(some))
 
+    def collect(self) -> None:
+        """Pages whose holds are gone are free where nobody else has them. To be called before free pages are looked
+        at."""
+        while self.returned:
+            self.release(self.returned.popleft())
+            self.holds -= 1
+
+    def held_alone(self) -> int:
+        """Pages that belong to no sequence any more and are not free yet, because of a hold."""
+        owned = {page for sequence in self.sequences.values() for frame in sequence.frames for page in frame.pages}
+        return sum(count > 0 and page not in owned for page, count in enumerate(self.references))
+
     def acquire(self, frames: SequenceOf[Frame]) -> None:
         for frame in frames:
             for page in frame.pages:
@@ -123,14 +153,17 @@ class Book:
                 if not self.references[page]:
                     self.free.append(page)
 
-    def table_of(self, frames: SequenceOf[Frame]) -> Tensor:
+    def table_of(self, frames: SequenceOf[Frame], first: int = 0) -> Tensor:
+        """As `Sequence.table`, for frames of which the first is number `first` of its sequence."""
         pages: list[int] = []
         used: list[int] = []
-        for frame in frames:
+        places: list[int] = []
+        for place, frame in enumerate(frames, first):
             pages.extend(frame.pages)
             used.extend([self.page_size] * (len(frame.pages) - 1))
             used.append(frame.num_tokens - self.page_size * (len(frame.pages) - 1))
-        return torch.tensor([pages, used], dtype=torch.int32, device="cpu")
+            places.extend([place] * len(frame.pages))
+        return torch.tensor([pages, used, places], dtype=torch.int32, device="cpu")
 
     def rows_of(self, pages: list[tuple[int, ...]], num_tokens: int) -> Tensor:
         """Rows of the pool for the tokens of some frames: int64 [frames * num_tokens], on the host."""
@@ -142,7 +175,9 @@ class Book:
     def state(self) -> tuple[list[int], dict[str, Tensor]]:
         """The pages in use, ascending, and everything but their content as int64 tensors, pages numbered as in that
         list."""
-        used = [page for page, count in enumerate(self.references) if count]
+        used = sorted(
+            {page for sequence in self.sequences.values() for frame in sequence.frames for page in frame.pages}
+        )
         saved_as = {page: number for number, page in enumerate(used)}
         frames: list[tuple[int, int, int, bool]] = []
         pages: list[int] = []

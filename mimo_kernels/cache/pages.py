@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mimo_kernels.cache.book import Book, Frame
-from mimo_kernels.cache.view import CacheView, ViewHead, upload
+from mimo_kernels.cache.view import CacheView, Times, ViewHead, upload
 from mimo_kernels.core import checks
 
 __all__ = ["CacheView", "FrameCache", "FrameSlot", "ViewHead"]
@@ -50,7 +50,8 @@ class FrameCache:
     Keys are stored as attention uses them: after QK-norm and RoPE at absolute positions.
 
     Args:
-        num_layers, num_heads, head_dim: of the network; head_dim is a multiple of 8 up to 256, as attention wants it.
+        num_layers, num_kv_heads, head_dim: of the network's keys and values (queries may have more heads); head_dim is
+            a multiple of 8 up to 256, as attention wants it.
         num_pages: pages in the pool; `pages_for` counts what a run needs.
         page_size: tokens per page. Best equal to the tokens of a frame, or a divisor of them, up to 64 or 128.
         dtype: float32, float16 or bfloat16. device: where the pool lives.
@@ -64,7 +65,7 @@ class FrameCache:
     def __init__(
         self,
         num_layers: int,
-        num_heads: int,
+        num_kv_heads: int,
         head_dim: int,
         *,
         num_pages: int,
@@ -73,23 +74,27 @@ class FrameCache:
         device: torch.device | str = "cpu",
         budget: int | None = None,
     ):
-        self.num_layers, self.num_heads, self.head_dim = num_layers, num_heads, head_dim
+        self.num_layers, self.num_kv_heads, self.head_dim = num_layers, num_kv_heads, head_dim
         self.num_pages, self.page_size = num_pages, page_size
         self.dtype, self.device = dtype, _device(device)
-        need = self.bytes(num_layers, num_heads, head_dim, num_pages=num_pages, page_size=page_size, dtype=dtype)
+        need = self.bytes(num_layers, num_kv_heads, head_dim, num_pages=num_pages, page_size=page_size, dtype=dtype)
         if budget is None:
             budget = _memory(self.device)
         if budget is not None and need > budget:
             raise ValueError(f"the cache needs {_size(need)} for {num_pages} pages, the budget is {_size(budget)}")
         # Zeroed, so that what `state_dict` saves of a partly used page is the same every time.
-        shape = (num_layers, 2, num_pages, page_size, num_heads, head_dim)
-        self.pool = torch.zeros(shape, dtype=dtype, device=self.device)
+        shape = (num_layers, 2, num_pages, page_size, num_kv_heads, head_dim)
+        with torch.inference_mode(False):  # a tensor made in it could not serve a backward later
+            self.pool = torch.zeros(shape, dtype=dtype, device=self.device)
+            # The same memory for readers. Autograd refuses to go on with what was written to since it was saved: of the
+            # pool it cannot know that the pages in question were not. `CacheView.hold` sees to that.
+            self._layers = [tuple(x.data for x in layer.unbind()) for layer in self.pool]
         self._book = Book(num_pages, page_size)
 
     @staticmethod
     def bytes(
         num_layers: int,
-        num_heads: int,
+        num_kv_heads: int,
         head_dim: int,
         *,
         num_pages: int,
@@ -101,7 +106,7 @@ class FrameCache:
         The reference backend of `paged_frame_attention` takes more beside it (see `CacheView.joined`), the kernels do
         not.
         """
-        sizes = {"num_layers": num_layers, "num_heads": num_heads, "head_dim": head_dim, "page_size": page_size}
+        sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "page_size": page_size}
         sizes["num_pages"] = num_pages
         for name, value in sizes.items():
             checks.expect_count("FrameCache", name, value, low=1)
@@ -109,7 +114,7 @@ class FrameCache:
             checks.refuse("FrameCache", "head_dim", f"is {head_dim}", f"a multiple of 8 from 8 to {MAX_HEAD_DIM}")
         if dtype not in checks.FLOATS:
             checks.refuse("FrameCache", "dtype", f"is {dtype}", checks.FLOAT_NAMES)
-        return 2 * num_layers * num_pages * page_size * num_heads * head_dim * dtype.itemsize
+        return 2 * num_layers * num_pages * page_size * num_kv_heads * head_dim * dtype.itemsize
 
     @staticmethod
     def pages_for(num_frames: int, tokens_per_frame: int, *, sequences: int = 1, page_size: int = 64) -> int:
@@ -164,6 +169,8 @@ class FrameCache:
 
     @property
     def num_free_pages(self) -> int:
+        """Pages that nobody has: no sequence, no open frame, no pinned view and no backward that has yet to run."""
+        self._book.collect()
         return len(self._book.free)
 
     # Writing
@@ -201,7 +208,7 @@ class FrameCache:
         """Store one layer's keys and values of the frame: k, v ``[sequences, num_tokens, heads, head_dim]``."""
         op = "FrameCache.write"
         for name, x in (("k", k), ("v", v)):
-            checks.expect_shape(op, name, x, len(slot.seqs), slot.num_tokens, self.num_heads, self.head_dim)
+            checks.expect_shape(op, name, x, len(slot.seqs), slot.num_tokens, self.num_kv_heads, self.head_dim)
             checks.expect_dtype(op, name, x, self.dtype, why="as the cache")
             _constant(op, name, x)
         checks.expect_device(op, self.pool, k=k, v=v)
@@ -252,16 +259,36 @@ class FrameCache:
 
     # Reading
 
-    def view(self, seqs: Sequence[int | None], *, max_pages: int | None = None) -> CacheView:
-        """Device page tables of `seqs`; ``None`` is a sequence without history, repeats are allowed.
+    def view(
+        self,
+        seqs: Sequence[int | None],
+        frames: Times = None,
+        *,
+        max_pages: int | None = None,
+        pinned: bool = False,
+    ) -> CacheView:
+        """What attention sees of `seqs`; ``None`` is a sequence without history, repeats are allowed.
 
-        `max_pages`: pages per sequence that the view can ever show; default what the longest sequence has now.
+        Args:
+            frames: the times of the resident frames that are seen: a list for all sequences alike, or a list with one
+                for each, ``None`` there for all frames of that sequence. Default: all frames of all.
+            max_pages: pages per sequence that the view can ever show; default what the longest sequence has now.
+            pinned: the view stays as it is. It is never older than the cache, and its pages are given to nobody as long
+                as it lives. For activation checkpointing, where the second forward must see what the first one saw.
         """
+        op = "FrameCache.view"
         seqs = tuple(seqs)
         if max_pages is None:
             max_pages = max((self._book.table(seq).shape[1] for seq in seqs), default=0)
-        checks.expect_count("FrameCache.view", "max_pages", max_pages)
-        return CacheView(self._book, self.pool, seqs, max_pages).refresh()
+        checks.expect_count(op, "max_pages", max_pages)
+        view = CacheView(self._book, self.pool, seqs, max_pages).refresh(frames=frames)
+        return view.pin() if pinned else view
+
+    def keys_and_values(self, layer: int) -> tuple[Tensor, Tensor]:
+        """One layer's pages to read from, each ``[num_pages, page_size, heads, head_dim]``: `pool` without its count of
+        writes."""
+        checks.expect_count("FrameCache.keys_and_values", "layer", layer, high=self.num_layers - 1)
+        return self._layers[layer]
 
     def check_view(self, view: CacheView | ViewHead) -> None:
         """ValueError unless the view is one of this cache and shows its sequences as they are now."""
@@ -311,14 +338,14 @@ class FrameCache:
     def _store_coarse(self, seq: int, frame: Frame, coarse: Callable[[int, int], tuple[Tensor, Tensor]]) -> Frame:
         """The pages of the frame that is to stand for `frame`. They belong to nobody yet, and to the pool where this
         fails."""
-        changes = self._book.changes, len(self._book.free)
+        changes = self._book.changes, self.num_free_pages
         k, v = coarse(seq, frame.index)
-        if (self._book.changes, len(self._book.free)) != changes:
+        if (self._book.changes, self.num_free_pages) != changes:
             raise ValueError("the cache was changed by the function that makes its frames coarse; it may only read")
         num_tokens = k.shape[1] if k.ndim == 4 else 0
-        expected = (self.num_layers, num_tokens, self.num_heads, self.head_dim)
+        expected = (self.num_layers, num_tokens, self.num_kv_heads, self.head_dim)
         if not 0 < num_tokens < frame.num_tokens or k.shape != expected or v.shape != expected:
-            wanted = f"[{self.num_layers}, fewer than {frame.num_tokens}, {self.num_heads}, {self.head_dim}]"
+            wanted = f"[{self.num_layers}, fewer than {frame.num_tokens}, {self.num_kv_heads}, {self.head_dim}]"
             found = f"have shapes {list(k.shape)} and {list(v.shape)}"
             checks.refuse("FrameCache.compress", "coarse k and v", found, f"{wanted}, both alike")
         for name, x in (("coarse k", k), ("coarse v", v)):
@@ -350,9 +377,15 @@ class FrameCache:
         is refused whole. Views follow when they are refreshed.
         """
         self._book.all_closed("be replaced")
+        self._book.collect()
+        if self._book.holds:
+            raise ValueError(
+                f"the cache cannot be replaced: {self._book.holds} pinned views or views with a backward that has yet "
+                "to run hold its pages"
+            )
         if (pages := state.get("pages")) is None:
             checks.refuse("saved cache", "pages", "are missing", "a tensor of 6 dimensions")
-        shape = self.num_layers, 2, "pages", self.page_size, self.num_heads, self.head_dim
+        shape = self.num_layers, 2, "pages", self.page_size, self.num_kv_heads, self.head_dim
         checks.expect_shape("saved cache", "pages", pages, *shape)
         checks.expect_dtype("saved cache", "pages", pages, self.dtype, why="as this cache")
         if pages.shape[2] > self.num_pages:
@@ -383,10 +416,12 @@ class FrameCache:
         need = num_frames * self._book.pages_of(num_tokens)
         if need > self.num_free_pages:
             page_bytes = self.pool.nbytes // self.num_pages
+            held = self._book.held_alone()
+            waiting = f"; {held} are held by pinned views or by a backward that has yet to run" if held else ""
             raise ValueError(
                 f"the cache is full: {num_frames} frames of {num_tokens} tokens need {need} pages "
                 f"({_size(need * page_bytes)}), {self.num_free_pages} of {self.num_pages} are free "
-                f"({_size(self.num_free_pages * page_bytes)} of a budget of {_size(self.pool.nbytes)})"
+                f"({_size(self.num_free_pages * page_bytes)} of a budget of {_size(self.pool.nbytes)}){waiting}"
             )
         return self._book.reserve(num_frames, num_tokens)
 

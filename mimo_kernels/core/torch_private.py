@@ -41,6 +41,11 @@ def is_fake(x: torch.Tensor) -> bool:
     return isinstance(x, FakeTensor) or x.device.type == "meta"
 
 
+def saved_tensors_are_packed() -> bool:
+    """Whether hooks put away what autograd saves: activation checkpointing, torch.autograd.graph.save_on_cpu."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
 def raw_stream(device_index: int) -> int:
     """The current stream of a CUDA device as the number that CUDA knows it by. A CPU build of torch has none."""
     return torch._C._cuda_getCurrentRawStream(device_index)

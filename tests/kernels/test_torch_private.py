@@ -52,6 +52,12 @@ def test_modes():
     assert not torch_private.is_fake(torch.ones(1)) and torch_private.is_fake(torch.ones(1, device="meta"))
 
 
+def test_saved_tensors_are_packed():
+    assert not torch_private.saved_tensors_are_packed()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        assert torch_private.saved_tensors_are_packed()
+
+
 @pytest.mark.skipif(torch.version.cuda is None, reason="a CPU build of torch has no streams")
 def test_raw_stream():
     assert callable(torch._C._cuda_getCurrentRawStream)

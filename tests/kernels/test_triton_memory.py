@@ -114,7 +114,6 @@ def test_paged_attention(launches, splits, kernels):
     clips, seqs = ragged(4, heads=2, dim=24, dtype=torch.float16)
     q, k, v = clips.frame(seqs, 9)
     view = clips.cache.view(seqs)
-    pages = (view.page_table, view.page_rows, view.num_pages)
     with poisoned_memory():
-        paged_op(q, k, v, *clips.cache.pool[0], *pages, 0.2, splits=splits)
+        paged_op(q, k, v, *clips.cache.keys_and_values(0), view.tables, None, None, None, 0.2, splits=splits)
     assert len(launches) == kernels
