@@ -10,40 +10,76 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
-SHARED_LIMIT = {80: 163, 90: 227, 100: 227}  # KiB per block
+SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB per block
+MAIN = (80, 90, 100)
 
-# (architecture, dtype, head_dim, page_size, tokens per frame, splits): every row of CONFIGS on every architecture.
-CASES = [(arch, "bf16", dim, 64, 256, 1) for arch in SHARED_LIMIT for dim in (72, 112, 128, 208, 256)]
-CASES += [(arch, "bf16", 72, 64, 64, 4) for arch in SHARED_LIMIT]
-CASES += [(arch, "fp32", 128, 64, 64, 2) for arch in SHARED_LIMIT]
+
+class Case(NamedTuple):
+    """backward: dq instead of the forward. options: heads of q share one of the cache, frames have a bias, and the
+    tables are another's: page numbers and lengths."""
+
+    arch: int
+    dtype: str
+    head_dim: int
+    page_size: int
+    tokens: int
+    splits: int
+    backward: bool = False
+    options: bool = False
+
+
+# Every row of the tables of tile sizes on every architecture that it is for.
+CASES = [Case(arch, "bf16", dim, 64, 256, 1) for arch in MAIN for dim in (72, 112, 128, 208, 256)]
+CASES += [Case(arch, "bf16", 72, 64, 64, 4) for arch in MAIN]
+CASES += [Case(arch, "fp32", 128, 64, 64, 2) for arch in MAIN]
 CASES += [
-    (80, "bf16", 128, 64, 64, 2),
-    (80, "bf16", 176, 64, 256, 1),
-    (90, "fp32", 256, 64, 256, 1),
-    (90, "bf16", 72, 16, 256, 2),  # a block spans pages
-    (80, "fp16", 96, 196, 196, 1),
+    Case(80, "bf16", 128, 64, 64, 2),
+    Case(80, "bf16", 176, 64, 256, 1),
+    Case(90, "fp32", 256, 64, 256, 1),
+    Case(90, "bf16", 72, 16, 256, 2),  # a block spans pages
+    Case(80, "fp16", 96, 196, 196, 1),
 ]
+CASES += [Case(arch, "bf16", dim, 64, 256, 1) for arch in (86, 120) for dim in (72, 128, 256)]
+CASES += [Case(86, "bf16", 176, 64, 256, 1), Case(86, "bf16", 208, 64, 256, 1)]
+CASES += [Case(arch, "bf16", 128, 64, 256, 1, options=True) for arch in SHARED_LIMIT]
+CASES += [Case(90, "bf16", 72, 1560, 1560, 2, options=True)]
+CASES += [Case(arch, "bf16", dim, 64, 256, 1, backward=True) for arch in (80, 86, 90, 100) for dim in (72, 128, 256)]
+CASES += [Case(arch, "bf16", 128, 64, 256, 2, backward=True, options=True) for arch in SHARED_LIMIT]
+CASES += [Case(80, "bf16", 176, 64, 256, 1, backward=True), Case(80, "bf16", 64, 64, 64, 4, backward=True)]
+CASES += [Case(90, "bf16", 72, 16, 64, 4, backward=True), Case(80, "bf16", 128, 64, 64, 4, backward=True)]
+CASES += [Case(90, "fp32", dim, 64, 256, 1, backward=True) for dim in (64, 128, 256)]
 
 
-def compile_case(arch: int, dtype: str, head_dim: int, page_size: int, tokens: int, splits: int) -> list[dict]:
+def compile_case(case: Case) -> list[dict]:
     """Registers, stack, shared memory and instructions of both kernels."""
-    from mimo_kernels.attention.triton import paged as triton_paged
+    from mimo_kernels.attention.triton import paged, paged_backward
 
-    config = triton_paged.config_for(head_dim, 4 if dtype == "fp32" else 2, tokens, arch)
-    forward = {"HEAD_DIM": head_dim, "PARTS": triton_paged.split_head_dim(head_dim), "PAGE": page_size}
-    forward |= {"BM": config.block_m, "BN": config.block_n, "SPLITS": splits, "PRECISION": triton_paged.PRECISION}
-    width = 1 << (head_dim - 1).bit_length()
-    combine = {"HEAD_DIM": head_dim, "WIDTH": width, "BM": triton_paged.COMBINE_ROWS, "SPLITS": splits}
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    types = dict.fromkeys(("p_page_table", "p_page_rows", "p_num_pages"), "*i32") | {"p_lse": "*fp32"}
-    types |= {"p_partial": "*fp32", "scale_log2": "fp32"}
-    partial = types | {"p_out": "*fp32"} if splits > 1 else types
-    made = [measure(triton_paged.paged_fwd_kernel, forward, partial, arch, dtype, options)]
-    if splits > 1:
-        made.append(measure(triton_paged.paged_combine_kernel, combine, types, arch, dtype, {"num_warps": 4}))
+    group = 4 if case.options else 1
+    module = paged_backward if case.backward else paged
+    itemsize = 4 if case.dtype == "fp32" else 2
+    config = module.config_for(case.head_dim, itemsize, case.tokens * group, case.arch)
+    options = paged.options(config, case.head_dim) | {"GROUP": group, "PAGE": case.page_size, "SPLITS": case.splits}
+    options |= {"PACKED": not case.options, "HAS_BIAS": case.options}
+    width = 1 << (case.head_dim - 1).bit_length()
+    second = {"HEAD_DIM": case.head_dim, "WIDTH": width, "BM": paged.COMBINE_ROWS, "SPLITS": case.splits}
+    types = dict.fromkeys(("p_tables", "p_lengths"), "*i32")
+    types |= dict.fromkeys(("p_bias", "p_lse", "p_dlse", "p_partial", "p_partial_lse", "p_own_lse"), "*fp32")
+    types |= dict.fromkeys(("scale", "scale_log2"), "fp32")
+    if case.backward:
+        options |= {"HAS_DLSE": case.options}
+        kernels = paged_backward.paged_dq_kernel, paged_backward.paged_dq_sum_kernel
+        result = {"p_dq": "*fp32"}
+    else:
+        options |= {"PARTIAL": case.splits > 1}
+        second |= {"HAS_OWN": case.options}
+        kernels, result = (paged.paged_fwd_kernel, paged.paged_combine_kernel), {"p_out": "*fp32"}
+    made = [measure(kernels[0], options, types | (result if case.splits > 1 else {}), case.arch, case.dtype)]
+    if case.splits > 1:
+        made.append(measure(kernels[1], second | {"num_warps": 4}, types, case.arch, case.dtype))
     return made
 
 
@@ -51,15 +87,17 @@ def compile_guided_step(arch: int) -> list[dict]:
     from mimo_kernels.ops.guidance import BLOCK, guided_step_kernel
 
     types = dict.fromkeys(("p_x", "p_weights", "p_coefficients"), "*fp32") | {"p_index": "*i64"}
-    constants = {"G": 3, "BM": BLOCK}
-    return [measure(guided_step_kernel, constants, types, arch, "bf16", {"num_warps": 4})]
+    return [measure(guided_step_kernel, {"G": 3, "BM": BLOCK, "num_warps": 4}, types, arch, "bf16")]
 
 
-def measure(kernel, constants: dict, types: dict, arch: int, dtype: str, options: dict) -> dict:
+def measure(kernel, constants: dict, types: dict, arch: int, dtype: str) -> dict:
+    """constants: those of the kernel, and how it is compiled."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    options = {name: value for name, value in constants.items() if name not in kernel.arg_names}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature, attributes = {}, {}
     for place, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -91,7 +129,7 @@ def compiled() -> dict[tuple, list[dict]]:
     return {tuple(case): made for case, made in json.loads(done.stdout.splitlines()[-1])}
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "sm{}-{}-d{}-page{}-n{}-splits{}".format(*case))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "sm{}-{}-d{}-page{}-n{}-splits{}-{}-{}".format(*case))
 def test_compiles_without_spills_and_fits(compiled, case):
     arch, dtype = case[:2]
     for kernel in compiled[case]:
@@ -103,7 +141,7 @@ def test_compiles_without_spills_and_fits(compiled, case):
         assert compiled[case][0]["HGMMA"] > 0 and compiled[case][0]["HMMA"] == 0
 
 
-@pytest.mark.parametrize("arch", SHARED_LIMIT)
+@pytest.mark.parametrize("arch", MAIN)
 def test_guided_step_compiles(compiled, arch):
     (kernel,) = compiled["guided_step", arch]
     assert kernel["stack"] == 0 and kernel["STL"] == 0 and kernel["registers"] <= 64
@@ -114,5 +152,5 @@ def test_pages_stream_in_while_the_tensor_cores_work(compiled):
 
 
 if __name__ == "__main__":
-    made = [(case, compile_case(*case)) for case in CASES]
-    print(json.dumps(made + [(("guided_step", arch), compile_guided_step(arch)) for arch in SHARED_LIMIT]))
+    made = [(case, compile_case(case)) for case in CASES]
+    print(json.dumps(made + [(("guided_step", arch), compile_guided_step(arch)) for arch in MAIN]))
