@@ -130,6 +130,13 @@ class MiMoConfig(_Record):
             training.
         history_dropout: probability that a future frame sees no history in training; history guidance needs it.
         clean_context: probability that a training frame is clean and told so (FAR, 0.1 there).
+        repa_weight: weight of the alignment of hidden states with the features of a frozen video encoder (REPA; 0.5 in
+            MiMo's App. E); 0 is none, a network without a projection.
+        repa_frames: which frames are aligned: "history" (clean ones), "future" (all others) or "both".
+        repa_layer: the hidden states behind this many blocks are aligned, 1..depth.
+        repa_encoder: name of the encoder, one of mimo.encoders.ENCODERS.
+        repa_channels: channels of its features; 1024 of VideoMAE-L.
+        repa_hidden: width of the projection's two hidden layers; 2048 in REPA's published code.
         parameterization: "v" (v-prediction, linear betas, zero terminal SNR) or "flow" (rectified flow).
         min_snr_gamma: clip threshold of the min-SNR weight of L_diff; None weighs every frame 1.
         min_snr_decay: decay of fused min-SNR; None is plain min-SNR.
@@ -168,6 +175,12 @@ class MiMoConfig(_Record):
     label_dropout: float = 0.1
     history_dropout: float = 0.0
     clean_context: float = 0.0
+    repa_weight: float = 0.0
+    repa_frames: Literal["history", "future", "both"] = "both"
+    repa_layer: int = 4
+    repa_encoder: Literal["videomae", "hog"] = "videomae"
+    repa_channels: int = 1024
+    repa_hidden: int = 2048
     parameterization: Literal["v", "flow"] = "v"
     min_snr_gamma: float | None = None
     min_snr_decay: float | None = None
@@ -216,7 +229,7 @@ class MiMoConfig(_Record):
 
     _MAY_BE_ZERO = (
         *("decoder_depth", "mask_weight", "num_classes", "num_actions", "max_interval"),
-        *("label_dropout", "history_dropout", "clean_context"),
+        *("label_dropout", "history_dropout", "clean_context", "repa_weight"),
     )
 
     def _check(self) -> None:
@@ -250,6 +263,8 @@ class MiMoConfig(_Record):
             _require(drops or not self.interleaved, "mask_ratio", ratio, "bounds that always mask if interleaved")
         else:
             _require(not self.interleaved, "interleaved", self.interleaved, "False when mask_weight is 0")
+        aligns = self.repa_weight == 0 or self.repa_layer <= self.depth
+        _require(aligns, "repa_layer", self.repa_layer, f"1..depth={self.depth} when repa_weight > 0")
         gamma, decay = self.min_snr_gamma, self.min_snr_decay
         _require(gamma is None or self.parameterization == "v", "min_snr_gamma", gamma, "None unless v-prediction")
         _require(gamma is None or gamma > 0, "min_snr_gamma", gamma, "more than zero, or None")

@@ -1,4 +1,4 @@
-"""`mimo demo`: train the smallest model for a few minutes on a CPU and predict clips it has not seen."""
+"""`mimo demo`: train the smallest network of a system for a few minutes on a CPU and predict clips it has not seen."""
 
 import time
 from dataclasses import replace
@@ -17,6 +17,7 @@ from mimo.data.npz import NpzReader
 from mimo.data.video import VIDEO_SUFFIXES, VideoReader, open_clip
 from mimo.data.writing import atomic_path, upscale
 from mimo.errors import InputError, user_input
+from mimo.presets import TINY_SYSTEMS
 from mimo.sampling.sampler import Sampler
 from mimo.sampling.videos import generate
 from mimo.training.log import duration
@@ -35,6 +36,7 @@ SHAPES: dict[str, Any] = {
     "color": (255, 232, 198),
 }
 MAX_FRAMES = 1000  # read of every real clip
+LOSSES = {"diffusion": "diffusion loss", "mask": "masked history loss", "alignment": "alignment with the encoder"}
 ORANGE, GREY = (235, 120, 20), (200, 200, 200)
 
 
@@ -93,29 +95,48 @@ class Windows:
         return {"video": video[cut]} | ({} if actions is None else {"actions": actions[cut]})
 
 
-def demo(data: Path | None, out: Path, *, steps: int | None = None, interval: int = 1, seed: int = 0) -> dict[str, Any]:
-    """Train mimo-tiny with the full objective, predict unseen clips, write pictures; returns the measured numbers.
+def demo(
+    data: Path | None,
+    out: Path,
+    *,
+    recipe: str = "mimo",
+    steps: int | None = None,
+    interval: int = 1,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Train a tiny preset with its full objective, predict unseen clips, write pictures; returns the measured numbers.
+
+    A preset without context frames predicts nothing: clips are made from nothing, and there is no truth to compare
+    them with.
 
     Args:
         data: a folder of videos or npz trajectories, or one such file; None makes clips of moving shapes.
+        recipe: a system, one of mimo.presets.TINY_SYSTEMS.
         steps: training steps; None takes the preset's.
         interval: take every n-th frame of real clips.
+
+    Raises: InputError for a system without a tiny preset, and for clips that cannot be used.
     """
     started = time.monotonic()
-    trainer, tests = _begin(data, steps, interval, seed)
+    preset = tiny_preset(recipe)
+    trainer, tests = _begin(preset, data, steps, interval, seed)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     print(
-        f"mimo-tiny, {parameters / 1e6:.2f} M parameters, on {trainer.device}: {trainer.config.steps} steps on "
+        f"{preset}, {parameters / 1e6:.2f} M parameters, on {trainer.device}: {trainer.config.steps} steps on "
         f"{trainer.dataset}"
     )
     records = train(trainer)
     first, last = records[0], records[-1]
-    for name in ("diffusion", "mask"):
+    trained = losses(trainer.model_config)
+    for name in trained:
         print(f"{name} loss: {first[name]:.4f} until step {first['step']}, {last[name]:.4f} at the end")
     unseen = "unseen clips" if data is None else "windows of the training clips' ends, which training did not see"
-    truth, predicted, scores = _predict(trainer, tests, unseen, seed)
-    context = trainer.sample_config.context_frames
-    paths = write_results(out, records, truth[:SHOWN_CLIPS].numpy(), predicted[:SHOWN_CLIPS].numpy(), context)
+    context, truth = trainer.sample_config.context_frames, _truth(tests)
+    made = _make(trainer, truth, tests, seed)
+    scores = _compare(made, truth, context, unseen) if context else {}
+    shown = truth[:SHOWN_CLIPS].numpy() if context else None
+    paths = write_results(out, shown, made[:SHOWN_CLIPS].numpy(), context)
+    paths.append(plot_losses(out / "loss.png", records, trained))
     trainer.save(out / "run")
     for path in paths:
         print(path)
@@ -125,12 +146,26 @@ def demo(data: Path | None, out: Path, *, steps: int | None = None, interval: in
     return scores | {"first": first, "last": last}
 
 
+def tiny_preset(recipe: str) -> str:
+    """The preset that stands for a system; the name of a recipe will do, which has underscores."""
+    name = recipe.replace("_", "-")
+    if name not in TINY_SYSTEMS:
+        raise InputError(f"unknown recipe {recipe!r}: expected one of {', '.join(TINY_SYSTEMS)}")
+    return f"{name}-tiny"
+
+
+def losses(config: MiMoConfig) -> dict[str, str]:
+    """The losses that are trained, and what the plot calls them."""
+    weights = {"mask": config.mask_weight, "alignment": config.repa_weight}
+    return {name: label for name, label in LOSSES.items() if weights.get(name, 1.0) > 0}
+
+
 def _begin(
-    data: Path | None, steps: int | None, interval: int, seed: int
+    preset: str, data: Path | None, steps: int | None, interval: int, seed: int
 ) -> tuple[Trainer, list[dict[str, np.ndarray]]]:
     """The trainer, and the clips to predict."""
-    model_config, sample_config = MiMoConfig.from_preset("mimo-tiny"), SampleConfig.from_preset("mimo-tiny")
-    train_config = user_input(replace, TrainConfig.from_preset("mimo-tiny"), seed=seed, preview_every=0)
+    model_config, sample_config = MiMoConfig.from_preset(preset), SampleConfig.from_preset(preset)
+    train_config = user_input(replace, TrainConfig.from_preset(preset), seed=seed, preview_every=0)
     if steps is not None:
         train_config = replace(train_config, steps=steps, warmup=min(train_config.warmup, steps // 4))
     frames, height, width = model_config.video_shape
@@ -144,18 +179,25 @@ def _begin(
     return Trainer(model_config, train_config, sample_config, windows), windows.test_windows(TEST_CLIPS)
 
 
-def _predict(
-    trainer: Trainer, tests: list[dict[str, np.ndarray]], unseen: str, seed: int
-) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """Truth and prediction, uint8 [B, F, H, W, 3], and their PSNR beside that of copying the last context frame."""
-    config = trainer.sample_config
-    truth = torch.from_numpy(np.stack([test["video"] for test in tests]))
-    told = trainer.model_config.num_actions
+def _truth(tests: list[dict[str, np.ndarray]]) -> Tensor:
+    """uint8 [B, F, H, W, 3]."""
+    return torch.from_numpy(np.stack([test["video"] for test in tests]))
+
+
+def _make(trainer: Trainer, truth: Tensor, tests: list[dict[str, np.ndarray]], seed: int) -> Tensor:
+    """What the averaged weights make: uint8 [B, F, H, W, 3], with the context of the truth where the preset has any."""
+    told, continues = trainer.model_config.num_actions, trainer.sample_config.context_frames > 0
     actions = torch.from_numpy(np.stack([test["actions"] for test in tests])) if told else None
     averaged = trainer.averaged()
     assert averaged is not None  # this process is alone
-    predicted = generate(Sampler(averaged, config), context=truth, actions=actions, seed=seed, progress=True)
-    context, frames = config.context_frames, truth.shape[1]
+    sampler = Sampler(averaged, trainer.sample_config)
+    context, count = truth if continues else None, len(truth)
+    return generate(sampler, context=context, actions=actions, count=count, seed=seed, progress=True)
+
+
+def _compare(predicted: Tensor, truth: Tensor, context: int, unseen: str) -> dict[str, float]:
+    """The PSNR of predictions beside that of copying the last context frame; uint8 [B, F, H, W, 3] each."""
+    frames = truth.shape[1]
     copied = truth[:, context - 1 : context].expand(-1, frames - context, -1, -1, -1)
     psnr_model, psnr_copy = psnr(predicted[:, context:], truth[:, context:]), psnr(copied, truth[:, context:])
     better = int((psnr_model > psnr_copy).sum())
@@ -163,7 +205,7 @@ def _predict(
         f"PSNR of {frames - context} predicted frames, mean of {TEST_CLIPS} {unseen}: {psnr_model.mean():.2f} dB, "
         f"{psnr_copy.mean():.2f} dB for copying the last context frame (better on {better} clips)"
     )
-    return truth, predicted, {"psnr": float(psnr_model.mean()), "psnr_copy": float(psnr_copy.mean())}
+    return {"psnr": float(psnr_model.mean()), "psnr_copy": float(psnr_copy.mean())}
 
 
 def read_windows(data: Path, num_frames: int, height: int, width: int, interval: int) -> Windows:
@@ -214,20 +256,22 @@ def psnr(video: Tensor, truth: Tensor) -> Tensor:
     return 10 * torch.log10(255**2 / squared.clamp(min=1e-10))
 
 
-def write_results(
-    out: Path, records: list[dict[str, float]], truth: np.ndarray, predicted: np.ndarray, context: int
-) -> list[Path]:
-    """The video, the GIF, the contact sheet and the loss plot of some clips uint8 [B, F, H, W, 3]."""
-    grid = np.concatenate([_row(truth, context), _row(predicted, context)], axis=1)
-    rows = {}
-    for number in range(len(truth)):
-        rows[f"clip {number + 1}: truth"] = truth[number]
-        rows[f"clip {number + 1}: prediction"] = predicted[number]
+def write_results(out: Path, truth: np.ndarray | None, made: np.ndarray, context: int) -> list[Path]:
+    """The video, the GIF and the contact sheet of some clips uint8 [B, F, H, W, 3]; truth=None: they predict nothing,
+    and stand alone."""
+    grid, rows = _row(made, context), {}
+    if truth is not None:
+        grid = np.concatenate([_row(truth, context), grid], axis=1)
+    for number in range(len(made)):
+        if truth is None:
+            rows[f"sample {number + 1}"] = made[number]
+        else:
+            rows[f"clip {number + 1}: truth"] = truth[number]
+            rows[f"clip {number + 1}: prediction"] = made[number]
     return [
         write_video(out / "prediction.mp4", grid, fps=5),
         write_gif(out / "prediction.gif", grid, fps=5),
         contact_sheet(out / "contact_sheet.png", rows, context),
-        plot_losses(out / "loss.png", records),
     ]
 
 
@@ -243,15 +287,16 @@ def _row(clips: np.ndarray, context: int) -> np.ndarray:
     return np.concatenate(framed, axis=2)
 
 
-def plot_losses(path: Path, records: list[dict[str, float]]) -> Path:
+def plot_losses(path: Path, records: list[dict[str, float]], names: dict[str, str]) -> Path:
+    """names: of the losses, and what they are called."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     steps = [record["step"] for record in records]
-    for name, label in (("diffusion", "diffusion loss"), ("mask", "masked history loss")):
+    for name, label in names.items():
         axes.plot(steps, [record[name] for record in records], label=label)
-    axes.set(xlabel="step", ylabel="mean squared error", yscale="log")
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     with atomic_path(path) as temporary:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from mimo.config import PRESETS, MiMoConfig, SampleConfig, TrainConfig
-from mimo.network.network import MiMo
+from mimo.network.network import TRAINING_ONLY, MiMo
 
 HEADING = """# Presets
 
@@ -30,6 +30,7 @@ def rows(name: str) -> dict[str, str]:
     if model.num_actions:
         guidance["action"] = guidance.pop("class")
     told = {"classes": model.num_classes, "actions": model.num_actions}
+    alignment = f"{model.repa_frames}, layer {model.repa_layer}, weight {model.repa_weight:g}, {model.repa_encoder}"
     rope = f"theta {model.rope_theta:g}, {' '.join(map(str, model.rope_split or ['a third each']))}"
     return {
         "Recipe": model.recipe,
@@ -60,11 +61,12 @@ def rows(name: str) -> dict[str, str]:
         "History dropped": f"{model.history_dropout:g}" if model.history_dropout else "none",
         "lambda": f"{model.mask_weight:g}" if decodes else "none",
         "Mask ratios": "{:g} to {:g}".format(*model.mask_ratio) if model.mask_ratio[1] else "none",
+        "REPA": alignment if model.repa_weight else "none",
         "EMA decay": f"{train.ema_decay:g}",
     }
 
 
-FAMILIES = ("mimo", "acdit", "dfot", "far", "video-dit")
+FAMILIES = ("mimo", "acdit", "dfot", "far", "video-dit", "repa")
 
 
 def table() -> str:
@@ -88,15 +90,15 @@ MARKS = "<!-- presets -->\n", "<!-- /presets -->\n"
 
 
 def short_table() -> str:
-    """A line per preset, with the parameters that sampling needs and those that training adds (the decoder)."""
+    """A line per preset, with the parameters that sampling needs and those that training adds (decoder, projection)."""
     lines = [["Preset", *SHORT, "Parameters"], ["---"] * (2 + len(SHORT))]
     for name in PRESETS:
         says = rows(name)
         with torch.device("meta"):
             network = MiMo(MiMoConfig.from_preset(name))
-        decoder = 0 if network.decoder is None else sum(p.numel() for p in network.decoder.parameters())
-        sampled = sum(p.numel() for p in network.parameters()) - decoder
-        counts = f"{sampled / 1e6:.1f} M" + (f" + {decoder / 1e6:.1f} M" if decoder else "")
+        added = sum(p.numel() for name, p in network.named_parameters() if name.split(".")[0] in TRAINING_ONLY)
+        sampled = sum(p.numel() for p in network.parameters()) - added
+        counts = f"{sampled / 1e6:.1f} M" + (f" + {added / 1e6:.1f} M" if added else "")
         told = "" if says["Conditions"] == "none" else f" ({says['Conditions']})"
         lines.append([f"`{name}`{told}", *(form.format(**says) for form in SHORT.values()), counts])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

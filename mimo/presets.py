@@ -40,6 +40,11 @@ ONE_COPY = UNMASKED | {"separate_ln": False}  # there are no clean frames to hav
 DFOT = ONE_COPY | {"recipe": "dfot"}
 FAR = ONE_COPY | {"recipe": "far", "clean_context": 0.1}
 VIDEO_DIT = ONE_COPY | {"recipe": "video_dit"}
+# Sec. 3.2 and Table 3: ACDiT and MiMo, aligned with VideoMAE-L behind layer 4 at weight 0.5.
+REPA = {"repa_weight": 0.5, "repa_layer": 4, "repa_frames": "both", "repa_encoder": "videomae", "repa_channels": 1024}
+REPA_HISTORY, REPA_FUTURE = REPA | {"repa_frames": "history"}, REPA | {"repa_frames": "future"}
+# An encoder without weights, in the middle of a shallow network.
+REPA_TINY = REPA | {"repa_layer": 2, "repa_encoder": "hog", "repa_channels": 28, "repa_hidden": 128}
 # FAR's own experiments: sizes of its Table 1; positions are those of its published code.
 FAR_POSITIONS = {"rope_theta": 10_000.0, "rope_split": (16, 24, 24)}
 FAR_B = {"depth": 12, "dim": 768, "heads": 12} | FAR_POSITIONS
@@ -78,6 +83,8 @@ PRESETS: dict[str, tuple[dict[str, Any], ...]] = {  # name: network, training, s
     "mimo-b-k600": (B | K600, K600_B_TRAINING, K600_SAMPLING),
     # What Tables 3 to 9 compare with: 36.601 is l = 12.
     "mimo-b-k600-l12": (B | K600 | {"decoder_layer": 12}, K600_B_TRAINING, K600_SAMPLING),
+    # Table 3's MiMo + REPA-Both, 34.133.
+    "mimo-repa-b-k600": (B | K600 | {"decoder_layer": 12} | REPA, K600_B_TRAINING, K600_SAMPLING),
     "mimo-xl-k600": (XL | K600, K600_XL_TRAINING, K600_SAMPLING),
     "mimo-xl-ucf101": (XL | UCF101 | CLASSES, UCF101_TRAINING, UCF101_CLASS_SAMPLING),
     "mimo-xl-ucf101-uncond": (XL | UCF101, UCF101_TRAINING, UCF101_SAMPLING),
@@ -95,6 +102,11 @@ PRESETS: dict[str, tuple[dict[str, Any], ...]] = {  # name: network, training, s
     "far-xl-k600": (XL | K600 | FAR, K600_XL_TRAINING, K600_SAMPLING),
     "far-b-minecraft": (B | MINECRAFT | FAR, MINECRAFT_TRAINING, MINECRAFT_SAMPLING),
     "far-tiny": (TINY | FAR, TINY_TRAINING, TINY_SAMPLING),
+    # ACDiT with REPA.
+    "repa-b-k600": (B | K600 | ACDIT | REPA, K600_B_TRAINING, K600_SAMPLING),
+    "repa-history-b-k600": (B | K600 | ACDIT | REPA_HISTORY, K600_B_TRAINING, K600_SAMPLING),
+    "repa-future-b-k600": (B | K600 | ACDIT | REPA_FUTURE, K600_B_TRAINING, K600_SAMPLING),
+    "repa-tiny": (TINY | ACDIT | REPA_TINY, TINY_TRAINING, TINY_SAMPLING),
     # FAR's own.
     "far-b-ucf101-uncond": (FAR_B | UCF101 | FAR, FAR_ABLATION_TRAINING, UCF101_SAMPLING),
     "far-l-ucf101": (FAR_L | UCF101 | CLASSES | FAR, FAR_TRAINING, UCF101_CLASS_SAMPLING),
@@ -109,3 +121,4 @@ NETWORK: dict[str, dict[str, Any]]
 TRAINING: dict[str, dict[str, Any]]
 SAMPLING: dict[str, dict[str, Any]]
 NETWORK, TRAINING, SAMPLING = ({name: parts[i] for name, parts in PRESETS.items()} for i in range(3))
+TINY_SYSTEMS = tuple(name.removesuffix("-tiny") for name in PRESETS if name.endswith("-tiny"))  # for `mimo demo`

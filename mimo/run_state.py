@@ -16,7 +16,7 @@ KINDS: dict[str, type[MiMoConfig] | type[TrainConfig] | type[SampleConfig]] = {
 
 
 @dataclass
-class _Tokenizer:
+class _Weights:
     weights: str | None = None
     sha256: str | None = None
 
@@ -30,7 +30,8 @@ class _Configs:
     train: dict[str, Any]
     sample: dict[str, Any]
     data: str
-    tokenizer: _Tokenizer = field(default_factory=_Tokenizer)  # not in checkpoints of before it was recorded, like told
+    tokenizer: _Weights = field(default_factory=_Weights)  # not in checkpoints of before it was recorded, like told
+    encoder: _Weights = field(default_factory=_Weights)  # of what hidden states are aligned with, if they are
     told: dict[str, bool | int | float | str | None] = field(default_factory=dict)
     OTHER_KEYS: ClassVar[bool] = True
 

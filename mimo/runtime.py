@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mimo.config import MiMoConfig
 from mimo.data import to_float
+from mimo.encoders import Encoder, build_encoder
 from mimo.tokenizers import build_tokenizer
 from mimo.tokenizers.protocols import Tokenizer, VariationalTokenizer
 
@@ -60,10 +61,27 @@ def config_tokenizer(config: MiMoConfig, weights: str | Path | None = None, *, t
     return tokenizer
 
 
+def config_encoder(config: MiMoConfig, weights: str | Path | None = None) -> Encoder | None:
+    """The encoder that a network is aligned with; None for one that is not. ValueError when it cannot encode the clips,
+    or has not the channels that the network expects."""
+    if config.repa_weight == 0:
+        if weights is not None:
+            raise ValueError(f"encoder_weights={weights}: expected none, as nothing is aligned (repa_weight=0)")
+        return None
+    encoder = build_encoder(config.repa_encoder, channels=config.repa_channels, weights=weights)
+    encoder.grid(*config.video_shape)
+    return encoder
+
+
 def recorded_tokenizer(configs: dict[str, Any]) -> dict[str, str | None]:
     """Path of the tokenizer's weights (None: it has none) and its checksum in a checkpoint; one of before they were
     recorded has no checksum, which is that of no tokenizer."""
     return {"weights": None, "sha256": None} | configs.get("tokenizer", {})
+
+
+def recorded_encoder(configs: dict[str, Any]) -> dict[str, str | None]:
+    """The same of the encoder that a network is aligned with; a checkpoint of a network that is not has neither."""
+    return {"weights": None, "sha256": None} | configs.get("encoder", {})
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -92,3 +110,11 @@ def to_latents(
     actions = batch["actions"].to(device) if config.num_actions else None
     intervals = batch["interval"].to(device) if config.max_interval else None
     return latents, {"labels": labels, "actions": actions, "intervals": intervals}
+
+
+def to_features(batch: dict[str, Tensor], encoder: Encoder | None, device: torch.device) -> Tensor | None:
+    """What the encoder makes of the clips of a batch, or has made when they were encoded: [B, T', H', W', E] on the
+    device; None for neither."""
+    if "features" in batch:
+        return batch["features"].to(device, non_blocking=True)
+    return None if encoder is None else encoder.encode(to_float(batch["video"].to(device, non_blocking=True)))

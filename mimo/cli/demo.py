@@ -2,21 +2,26 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from mimo.cli.options import require_folder
 from mimo.errors import InputError
+from mimo.presets import TINY_SYSTEMS
 
 
 @dataclass
 class Demo:
-    """Train mimo-tiny for a few minutes and predict clips it has not seen.
+    """Train a tiny network for a few minutes and predict clips it has not seen.
 
     Writes prediction.mp4, prediction.gif, contact_sheet.png (truth above prediction) and loss.png, and prints how the
-    prediction compares with repeating the last context frame.
+    prediction compares with repeating the last context frame. A system that continues no clip makes some from nothing.
 
     Args:
         data: a folder of videos or npz trajectories, or one such file; without it, clips of moving shapes are made.
         out: folder for the results.
+        recipe: which system is trained, by its tiny preset.
         steps: training steps, instead of the preset's.
         interval: take every n-th frame of real clips.
         seed: of everything random.
@@ -24,6 +29,7 @@ class Demo:
 
     data: Path | None = None
     out: Path = Path("demo")
+    recipe: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(TINY_SYSTEMS) + "}")] = "mimo"
     steps: int | None = None
     interval: int = 1
     seed: int = 0
@@ -35,4 +41,4 @@ class Demo:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"--{name} {value}: expected at least 1")
         require_folder(self.out)
-        demo(self.data, self.out, steps=self.steps, interval=self.interval, seed=self.seed)
+        demo(self.data, self.out, recipe=self.recipe, steps=self.steps, interval=self.interval, seed=self.seed)

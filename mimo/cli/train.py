@@ -34,6 +34,8 @@ class Train(Clips):
         resume: continue from the newest checkpoint in the run folder, or begin where there is none.
         tokenizer_weights: what the tokenizer reads: a folder or file, for dcae also a hub id; "dct" has none.
         trust_pickle: read tokenizer weights that hold pickled objects, which can run any code. It is not remembered.
+        encoder_weights: the folder that REPA's encoder reads (with --model.repa-weight); "hog" has none, and latents
+            that were encoded with their features need none.
         ignore_labels: train a network without classes on clips that have them.
         ignore_actions: train a network without actions on clips that have them.
         keep_every: checkpoints whose step is a multiple of this are never deleted.
@@ -53,6 +55,7 @@ class Train(Clips):
     resume: bool = False
     tokenizer_weights: Path | None = None
     trust_pickle: bool = False
+    encoder_weights: Path | None = None
     ignore_labels: bool = False
     ignore_actions: bool = False
     keep_every: int | None = None
@@ -99,9 +102,10 @@ class Train(Clips):
             for name, value in told.items()
             if name in known
         }
-        recorded = configs.get("tokenizer") or {}
-        if recorded.get("weights") is not None:
-            options["tokenizer_weights"] = Path(recorded["weights"])
+        for name in ("tokenizer", "encoder"):
+            recorded = configs.get(name) or {}
+            if recorded.get("weights") is not None:
+                options[f"{name}_weights"] = Path(recorded["weights"])
         return cls(
             out=out,
             model=MiMoConfig.from_dict(configs["model"]),
@@ -154,6 +158,7 @@ class Train(Clips):
             dataset,
             tokenizer_weights=self.tokenizer_weights,
             trust_pickle=self.trust_pickle,
+            encoder_weights=self.encoder_weights,
             device=device,
             compile=self.compile,
             ignore=ignore,

@@ -171,6 +171,9 @@ class _Looks(Dataset):
 def _check_latents(dataset: LatentShards, decode_all: bool) -> Report:
     shape = " x ".join(map(str, dataset.latent_shape))
     report = Report(str(dataset.path), f"clips of latents {shape} ({dataset.index.tokenizer})", files=len(dataset))
+    if (features := dataset.index.features_shape) is not None:
+        report.kind += f" with features {' x '.join(map(str, features))} ({dataset.index.encoder})"
+        dataset.read_features(str(dataset.index.encoder), features[-1])
     report.frames = [dataset.num_frames] * len(dataset)
     report.sizes[f"{dataset.height}x{dataset.width}"] = len(dataset)
     last = 0

@@ -37,6 +37,7 @@ from mimo.data.loader import default_workers, report
 from mimo.data.protocols import VideoDataset
 from mimo.data.video import to_float
 from mimo.data.writing import atomic_path
+from mimo.encoders import Encoder
 from mimo.errors import InputError
 from mimo.tokenizers.protocols import Tokenizer, VariationalTokenizer, require_posterior
 from mimo.tokenizers.weights import checksum
@@ -50,6 +51,8 @@ _TEMPORARY = re.compile(
 )
 _LEFT_FOR = 60  # seconds after which nobody is writing an index any more
 Likeness = tuple[int | None, str]  # of a source file: see `_likeness`
+Networks = tuple[Tokenizer, Encoder | None]  # what makes latents, and what makes features where they are asked for
+_ARRAYS = ("latents", "features")  # of a shard, what networks made
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -97,6 +100,8 @@ def write_shards(
     config: Encoding,
     *,
     tokenizer_name: str,
+    encoder: Encoder | None = None,
+    encoder_name: str | None = None,
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
@@ -107,13 +112,14 @@ def write_shards(
         dataset: any of mimo.data with videos.
         tokenizer: any of mimo.tokenizers.
         tokenizer_name: recorded, with the dataset and the settings; `out` must have been begun with the same.
+        encoder, encoder_name: any of mimo.encoders, whose features are stored beside the latents; None stores none.
         rank, world_size: this process among those that share the work.
 
     Raises: DataError when `out` was begun with other settings or another dataset, or when no clip can be read.
     """
     out = Path(out)
     require_posterior(tokenizer, tokenizer_name, config.posterior)
-    plan = _plan(dataset, tokenizer, config, tokenizer_name)
+    plan = _plan(dataset, tokenizer, config, tokenizer_name) | _plan_features(dataset, encoder, encoder_name)
     _begin(out, plan, dataset)
     total = len(dataset) * config.passes
     ranges = [range(first, min(first + config.shard_clips, total)) for first in range(0, total, config.shard_clips)]
@@ -122,10 +128,11 @@ def write_shards(
         log.warning("%s: is damaged, and made anew", file)
     if todo:  # what was finished once is not whole any more
         (out / "index.json").unlink(missing_ok=True)
-    tokenizer = tokenizer.to(device)
+    tokenizer, encoder = tokenizer.to(device), None if encoder is None else encoder.to(device)
     began, share = time.monotonic(), f" of process {rank}" if world_size > 1 else ""
     with tqdm(total=sum(len(ranges[s]) for s in todo), unit="clip", desc="encode", disable=None) as bar:
-        encoded = _encoded_shards(dataset, tokenizer, config, plan, [ranges[s] for s in todo], device, bar)
+        networks = tokenizer, encoder
+        encoded = _encoded_shards(dataset, networks, config, plan, [ranges[s] for s in todo], device, bar)
         for number, (s, rows) in enumerate(zip(todo, encoded, strict=True), 1):
             _write_shard(shard_file(out, s), rows, plan, ranges[s])
             eta = tqdm.format_interval((time.monotonic() - began) / number * (len(todo) - number))
@@ -134,7 +141,7 @@ def write_shards(
     # Whoever comes last reads all shards again; the others see that some are not there yet.
     if all(file.exists() for file in files) and all(map(_is_whole, files, itertools.repeat(plan), ranges)):
         _finish(out, plan, len(ranges))
-        verify(out, dataset, tokenizer, device=device)
+        verify(out, dataset, tokenizer, encoder, device=device)
         if todo or rank == 0:  # of those that find all of it done, one says so
             shards = LatentShards(out)
             skipped = f", {total - len(shards)} of {total} could not be used" if len(shards) < total else ""
@@ -166,8 +173,16 @@ def _plan(dataset: VideoDataset, tokenizer: Tokenizer, config: Encoding, tokeniz
     } | ({} if config.posterior == "mean" else {"posterior": config.posterior})  # shards of before know no such choice
 
 
+def _plan_features(dataset: VideoDataset, encoder: Encoder | None, name: str | None) -> dict:
+    """The part of the plan that features add; shards without them know nothing of encoders."""
+    if encoder is None:
+        return {}
+    shape = *encoder.grid(dataset.num_frames, dataset.height, dataset.width), encoder.channels
+    return {"encoder": name, "encoder_sha256": checksum(encoder), "features_shape": list(shape)}
+
+
 def _encoded_shards(
-    dataset, tokenizer, config: Encoding, plan: Mapping, ranges: list[range], device, bar: tqdm
+    dataset, networks: Networks, config: Encoding, plan: Mapping, ranges: list[range], device, bar: tqdm
 ) -> Iterator[list]:
     """The rows of each range of the walk, one after the other. Clips that cannot be used are named and left out."""
     batches = [
@@ -189,19 +204,19 @@ def _encoded_shards(
                 if isinstance(clip.failure, OutOfRange):
                     raise DataError(str(clip.failure))
                 report(reported, [(clip.failure.path, clip.failure.why)] if clip.failure else [], clip.shortened)
-            rows += _encode_batch(batch, tokenizer, device, plan)
+            rows += _encode_batch(batch, networks, device, plan)
             bar.update(len(batch))
         yield rows
 
 
 def verify(
-    path: str | Path, dataset=None, tokenizer=None, *, clips: int = 2, device: torch.device | str = "cpu"
+    path: str | Path, dataset=None, tokenizer=None, encoder=None, *, clips: int = 2, device: torch.device | str = "cpu"
 ) -> int:
     """Reads every shard back and returns the number of clips.
 
-    Checks sizes, checksums, shapes and that all latents are finite; with `dataset`, that its files are those that were
-    encoded; with `tokenizer` too, that `clips` clips encoded anew give what is stored. Raises DataError at the first
-    fault.
+    Checks sizes, checksums, shapes and that all latents and features are finite; with `dataset`, that its files are
+    those that were encoded; with `tokenizer` (and `encoder`) too, that `clips` clips encoded anew give what is stored.
+    Raises DataError at the first fault.
     """
     path = Path(path)
     shards = LatentShards(path, allow_outside=True)
@@ -212,17 +227,19 @@ def verify(
     for number, shard in enumerate(shards.index.shards):
         try:
             shards.require_checksum(number)
-            latents = shards.open_shard(number).get_tensor("latents")
+            opened = shards.open_shard(number)
+            stored = [opened.get_tensor(key) for key in _ARRAYS if key in opened.keys()]  # noqa: SIM118 (no mapping)
         except UnreadableVideo as error:
             raise DataError(str(error)) from None
-        if not torch.isfinite(latents).all():
-            clip = (~torch.isfinite(latents.flatten(1)).all(1)).nonzero()[0].item()
-            raise DataError(f"{shards.files[number]}: clip {clip} is not finite")
+        for array in stored:
+            if not torch.isfinite(array).all():
+                clip = (~torch.isfinite(array.flatten(1)).all(1)).nonzero()[0].item()
+                raise DataError(f"{shards.files[number]}: clip {clip} is not finite")
         places += [(shards.files[number], row) for row in range(shard.clips)]
     if dataset is not None and tokenizer is not None:
         chosen = np.random.default_rng(index.seed).permutation(len(places))[:clips]
         for file, row in (places[i] for i in chosen):
-            _compare_clip(file, row, _Walk(dataset, index.seed), tokenizer, device, asdict(index))
+            _compare_clip(file, row, _Walk(dataset, index.seed), (tokenizer, encoder), device, asdict(index))
     return len(places)
 
 
@@ -294,9 +311,10 @@ def _describe(likeness: Likeness | None) -> str:
 
 @torch.no_grad()
 def _encode_batch(
-    clips: list[_Drawn], tokenizer: Tokenizer, device: torch.device | str, plan: Mapping
+    clips: list[_Drawn], networks: Networks, device: torch.device | str, plan: Mapping
 ) -> list[dict[str, torch.Tensor]]:
     """The rows of a shard, of those clips that have a sample."""
+    tokenizer, encoder = networks
     drawn = [(clip, clip.sample) for clip in clips if clip.sample is not None]
     if not drawn:
         return []
@@ -305,11 +323,15 @@ def _encode_batch(
         latents = tokenizer.draw(video, torch.tensor([clip.noise_seed for clip, _ in drawn]))
     else:
         latents = tokenizer.encode(video)
+    arrays = {"latents": latents} | ({} if encoder is None else {"features": encoder.encode(video)})
+    arrays = {key: array.to(_DTYPES[plan["dtype"]]).cpu() for key, array in arrays.items()}
     rows = []
-    for z, (clip, sample) in zip(latents.to(_DTYPES[plan["dtype"]]).cpu(), drawn, strict=True):
-        if not torch.isfinite(z).all():
-            raise DataError(f"clip {clip.index}, pass {clip.turn}: its latents are not finite in {plan['dtype']}")
-        row = {"latents": z, "index": torch.tensor(clip.index), "pass": torch.tensor(clip.turn)}
+    for number, (clip, sample) in enumerate(drawn):
+        row = {key: array[number] for key, array in arrays.items()}
+        for key, array in row.items():
+            if not torch.isfinite(array).all():
+                raise DataError(f"clip {clip.index}, pass {clip.turn}: its {key} are not finite in {plan['dtype']}")
+        row |= {"index": torch.tensor(clip.index), "pass": torch.tensor(clip.turn)}
         row |= {key: torch.as_tensor(value) for key, value in sample.items() if key != "video"}
         rows.append(row)
     return rows
@@ -380,7 +402,7 @@ def _finish(out: Path, plan: dict, shards: int) -> None:
                     left.unlink()
 
 
-def _compare_clip(file: Path, row: int, walk: _Walk, tokenizer: Tokenizer, device, plan: Mapping) -> None:
+def _compare_clip(file: Path, row: int, walk: _Walk, networks: Networks, device, plan: Mapping) -> None:
     stored = {key: value[row] for key, value in load_file(file).items()}
     index, turn = int(stored["index"]), int(stored["pass"])
     clip = walk[turn * len(walk.dataset) + index]
@@ -388,8 +410,10 @@ def _compare_clip(file: Path, row: int, walk: _Walk, tokenizer: Tokenizer, devic
         raise DataError(
             f"{file}: clip {row} came from {clip.failure.path}, which cannot be read any more: {clip.failure.why}"
         )
-    (fresh,) = _encode_batch([clip], tokenizer, device, plan)
-    z, again = stored["latents"].float(), fresh["latents"].float()
-    error = ((z - again).square().mean() / again.square().mean().clamp_min(1e-12)).sqrt().item()
-    if error > 0.02:  # batch size and device change the last bits, another tokenizer or clip changes everything
-        raise DataError(f"{file}: clip {row} differs from clip {index} encoded anew by {error:.1%} (relative RMS)")
+    (fresh,) = _encode_batch([clip], networks, device, plan)
+    for key in fresh.keys() & set(_ARRAYS):
+        z, again = stored[key].float(), fresh[key].float()
+        error = ((z - again).square().mean() / again.square().mean().clamp_min(1e-12)).sqrt().item()
+        if error > 0.02:  # batch size and device change the last bits, another network or clip changes everything
+            what = f"clip {row} differs" if key == "latents" else f"{key} of clip {row} differ"
+            raise DataError(f"{file}: {what} from clip {index} encoded anew by {error:.1%} (relative RMS)")

@@ -5,7 +5,8 @@
     OUT/files.json                 name and size of every source file, and the SHA-256 of its first and last 64 KiB, to
                                    notice that a dataset has changed (and not that it was copied)
     OUT/shard-00000.safetensors    latents [n, T, H, W, C], index int64 [n] (the clip), pass int64 [n], and label,
-                                   actions or interval where the clips have them
+                                   actions or interval where the clips have them; features [n, T', H', W', E] where
+                                   an encoder's were asked for
 
 index.json is written last: without it the folder is not finished.
 """
@@ -74,11 +75,18 @@ class Index:
     seed: int
     shards: list[Shard]
     posterior: Literal["mean", "sample"] = "mean"
+    encoder: str | None = None  # of the features, if there are any; and their shape in a clip
+    encoder_sha256: str | None = None
+    features_shape: tuple[int, int, int, int] | None = None
 
     def __post_init__(self) -> None:
         for name in ("clip_shape", "latent_shape", "compression"):
             if not all(0 < size < 2**31 for size in getattr(self, name)):
                 raise ValueError(f"{name} {list(getattr(self, name))}, expected sizes of at least 1")
+        if len({self.encoder is None, self.encoder_sha256 is None, self.features_shape is None}) > 1:
+            raise ValueError("encoder, encoder_sha256 and features_shape: expected all or none of them")
+        if not all(0 < size < 2**31 for size in self.features_shape or ()):
+            raise ValueError(f"features_shape {list(self.features_shape or ())}, expected sizes of at least 1")
         for name in ("num_classes", "num_actions"):
             if not 0 <= (getattr(self, name) or 0) < 2**31:
                 raise ValueError(f"{name} {getattr(self, name)}, expected a number of values, or null")
@@ -109,7 +117,8 @@ def sha256(path: Path) -> str:
 
 
 class LatentShards:
-    """Encoded clips. `sample` gives `latents` fp32 [T, H, W, C] in place of `video`; its seed changes nothing.
+    """Encoded clips. `sample` gives `latents` fp32 [T, H, W, C] in place of `video`, and after `read_features` also
+    `features` fp32 [T', H', W', E]; its seed changes nothing.
 
     Shards are memory-mapped, so a sample reads only itself. A shard of another size than recorded, or missing, is
     reported by name when it is opened and its clips count as unreadable; `check_readable` looks at all of them.
@@ -150,6 +159,7 @@ class LatentShards:
         self.num_classes = num_classes or self.index.num_classes
         self.num_actions = num_actions or self.index.num_actions
         self.keys = [key for key, used in (("label", use_labels), ("actions", use_actions), ("interval", True)) if used]
+        self.arrays = ["latents"]
         self._ends = np.cumsum([shard.clips for shard in self.index.shards])
         self._open: dict[int, safe_open] = {}
         if not len(self):
@@ -183,8 +193,8 @@ class LatentShards:
     def sample(self, index: int, seed: int) -> dict[str, np.ndarray]:
         number, row = self._place(index)
         shard = self.open_shard(number)
-        sample = {"latents": shard.get_slice("latents")[row].float().numpy()}
-        if not np.isfinite(sample["latents"]).all():
+        sample = {key: shard.get_slice(key)[row].float().numpy() for key in self.arrays}
+        if not all(np.isfinite(array).all() for array in sample.values()):
             why = f"clip {row} is not finite (mimo data check --decode-all looks at every shard)"
             raise UnreadableVideo(self.files[number], why)
         for key in self.keys:
@@ -211,6 +221,8 @@ class LatentShards:
         """Raises UnreadableVideo unless a shard's tensors have the shapes that the index says."""
         clips = self.index.shards[number].clips
         expected = {"latents": [clips, *self.latent_shape]}
+        if self.index.features_shape is not None and clips:
+            expected["features"] = [clips, *self.index.features_shape]
         expected |= {key: [clips] for key in ("label", "interval") if key in shapes}
         expected |= {"actions": [clips, self.num_frames]} if "actions" in shapes else {}
         for key, shape in expected.items():
@@ -260,6 +272,25 @@ class LatentShards:
         differing = [f"{key} {there[key]!r}, training has {here[key]!r}" for key in here if here[key] != there[key]]
         if differing:
             raise DataError(f"{self.path}: was encoded with {'; '.join(differing)}")
+
+    def read_features(self, encoder: str, channels: int) -> str:
+        """From now on samples hold the features of this encoder; returns its checksum.
+
+        Raises DataError unless they were encoded, by an encoder of this name and with so many channels.
+        """
+        index = self.index
+        if index.encoder is None or index.encoder_sha256 is None or index.features_shape is None:
+            raise DataError(
+                f"{self.path}: holds no features of an encoder: expected latents that mimo encode wrote with "
+                f"--model.repa-weight and --model.repa-encoder {encoder}"
+            )
+        found, expected = (index.encoder, index.features_shape[-1]), (encoder, channels)
+        if found != expected:
+            words = [f"features of the encoder {name!r} with {count} channels" for name, count in (found, expected)]
+            raise DataError(f"{self.path}: holds {words[0]}, expected {words[1]}")
+        if "features" not in self.arrays:
+            self.arrays.append("features")
+        return index.encoder_sha256
 
     def check_readable(self) -> None:
         """Raises DataError naming the first shard that is missing, cut short or changed, or clip whose label or action

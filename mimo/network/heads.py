@@ -1,4 +1,4 @@
-"""Heads that only training has: the decoder of masked history modelling.
+"""Heads that only training has: the decoder of masked history modelling, and the projection of REPA.
 
 Letters: B clips, T frames, N tokens per frame, C channels of a token, D width, n clean rows.
 """
@@ -62,3 +62,16 @@ class Decoder(nn.Module):
             x, pending = block(x, pending, c, decoding.frame_rows, coords, rope, attend)
         _, y = self.norm(x, pending, self.norm.condition(c), decoding.frame_rows)
         return self.head(y).unflatten(0, (*decoding.shape, size)) if len(decoding.shape) > 1 else self.head(y)
+
+
+class Projection(nn.Sequential):
+    """From hidden states [..., D] to the channels of an encoder's features: the MLP of REPA (Yu et al. 2024, Sec. 3.2),
+    two hidden layers with SiLU."""
+
+    def __init__(self, config: MiMoConfig) -> None:
+        hidden, channels = config.repa_hidden, config.repa_channels
+        super().__init__(
+            *(nn.Linear(config.dim, hidden), nn.SiLU()),
+            *(nn.Linear(hidden, hidden), nn.SiLU()),
+            nn.Linear(hidden, channels),
+        )

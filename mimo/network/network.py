@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from mimo.config import MiMoConfig
 from mimo.network.blocks import Block, Modulation, Norm, Pages, Pending, added_positions, attend_tracks, sinusoid
 from mimo.network.frames import Decoding, FrameBatch, Packed, frame_rows
-from mimo.network.heads import Decoder
+from mimo.network.heads import Decoder, Projection
 from mimo_kernels import AxialRoPE, FrameMask, FrameRows, frame_attention, gather_tokens
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+TRAINING_ONLY = ("decoder", "projection")  # parts that sampling has no use for
 Tap = tuple[int, str]  # after this many layers, the rows of "clean" or of "noisy" (all other) frames
 
 
@@ -49,7 +50,7 @@ def build_rope(config: MiMoConfig) -> AxialRoPE | None:
 
 
 class MiMo(nn.Module):
-    """The diffusion transformer, with the decoder that training adds.
+    """The diffusion transformer, with the decoder and the projection that training adds.
 
     Args:
         config: see MiMoConfig.
@@ -70,20 +71,24 @@ class MiMo(nn.Module):
         self.rope = build_rope(config)
         self.positions = added_positions(config)
         decodes = config.mask_weight > 0
+        read = {config.decoder_layer} if decodes else set()  # the layers behind which clean rows are read
+        if config.repa_weight > 0 and config.repa_frames != "future":
+            read.add(config.repa_layer)
         self.blocks = nn.ModuleList(
             Block(
                 config,
                 backend,
                 modulated=True,
                 affine1=config.separate_ln,
-                # The last block's history rows end at their keys and values, unless the decoder reads them there.
-                affine2=config.separate_ln and (i + 1 < depth or (decodes and config.decoder_layer == depth)),
+                # The last block's history rows end at their keys and values, unless somebody reads them there.
+                affine2=config.separate_ln and (i + 1 < depth or depth in read),
             )
             for i in range(depth)
         )
         self.norm = Norm(dim, backend, modulated=True, affine=False, gated=False)
         self.head = nn.Linear(dim, config.token_channels)
         self.decoder = Decoder(config, backend) if decodes else None
+        self.projection = Projection(config) if config.repa_weight > 0 else None  # of taps; see mimo.recipes.repa
         self._initialise()
 
     def _initialise(self) -> None:
@@ -363,7 +368,7 @@ class MiMo(nn.Module):
         return x
 
     def parameter_report(self) -> str:
-        """A table of parameter counts by part; the decoder is needed in training only."""
+        """A table of parameter counts by part; decoder and projection are needed in training only."""
         parts: dict[str, list[Any]] = {
             "embedding": [self.embed, self.positions],
             "conditioning": [self.time, self.classes, self.actions, self.intervals],
@@ -372,13 +377,14 @@ class MiMo(nn.Module):
             "norms and modulation": [norm for block in self.blocks for norm in (block.norm1, block.norm2)],
             "head": [self.norm, self.head],
             "decoder": [self.decoder],
+            "projection": [self.projection],
         }
         counts: dict[str, int] = {
             name: sum(p.numel() for m in modules if m is not None for p in m.parameters())
             for name, modules in parts.items()
         }
         total = sum(counts.values())
-        counts |= {"total": total, "total when sampling": total - counts["decoder"]}
+        counts |= {"total": total, "total when sampling": total - sum(counts[name] for name in TRAINING_ONLY)}
         return "\n".join(f"{name:<22}{count:>15,}" for name, count in counts.items())
 
     def _time(self, timestep: Tensor) -> Tensor:
@@ -470,7 +476,7 @@ class MiMo(nn.Module):
             ):
                 raise ValueError(
                     f"tap {(layer, kind)}: clean rows end in the last block, as its second norm has no weights for "
-                    f"them unless the decoder reads there (decoder_layer={config.decoder_layer})"
+                    f"them unless training reads there (decoder_layer={config.decoder_layer})"
                 )
         if packed.predicted is None and not taps and not decodes:
             raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +13,18 @@ from torch import Tensor, nn
 from mimo.config import MiMoConfig
 from mimo.diffusion import build_schedule, compute_loss_weight
 from mimo.network.frames import FrameBatch, to_tokens
+from mimo.recipes.repa import Alignment
 from mimo_kernels import weighted_squared_error
 
 
 class LossParts(NamedTuple):
-    """Scalars: `total` to differentiate, `diffusion` (L_diff) and `mask` (L_mask) to show; a part not computed is 0."""
+    """Scalars: `total` to differentiate, `diffusion` (L_diff), `mask` (L_mask) and `alignment` (REPA's) to show; a part
+    not computed is 0, or None."""
 
     total: Tensor
     diffusion: Tensor
     mask: Tensor
+    alignment: Tensor | None = None
 
 
 class HistoryPolicy(NamedTuple):
@@ -107,12 +110,18 @@ class Recipe(ABC):
         backend: of the losses; "reference" is plain PyTorch.
 
     Raises ValueError for a config that the recipe cannot serve.
+
+    aligns: of "history" and "future", the frames whose hidden states REPA can align: whole clips of a latent's grid.
     """
+
+    aligns: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, config: MiMoConfig, *, unmasked_from: int | None = None, backend: str = "auto") -> None:
         self.config, self.unmasked_from, self.backend = config, unmasked_from, backend
         self.schedule = build_schedule(config.parameterization)
         self.check(config)
+        self.check_alignment(config)
+        self.alignment = Alignment(config, backend) if config.repa_weight > 0 else None
         if unmasked_from is not None and config.mask_ratio[1] == 0:
             raise ValueError(f"unmasked_steps: expected 0, as the recipe {config.recipe!r} masks nothing here")
 
@@ -120,6 +129,18 @@ class Recipe(ABC):
     @abstractmethod
     def check(cls, config: MiMoConfig) -> None:
         """ValueError for a config that the recipe cannot serve; the network calls it too."""
+
+    @classmethod
+    def check_alignment(cls, config: MiMoConfig) -> None:
+        """ValueError for frames that the recipe has none of, or whose hidden states it cannot align."""
+        if config.repa_weight == 0:
+            return
+        if not cls.aligns:
+            cls.require(config, repa_weight=0.0)
+        wanted = {"history", "future"} if config.repa_frames == "both" else {config.repa_frames}
+        if not wanted <= cls.aligns:
+            expected = "both" if len(cls.aligns) == 2 else next(iter(cls.aligns))
+            cls.require(config, repa_frames=expected)
 
     @classmethod
     @abstractmethod
@@ -150,6 +171,7 @@ class Recipe(ABC):
         labels: Tensor | None = None,
         actions: Tensor | None = None,
         intervals: Tensor | None = None,
+        features: Tensor | None = None,
         generator: torch.Generator,
         step: int | None = None,
         first: int = 0,
@@ -163,13 +185,24 @@ class Recipe(ABC):
             labels: int64 [B].
             actions: int64 [B, T].
             intervals: int64 [B], for a network with max_interval > 0.
+            features: [B, T', H', W', E], what a frozen encoder makes of the clips, for a config with repa_weight > 0.
             generator, first, total: see `Draws`; total=None is this batch alone.
             step: number of the step; only what alternates or ends depends on it, and needs it.
         """
         draws = Draws(generator, len(latents), first, total)
         given = {"labels": labels, "actions": actions, "intervals": intervals}
         prepared = self.frames(to_tokens(latents, self.config.patch), given, draws, step)
-        return self.loss_of(model(prepared.batch, reconstruct=prepared.reconstruct), prepared)
+        if self.alignment is None:
+            return self.loss_of(model(prepared.batch, reconstruct=prepared.reconstruct), prepared)
+        taps = self.alignment.taps(prepared.batch.frames)
+        output = model(prepared.batch, reconstruct=prepared.reconstruct, taps=taps)
+        parts = self.loss_of(output, prepared)
+        if not taps:  # nothing of what is aligned is in this step
+            return parts
+        (clips, frames, height, width), patch = latents.shape[:4], self.config.patch
+        shape = (clips, frames, height // patch, width // patch)
+        alignment = self.alignment.loss(model.projection, output.features, prepared.keep, features, shape)
+        return parts._replace(total=parts.total + self.config.repa_weight * alignment, alignment=alignment.detach())
 
     def diffusion_loss(self, velocity: Tensor, prepared: Prepared) -> Tensor:
         """sum over clips and frames of weight * squared error."""

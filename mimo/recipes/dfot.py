@@ -22,6 +22,8 @@ class DiffusionForcing(Recipe):
     frame of timestep 0, with its class and action: guidance branches that are told another class see another history.
     """
 
+    aligns = frozenset({"future"})
+
     @classmethod
     def check(cls, config: MiMoConfig) -> None:
         cls.require(config, **NOTHING_MASKED, separate_ln=False, clean_context=0.0)

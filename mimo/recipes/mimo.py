@@ -32,6 +32,8 @@ class MaskedHistory(Recipe):
     the decoder predicts them from the features of those that are kept. A finished frame becomes history as it was in
     training: through norms of its own and with its action; class and timestep it never knew."""
 
+    aligns = frozenset({"history", "future"})
+
     @classmethod
     def check(cls, config: MiMoConfig) -> None:
         cls.require(config, clean_context=0.0)

@@ -16,6 +16,8 @@ class VideoDiT(Recipe):
     """One copy, bidirectional, one timestep per clip, the loss on every frame. Clips are made all at once: there is no
     history."""
 
+    aligns = frozenset({"future"})
+
     @classmethod
     def check(cls, config: MiMoConfig) -> None:
         cls.require(config, **NOTHING_MASKED, separate_ln=False, clean_context=0.0, history_dropout=0.0)

@@ -10,7 +10,7 @@ from torch import nn
 from mimo import checkpoint
 from mimo.config import MiMoConfig, SampleConfig, TrainConfig
 from mimo.errors import InputError
-from mimo.network.network import MiMo
+from mimo.network.network import TRAINING_ONLY, MiMo
 from mimo.run_state import KINDS, read_run_state
 from mimo.runtime import best_device, config_tokenizer, recorded_tokenizer
 from mimo.tokenizers.protocols import Tokenizer
@@ -77,7 +77,8 @@ def round_weights(model: MiMo) -> None:
 def _strip(model: MiMo) -> set[str]:
     """Take from the network what only training needs; the names of those tensors."""
     names = set(model.state_dict())
-    model.decoder = None
+    for name in TRAINING_ONLY:
+        setattr(model, name, None)
     return names - set(model.state_dict())
 
 

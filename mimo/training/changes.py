@@ -4,7 +4,7 @@
     sample.*    anything
     the rest    (`told`: data, layout, ... as the command line has them) anything
 
-The network, the other training options and the tokenizer cannot change: that would be another run.
+The network, the other training options, the tokenizer and the encoder cannot change: that would be another run.
 """
 
 from collections.abc import Callable
@@ -12,10 +12,10 @@ from typing import Any
 
 from mimo import checkpoint
 from mimo.config import MiMoConfig, SampleConfig, TrainConfig
-from mimo.runtime import recorded_tokenizer
+from mimo.runtime import recorded_encoder, recorded_tokenizer
 from mimo.training.schedule import learning_rate
 
-Configs = dict[str, Any]  # as a checkpoint records them: model, train, sample, tokenizer, data, told
+Configs = dict[str, Any]  # as a checkpoint records them: model, train, sample, tokenizer, encoder, data, told
 _KINDS: dict[str, type[MiMoConfig] | type[TrainConfig]] = {"model": MiMoConfig, "train": TrainConfig}
 _OTHER_RUN = "with other clips it is another run from here"
 
@@ -50,7 +50,7 @@ _TOLD = {  # and whatever else was told says which clips there are
     **dict.fromkeys(("ignore_labels", "ignore_actions"), "the network never sees them"),
     "frame_memory": "the batches stay the same",
     "allow_outside": "the same files, wherever they lie",
-    "tokenizer_weights": "the same weights, from there",
+    **dict.fromkeys(("tokenizer_weights", "encoder_weights"), "the same weights, from there"),
     "keep_every": "from the next save on",
     "compile": "the same arithmetic, rounded otherwise",
     "device": "the same arithmetic, rounded otherwise",
@@ -61,7 +61,7 @@ def require_same_run(there: Configs, here: Configs, source: Any) -> None:
     """InputError naming every field in which two runs differ that cannot change."""
     saved, wanted = (
         {part: _KINDS[part].from_dict(configs[part]).to_dict() for part in ("model", "train")}
-        | {"tokenizer": recorded_tokenizer(configs)["sha256"]}
+        | {"tokenizer": recorded_tokenizer(configs)["sha256"], "encoder": recorded_encoder(configs)["sha256"]}
         for configs in (there, here)  # through the records: fields younger than the checkpoint have their old meaning
     )
     may_differ = frozenset(f"train.{name}" for name in MAY_CHANGE)
@@ -85,7 +85,9 @@ def changes(there: Configs, here: Configs, step: int) -> list[str]:
     for name, before, value in _differing(*samples):
         lines.append(f"sample.{name} {before} -> {value}: previews and later samples are drawn so")
     then, now = (
-        configs.get("told", {}) | {"tokenizer_weights": recorded_tokenizer(configs)["weights"]}
+        configs.get("told", {})
+        | {"tokenizer_weights": recorded_tokenizer(configs)["weights"]}
+        | {"encoder_weights": recorded_encoder(configs)["weights"]}
         for configs in (there, here)
     )
     told = [name for name in now if name in then and then[name] != now[name]]

@@ -21,9 +21,11 @@ from tqdm import tqdm
 from mimo import records
 from mimo.data.writing import atomic_path
 from mimo.errors import InputError
+from mimo.recipes.base import LossParts
 from mimo.training.distributed import World
 
 log = logging.getLogger("mimo.train")
+PARTS = ("diffusion", "mask", "alignment", "grad_norm")  # of a step; all but the last are fields of LossParts
 
 
 class RunLog:
@@ -81,7 +83,8 @@ class RunLog:
         self.step, self.clock = step, now
         self.say(
             f"step {step}/{self.steps}  diffusion {means['diffusion']:.4f}  mask {means['mask']:.4f}  "
-            f"grad norm {means['grad_norm']:.3f}  lr {lr:.2e}  {record['tokens_per_second']:,.0f} tokens/s  "
+            + (f"alignment {means['alignment']:.4f}  " if means.get("alignment") else "")
+            + f"grad norm {means['grad_norm']:.3f}  lr {lr:.2e}  {record['tokens_per_second']:,.0f} tokens/s  "
             f"data {record['data_wait']:.1%}  {record['memory_gib']:.2f} GiB  "
             f"ETA {duration(per_step * (self.steps - step))}"
             + (f"  skipped {means['skipped']} (gradient not finite)" if means["skipped"] else "")
@@ -138,25 +141,28 @@ class Sums:
         self.device, self.world, self.max_skipped = device, world, max_skipped
         self.row = torch.zeros((), dtype=torch.int64, device=device)  # bad steps up to now, in a row
         self.over = torch.zeros((), dtype=torch.bool, device=device)  # there was a row longer than max_skipped
-        self.first_bad = torch.zeros(4, dtype=torch.float64, device=device)  # of that row: step, L_diff, L_mask, norm
+        # Of that row: its first step, and its PARTS.
+        self.first_bad = torch.zeros(1 + len(PARTS), dtype=torch.float64, device=device)
         self._clear()
 
     def _clear(self) -> None:
-        self.total = torch.zeros(3, dtype=torch.float64, device=self.device)
-        self.current = torch.zeros(2, dtype=torch.float64, device=self.device)
-        self.counted = torch.zeros(3, dtype=torch.int64, device=self.device)
+        self.total = torch.zeros(len(PARTS), dtype=torch.float64, device=self.device)
+        self.current = torch.zeros(len(PARTS) - 1, dtype=torch.float64, device=self.device)
+        self.counted = torch.zeros(len(PARTS), dtype=torch.int64, device=self.device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self.tokens = 0
 
-    def add(self, diffusion: Tensor, mask: Tensor, accumulate: int, tokens: int) -> None:
+    def add(self, loss: LossParts, accumulate: int, tokens: int) -> None:
         """One micro batch of this rank, out of `accumulate`; tokens: of all ranks."""
-        self.current += torch.stack([diffusion, mask]).detach() / accumulate
+        parts = (getattr(loss, name) for name in PARTS[:-1])
+        computed = [torch.zeros_like(loss.total) if part is None else part for part in parts]
+        self.current += torch.stack(computed).detach() / accumulate
         self.tokens += tokens
 
     def end_step(self, step: int, grad_norm: Tensor) -> Tensor:
         """Returns whether the step is bad, as 1.0 or 0.0 on the device."""
         values = torch.cat([self.current, grad_norm.detach().to(self.current).reshape(1)])
-        bad = ~values[2].isfinite()
+        bad = ~values[-1].isfinite()
         self.row = torch.where(bad, self.row + 1, 0)
         begins = (self.row == 1) & ~self.over
         self.first_bad = torch.where(begins, torch.cat([values.new_full((1,), step), values]), self.first_bad)
@@ -171,12 +177,13 @@ class Sums:
         """Raises InputError naming the step if more bad steps came in a row than are borne: on every rank, and its
         words on one of them (see `World.agree`)."""
         if self.over.item():
-            step, diffusion, mask, grad_norm = self.world.mean(self.first_bad).tolist()
+            step, diffusion, mask, alignment, grad_norm = self.world.mean(self.first_bad).tolist()
+            aligned = f"alignment loss {alignment:g}, " if alignment else ""
             after = f", nor is it finite in the {self.max_skipped} steps after it" if self.max_skipped else ""
             diverged = InputError(
-                f"training diverged at step {step:.0f}: diffusion loss {diffusion:g}, mask loss {mask:g}, gradient "
-                f"norm {grad_norm:g}{after}; nothing after the last checkpoint is kept (a smaller learning rate may "
-                "help)"
+                f"training diverged at step {step:.0f}: diffusion loss {diffusion:g}, mask loss {mask:g}, {aligned}"
+                f"gradient norm {grad_norm:g}{after}; nothing after the last checkpoint is kept (a smaller learning "
+                "rate may help)"
             )
             self.world.agree(error=diverged)
 
@@ -184,7 +191,7 @@ class Sums:
         """Means over ranks and steps since the last call, how many steps were skipped, and the tokens of all."""
         # A part that a step did not compute is exactly 0: the mean is over the steps that did.
         means = self.world.mean(self.total / self.counted.clamp(min=1)).tolist()
-        record = dict(zip(("diffusion", "mask", "grad_norm"), means, strict=True)) | {"skipped": self.skipped.item()}
+        record = dict(zip(PARTS, means, strict=True)) | {"skipped": self.skipped.item()}
         tokens = self.tokens
         self._clear()
         return record, tokens

@@ -22,7 +22,7 @@ from mimo.network.network import MiMo
 from mimo.recipes import build_recipe
 from mimo.recipes.base import Objective, step_generator
 from mimo.run_state import read_run_state
-from mimo.runtime import autocast, best_device, config_tokenizer, to_latents
+from mimo.runtime import autocast, best_device, config_encoder, config_tokenizer, to_features, to_latents
 from mimo.tokenizers.protocols import require_posterior
 from mimo.tokenizers.weights import checksum
 from mimo.training.average import EMA
@@ -40,6 +40,8 @@ class Trainer:
         dataset: any of mimo.data; its samples have the shape model_config.video_shape, or were encoded from such clips.
         tokenizer_weights, trust_pickle: see `config_tokenizer`. Checkpoints remember where the weights lay, and their
             checksum.
+        encoder_weights: the folder of the encoder that a network with repa_weight > 0 is aligned with; not needed where
+            the dataset holds its features. Remembered as the tokenizer's are.
         device: None picks this process's GPU, or the CPU.
         compile: run the network through torch.compile; not with strategy "fsdp".
         ignore: "labels", "actions": what the clips may have though the network has no place for it.
@@ -56,6 +58,7 @@ class Trainer:
         *,
         tokenizer_weights: str | Path | None = None,
         trust_pickle: bool = False,
+        encoder_weights: str | Path | None = None,
         device: torch.device | None = None,
         compile: bool = False,
         ignore: Collection[str] = (),
@@ -66,6 +69,7 @@ class Trainer:
         with self.world.together():
             check_places(dataset, model_config, ignore)
             self._prepare(tokenizer_weights, trust_pickle, compile)
+            self._prepare_encoder(encoder_weights)
         self.configs["told"] = told or {}
         strategy = "ddp" if self.world.size > 1 else "none"
         if train_config.strategy == "fsdp":
@@ -135,6 +139,22 @@ class Trainer:
         unmasked_from = config.steps - config.unmasked_steps if config.unmasked_steps else None
         self.recipe = build_recipe(model_config, unmasked_from=unmasked_from)
 
+    def _prepare_encoder(self, weights: str | Path | None) -> None:
+        """What hidden states are aligned with: features that the dataset holds, or an encoder beside the network."""
+        config, dataset, stored = self.model_config, self.dataset, None
+        if isinstance(dataset, LatentShards) and config.repa_weight > 0:
+            stored = dataset.read_features(config.repa_encoder, config.repa_channels)
+        self.encoder = None if stored and weights is None else config_encoder(config, weights)
+        if config.repa_weight == 0:
+            return
+        sha256 = stored if self.encoder is None else checksum(self.encoder)
+        if stored not in (None, sha256):
+            raise InputError(
+                f"{dataset!r}: was encoded with an encoder of checksum {stored}, that of {weights} is {sha256}"
+            )
+        self.configs["encoder"] = {"weights": _absolute(weights), "sha256": sha256}
+        self.encoder = None if stored or self.encoder is None else self.encoder.to(self.device)
+
     def start_data(self) -> None:
         """Begin, or after `load` begin again, at the batch of the current step."""
         self.stream = batches(
@@ -175,12 +195,14 @@ class Trainer:
                 "total": config.batch_size,
             }
             latents, conditions = to_latents(batch, self.tokenizer, self.model_config, self.device, config.posterior)
+            with autocast(self.device, config.precision):
+                features = to_features(batch, self.encoder, self.device)
             with reducing(self.shared, last=micro + 1 == config.accumulate):
                 with autocast(self.device, config.precision):
-                    loss = self.shared(latents, **conditions, **place)
+                    loss = self.shared(latents, features=features, **conditions, **place)
                 (loss.total / config.accumulate).backward()
             tokens = latents.shape[:4].numel() // self.model_config.patch**2
-            self.sums.add(loss.diffusion, loss.mask, config.accumulate, tokens * world.size)
+            self.sums.add(loss, config.accumulate, tokens * world.size)
         grad_norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip))
         self.step += 1
         # A step with found_inf set changes neither weights, moments and their counts nor the average. All of them read

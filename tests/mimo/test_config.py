@@ -118,6 +118,12 @@ BASELINES = {  # MiMo's App. E: another strategy, the rest is that of the preset
     "far-xl-k600": "mimo-xl-k600",
     "far-b-minecraft": "mimo-b-minecraft",
 }
+REPA = {  # Table 3: the preset without alignment, and the frames that are aligned
+    "repa-b-k600": ("acdit-b-k600", "both"),
+    "repa-history-b-k600": ("acdit-b-k600", "history"),
+    "repa-future-b-k600": ("acdit-b-k600", "future"),
+    "mimo-repa-b-k600": ("mimo-b-k600-l12", "both"),
+}
 STRATEGY = {"Recipe", "Decoder depth", "l", "lambda", "Mask ratios", "Clean frames"}
 
 
@@ -177,6 +183,14 @@ def test_baselines_are_mimos_network_with_another_strategy(name):
     assert theirs["Clean frames"] == ("0.1" if name.startswith("far") else "none")
 
 
+@pytest.mark.parametrize("name", REPA)
+def test_repa_is_another_loss_and_nothing_else(name):
+    base, frames = REPA[name]
+    assert says()[name] == says()[base] | {"REPA": f"{frames}, layer 4, weight 0.5, videomae"}
+    assert MiMoConfig.from_preset(name).repa_channels == 1024  # VideoMAE-L's
+    assert {row["REPA"] for preset, row in says().items() if "repa" not in preset} == {"none"}
+
+
 def test_videos_fit_their_latents():
     shapes = {name: MiMoConfig.from_preset(name).video_shape for name in PRESETS}
     assert shapes["mimo-xl-k600"] == (17, 128, 128)
@@ -234,6 +248,9 @@ def test_unknown_names_are_refused_with_the_known_ones():
         (MiMoConfig, {"mask_round": 256}, "mask_round=256"),
         (MiMoConfig, {"mask_weight": 0.0, "interleaved": True}, "interleaved=True"),
         (MiMoConfig, {"history_dropout": 1.5}, "history_dropout=1.5"),
+        (MiMoConfig, {"repa_weight": -0.5}, "repa_weight=-0.5: expected zero or more"),
+        (MiMoConfig, {"repa_weight": 0.5, "repa_layer": 13}, "repa_layer=13: expected 1..depth=12"),
+        (MiMoConfig, {"repa_frames": "all"}, "repa_frames='all': expected one of 'history', 'future', 'both'"),
         (MiMoConfig, {"min_snr_decay": 0.96}, "min_snr_decay=0.96"),
         (MiMoConfig, {"parameterization": "flow", "min_snr_gamma": 5.0}, "min_snr_gamma=5.0"),
         (MiMoConfig, {"compression": (8, 8)}, "compression"),

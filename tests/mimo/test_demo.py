@@ -12,6 +12,8 @@ from mimo.config import MiMoConfig, SampleConfig, TrainConfig
 from mimo.data import VideoReader, write_video
 from mimo.demo import Windows, demo, psnr, read_windows
 from mimo.errors import InputError
+from mimo.presets import TINY_SYSTEMS
+from mimo.recipes import RECIPES
 from mimo.sampling.loading import load
 
 FRAMES, CONTEXT = 5, 2
@@ -78,6 +80,30 @@ def test_the_newest_demo_is_the_one_that_is_sampled(tmp_path):
     for steps in (4, 2, 3):
         demo(None, tmp_path, steps=steps)
         assert load(tmp_path / "run").folder.name == f"step_{steps:08d}"
+
+
+@pytest.mark.parametrize("recipe", [name for name in TINY_SYSTEMS if name != "mimo"])
+def test_every_system_ends_in_a_video(recipe, tmp_path, capsys, monkeypatch):
+    """By its own preset, after one step: the name of a recipe or of a system, which differ in a dash."""
+    for name in ("TEST_CLIPS", "SHOWN_CLIPS"):
+        monkeypatch.setattr(f"mimo.demo.{name}", 1)
+    out = tmp_path / "demo"
+    assert main(["demo", "--recipe", recipe.replace("-", "_"), "--out", str(out), "--steps", "1"]) == 0
+    output = capsys.readouterr().out
+    config, sampling = (kind.from_preset(f"{recipe}-tiny") for kind in (MiMoConfig, SampleConfig))
+    assert f"{recipe}-tiny, " in output and "diffusion loss: " in output
+    assert ("mask loss: " in output) == (config.mask_weight > 0)
+    assert ("alignment loss: " in output) == (config.repa_weight > 0)
+    assert ("PSNR of " in output) == (sampling.context_frames > 0)
+    with VideoReader(out / "prediction.mp4") as reader:
+        assert reader.num_frames == config.video_frames
+
+
+def test_unknown_systems_are_refused_with_the_known_ones(tmp_path, capsys):
+    assert main(["demo", "--recipe", "dit", "--out", str(tmp_path / "demo")]) == 2
+    error = capsys.readouterr().err
+    assert error == f"error: unknown recipe 'dit': expected one of {', '.join(TINY_SYSTEMS)}\n"
+    assert {name.replace("-", "_") for name in TINY_SYSTEMS} >= set(RECIPES), "every recipe has a tiny preset"
 
 
 def clips(folder, lengths, *, actions):

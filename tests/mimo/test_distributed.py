@@ -147,12 +147,16 @@ def one_thread():
 
 # Equal training -------------------------------------------------------------------------------------------------------
 
+ALIGNED = {"repa_weight": 0.5, "repa_layer": 1, "repa_encoder": "hog", "repa_channels": 28, "repa_hidden": 8} | {
+    "compression": (1, 4, 4)
+}
 VARIANTS = {
     "plain": ({}, {}),
     "interleaved": ({"interleaved": True}, {}),
     "unmasked": ({"positions": "learned", "separate_ln": False}, {"unmasked_steps": 2}),
+    "aligned": (ALIGNED, {}),
 }
-PARTS = ("diffusion", "mask", "grad_norm")
+PARTS = ("diffusion", "mask", "alignment", "grad_norm")
 
 
 @functools.cache

@@ -29,6 +29,9 @@ NETWORK = {
     **{"frames": 3, "height": 2, "width": 2, "channels": 12, "compression": (1, 2, 2), "video_frames": 3},
     **{"parameterization": "flow", "history_dropout": 0.2},
 }
+ALIGNED = {"repa_weight": 0.5, "repa_layer": 1, "repa_encoder": "hog", "repa_channels": 28, "repa_hidden": 8} | {
+    "compression": (1, 4, 4)
+}
 OPTIMISATION = {
     **{"batch_size": 4, "steps": 6, "lr": 1e-2, "warmup": 2, "precision": "fp32", "ema_decay": 0.9},
     **{"workers": 0, "log_every": 2, "save_every": 100, "preview_every": 0},
@@ -84,6 +87,7 @@ class NanAt:
         ({"interleaved": True}, {"accumulate": 2}, ()),
         ({"parameterization": "v", "min_snr_gamma": 5.0, "min_snr_decay": 0.96}, {"unmasked_steps": 2}, ()),
         ({}, {"max_skipped": 2}, (0, 2, 3)),
+        (ALIGNED, {}, ()),
     ],
 )
 def test_resumed_training_is_bitwise_undisturbed_training(tmp_path, model, options, bad):
