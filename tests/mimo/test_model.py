@@ -78,6 +78,10 @@ def count_by_hand(c: MiMoConfig) -> int:
     if c.mask_weight:
         total += d + len(c.mask_offsets) * d  # learned query, offset embedding
         total += c.decoder_depth * (core + 2 * layer_norm) + layer_norm + linear(d, c.channels)
+    if c.repa_weight:
+        total += (
+            linear(d, c.repa_hidden) + linear(c.repa_hidden, c.repa_hidden) + linear(c.repa_hidden, c.repa_channels)
+        )
     return total
 
 
@@ -91,8 +95,9 @@ def test_parameter_counts_of_the_presets(name):
     report = dict(line.rsplit(maxsplit=1) for line in model.parameter_report().splitlines())
     numbers = {part.strip(): int(number.replace(",", "")) for part, number in report.items()}
     assert numbers["total"] == count
-    decoder = sum(parameter.numel() for parameter in model.decoder.parameters()) if model.decoder else 0
-    assert numbers["total when sampling"] == count - decoder
+    heads = [part for part in (model.decoder, model.projection) if part is not None]
+    added = sum(parameter.numel() for part in heads for parameter in part.parameters())
+    assert numbers["total when sampling"] == count - added
 
 
 @pytest.mark.parametrize(
