@@ -47,7 +47,7 @@ from mimo_kernels.attention.triton import schedule as triton_plan
 from mimo_kernels.attention.triton.schedule import PASSES, Config, Plan
 from mimo_kernels.attention.triton.tiles import split_head_dim
 
-BAND_ROWS = (4096, 8192, 16384, 32768, 65536)
+BAND_ROWS = (8192, 16384, 32768, 65536, 262144)
 PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4}  # matrix products per pair
 SHOWN = 6  # candidates of a table; all are in the files
 RESOURCES = {
@@ -90,7 +90,7 @@ class Case:
 
     def plan(self, name: str, choices: tuple[Config, ...]) -> Plan:
         mask = self.shape.mask
-        return triton_plan.make_plan({}, name, mask.pattern, mask.repeats, self.device, choices)[0]
+        return triton_plan.make_plan({}, name, mask.pattern, mask.repeats, self.device, self.shape.heads, choices)[0]
 
     def prepared(self, name: str, plan: Plan) -> tuple[Noted, float]:
         """The kernel of the pass, launched once, and the worst error of its results."""

@@ -58,7 +58,7 @@ def test_plan(benchmark, lens, names, sm90):
     def plan():
         # A table that has no plans yet: they are kept on it.
         table = mask.pattern.view(-1, 8)
-        return [plan_for(name, table, mask.repeats, torch.device("cpu"), torch.bfloat16, 64) for name in names]
+        return [plan_for(name, table, mask.repeats, torch.device("cpu"), torch.bfloat16, 12, 64) for name in names]
 
     assert all(plan.executed_pairs >= mask.num_pairs for plan in benchmark(plan))
 

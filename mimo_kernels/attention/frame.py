@@ -33,8 +33,11 @@ def frame_attention(
         lse[i] = log sum_j exp(scale * q[i] . k[j])
 
     Args:
-        q, k, v: [tokens, heads, head_dim], or [batch, tokens, heads, head_dim] with a mask of one clip that every batch
-            entry shares. fp32, fp16 or bf16, all three alike; head_dim any multiple of 8 up to 256. Strides are free.
+        q: [tokens, heads, head_dim], or [batch, tokens, heads, head_dim] with a mask of one clip that every batch entry
+            shares. fp32, fp16 or bf16; head_dim any multiple of 8 up to 256. Strides are free.
+        k, v: as q, but for the heads: [tokens, kv_heads, head_dim], where kv_heads divides heads. Query head i takes
+            key head i // (heads / kv_heads): grouped-query attention, with kv_heads = 1 multi-query attention. Nothing
+            is expanded; dk and dv are sums over the query heads that share them.
         mask: a FrameMask over `tokens` rows; lengths, clips and masks may change from call to call without recompiling.
         scale: factor on the scores; None: head_dim ** -0.5.
         backend: "auto" takes the fastest that serves (Triton on a GPU, else the reference); "triton", "cuda" (Hopper
@@ -92,7 +95,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask) -> None:
     if not isinstance(mask, FrameMask):
         checks.refuse(op, "mask", f"is a {type(mask).__name__}", "a FrameMask")
     checks.expect_tensor(op, "q", q)
-    checks.expect_like(op, "q", q, k=k, v=v)
+    checks.expect_kind(op, "q", q, k=k, v=v)
     if not torch.compiler.is_compiling():
         mask.check_unchanged()
     checks.expect_dtype(op, "q", q, *checks.FLOATS)
@@ -102,6 +105,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask) -> None:
     head_dim = q.shape[-1]
     if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
         checks.refuse(op, "head_dim", f"is {head_dim}", f"a multiple of 8 from 8 to {MAX_HEAD_DIM}")
+    heads, kv_heads = q.shape[-2], k.shape[-2] if k.dim() == q.dim() else 0
+    checks.expect_shape(op, "k", k, *q.shape[:-2], "kv_heads", head_dim)
+    checks.expect_like(op, "k", k, v=v)
+    if heads != kv_heads and (not heads or not kv_heads or heads % kv_heads):
+        checks.refuse(op, "k", f"has {kv_heads} heads", f"a number that divides the {heads} heads of q")
     if q.shape[-3] != mask.num_tokens:
         expected = f"{mask.num_tokens} as the mask has, or a mask made for this sequence{_hint(q, mask)}"
         checks.refuse(op, "q", f"has {q.shape[-3]} tokens", expected)

@@ -1,9 +1,10 @@
 """frame_attention in plain PyTorch: every frame is one call of a fused attention of torch on the keys it sees, never a
 dense mask.
 
-One interval of keys is a view, several are concatenated. Clips that are alike run as one batch. On the CPU frames of a
-few tokens (one each, in the temporal layers of a factorized network) would be a call per row: there neighbouring ones
-share a call, whose small mask tells their keys apart. Forward and backward are two operators,
+One interval of keys is a view, several are concatenated. Clips that are alike run as one batch. Query heads that share
+a key head are more rows of a frame: all of them see the same keys. On the CPU frames of a few tokens (one each, in the
+temporal layers of a factorized network) would be a call per row: there neighbouring ones share a call, whose small mask
+tells their keys apart. Forward and backward are two operators,
 `mimo_kernels::frame_attention_reference` and its `_backward`; between them only q, k, v, out and the log-sum-exp are
 kept.
 """
@@ -37,8 +38,8 @@ def refusals(device: torch.device) -> list[str]:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask, scale: float) -> tuple[Tensor, Tensor]:
-    """q, k, v: [B, L, h, d] -> out [B, L, h, d], lse fp32 [B, h, L]; both differentiable. B is 1 unless the mask has
-    one clip."""
+    """q [B, L, h, d], k, v [B, L, h_kv, d] -> out [B, L, h, d], lse fp32 [B, h, L]; both differentiable. B is 1 unless
+    the mask has one clip."""
     return _operator(q, k, v, mask.pattern_for(q), mask.repeats, scale)
 
 
@@ -50,10 +51,12 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, frames: Tensor, repeats: int, scal
         return out, lse
     q, k, v = (_split_clips(_computable(x), repeats) for x in (q, k, v))
     out_clips, lse_clips = _split_clips(out, repeats), _split_clips_lse(lse, repeats)
+    kv_heads = k.shape[1]
     for rows, keys, allowed in _calls(frames, share=q.device.type == "cpu"):
-        out_clips[:, :, rows], lse_clips[:, :, rows] = _attend(
-            q[:, :, rows], _take(k, keys), _take(v, keys), _bias(allowed, q), scale
-        )
+        q_rows = _fold(q[:, :, rows], kv_heads)
+        bias = _bias(allowed, q, heads // kv_heads)
+        out_rows, lse_rows = _attend(q_rows, _take(k, keys), _take(v, keys), bias, scale)
+        out_clips[:, :, rows], lse_clips[:, :, rows] = _unfold(out_rows, heads), _unfold(lse_rows, heads)
     return out, lse
 
 
@@ -69,10 +72,13 @@ def _backward(
     repeats: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    shape, dtype, head_dim = q.shape, q.dtype, q.shape[-1]
+    dtype, heads, head_dim, kv_heads = q.dtype, q.shape[2], q.shape[-1], k.shape[2]
     if not q.numel():
         dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         return dq, dk, dv
+    # Keys are shared by many frames: their gradients add up in fp32, in the order of the frames.
+    dq, dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v))
+    dq_clips, dk_clips, dv_clips = (_split_clips(x, repeats) for x in (dq, dk, dv))
     lse = _split_clips_lse(lse, repeats)
     dout, q, k, v, out = (_split_clips(_computable(x), repeats) for x in (dout, q, k, v, out))
     if dlse is not None:
@@ -83,13 +89,11 @@ def _backward(
         v = F.pad(F.pad(v, (0, 1), value=1.0), (0, 7))
         dout = F.pad(torch.cat([dout, dlse], -1), (0, 7))
 
-    # Keys are shared by many frames: their gradients add up in fp32, in the order of the frames.
-    dq, dk, dv = (torch.zeros(shape, dtype=torch.float32, device=q.device) for _ in range(3))
-    dq_clips, dk_clips, dv_clips = (_split_clips(x, repeats) for x in (dq, dk, dv))
     for rows, keys, allowed in _calls(frames, share=q.device.type == "cpu"):
-        there = dout[:, :, rows], q[:, :, rows], _take(k, keys), _take(v, keys), out[:, :, rows], lse[:, :, rows]
-        dq_rows, dk_rows, dv_rows = _attend_backward(*there, _bias(allowed, q), scale)
-        dq_clips[:, :, rows] = dq_rows[..., :head_dim]
+        dout_rows, q_rows, out_rows, lse_rows = (_fold(x[:, :, rows], kv_heads) for x in (dout, q, out, lse))
+        there = dout_rows, q_rows, _take(k, keys), _take(v, keys), out_rows, lse_rows
+        dq_rows, dk_rows, dv_rows = _attend_backward(*there, _bias(allowed, q, heads // kv_heads), scale)
+        dq_clips[:, :, rows] = _unfold(dq_rows, heads)[..., :head_dim]
         start = 0
         for interval in keys:
             part = slice(start, start + interval.stop - interval.start)
@@ -152,10 +156,11 @@ def _count(parts: list[slice]) -> int:
     return sum(part.stop - part.start for part in parts)
 
 
-def _bias(allowed: Tensor | None, q: Tensor) -> Tensor | None:
-    """What is added to the scores: 0 where a pair is allowed, else -inf."""
+def _bias(allowed: Tensor | None, q: Tensor, heads_per_kv: int) -> Tensor | None:
+    """What is added to the scores of `_fold`ed rows: 0 where a pair is allowed, else -inf."""
     if allowed is None:
         return None
+    allowed = allowed.repeat(heads_per_kv, 1)
     return torch.zeros(allowed.shape, dtype=q.dtype, device=q.device).masked_fill_(~allowed, -torch.inf)
 
 
@@ -176,6 +181,16 @@ def _split_clips_lse(lse: Tensor, repeats: int) -> Tensor:
     """A view [clips, h, rows per clip] of [B, h, L]."""
     batch, heads, tokens = lse.shape
     return lse.view(batch, heads, repeats, tokens // repeats).transpose(1, 2).flatten(0, 1)
+
+
+def _fold(x: Tensor, kv_heads: int) -> Tensor:
+    """[clips, h, rows, ..] -> [clips, h_kv, h / h_kv * rows, ..]: the rows of all heads that share keys."""
+    return x if x.shape[1] == kv_heads else x.unflatten(1, (kv_heads, -1)).flatten(2, 3)
+
+
+def _unfold(x: Tensor, heads: int) -> Tensor:
+    """What `_fold` did, undone."""
+    return x if x.shape[1] == heads else x.unflatten(2, (heads // x.shape[1], -1)).flatten(1, 2)
 
 
 def _take(x: Tensor, keys: list[slice]) -> Tensor:

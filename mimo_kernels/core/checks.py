@@ -66,14 +66,20 @@ def expect_device(op: str, reference: Tensor, **tensors: Tensor | None) -> None:
             refuse(op, name, f"is on {x.device}", f"{reference.device}")
 
 
-def expect_like(op: str, reference_name: str, reference: Tensor, **tensors: Tensor) -> None:
-    """All tensors of the device, dtype and shape of `reference`, the argument of that name."""
+def expect_kind(op: str, reference_name: str, reference: Tensor, **tensors: Tensor) -> None:
+    """All tensors of the device and dtype of `reference`, the argument of that name."""
     for name, x in tensors.items():
         expect_tensor(op, name, x)
         if x.device != reference.device:
             refuse(op, name, f"is on {x.device}", f"{reference.device} (as {reference_name})")
         if x.dtype != reference.dtype:
             refuse(op, name, f"is {x.dtype}", f"{reference.dtype} (as {reference_name})")
+
+
+def expect_like(op: str, reference_name: str, reference: Tensor, **tensors: Tensor) -> None:
+    """All tensors of the device, dtype and shape of `reference`, the argument of that name."""
+    expect_kind(op, reference_name, reference, **tensors)
+    for name, x in tensors.items():
         if x.shape != reference.shape:
             refuse(op, name, f"has shape {list(x.shape)}", f"{list(reference.shape)} (as {reference_name})")
 

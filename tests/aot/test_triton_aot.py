@@ -37,11 +37,14 @@ CASES = {
     120: {"bf16": (72, 256), "fp32": (64,)},
 }
 PASSES = ("forward", "dq", "dkv", "rows")
+# (pass, head dimension) -> query heads per key head, where not only 1: dK/dV loops over them, the others only divide.
+SHARED = {("dkv", 128): (1, 4)}
 COLUMNS = (
     "pass",
     "arch",
     "dtype",
     "head dim",
+    "sharing",
     "tile",
     "block",
     "warps",
@@ -53,10 +56,30 @@ COLUMNS = (
     "loads",
     "stores",
     "serial",
+    "drains",
 )
 
 
-def compiled(name: str, arch: int, dtype: str, head_dim: int, config) -> dict:
+def drains(code: str) -> str:
+    """How often every innermost loop with warpgroup products waits until none is under way, such as 1+2: the tensor
+    cores stand still meanwhile. "-": there is no such loop."""
+    lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*?)\s*;", code)]
+    jumps = [(at, re.search(r"\bBRA\b.* 0x([0-9a-f]+)$", text)) for at, text in lines]
+    loops = [(int(to[1], 16), at) for at, to in jumps if to and int(to[1], 16) < at]
+    counts = []
+    for first, last in sorted(loops):
+        inside = [text for at, text in lines if first <= at <= last]
+        inner = any((a, b) != (first, last) and first <= a and b <= last and _multiplies(lines, a, b) for a, b in loops)
+        if not inner and _multiplies(lines, first, last):
+            counts.append(sum("WARPGROUP.DEPBAR.LE gsb0, 0x0" in text for text in inside))
+    return "+".join(map(str, counts)) or "-"
+
+
+def _multiplies(lines: list[tuple[int, str]], first: int, last: int) -> bool:
+    return any("HGMMA" in text for at, text in lines if first <= at <= last)
+
+
+def compiled(name: str, arch: int, dtype: str, head_dim: int, sharing: int, config) -> dict:
     """A row of the table: what the compiler made of one kernel."""
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import get_ptxas
@@ -79,6 +102,7 @@ def compiled(name: str, arch: int, dtype: str, head_dim: int, config) -> dict:
         constants = {
             "D": head_dim,
             "PARTS": split_head_dim(head_dim),
+            "HEADS_PER_KV": sharing,
             tile: config.tile,
             block: config.block,
             "PRECISION": triton_fwd.precision(dtype == "fp32"),
@@ -115,11 +139,11 @@ def compiled(name: str, arch: int, dtype: str, head_dim: int, config) -> dict:
         advice = subprocess.run(command, input=result.asm["ptx"], check=True, capture_output=True, text=True).stderr
         serial = len(re.findall(r"\bC75\d\d\b", advice))
     count = lambda opcode: len(re.findall(rf"\b{opcode}\b", code))  # noqa: E731
-    values = (name, arch, dtype, head_dim, config.tile, config.block, config.num_warps, config.num_stages)
+    values = (name, arch, dtype, head_dim, sharing, config.tile, config.block, config.num_warps, config.num_stages)
     registers = int(re.search(r"REG:(\d+)", code)[1])
     shared = round(result.metadata.shared / 1024, 1)
     counts = (count("HGMMA"), count("HMMA"), count("LDL"), count("STL"))
-    return dict(zip(COLUMNS, (*values, registers, shared, *counts, serial)))
+    return dict(zip(COLUMNS, (*values, registers, shared, *counts, serial, drains(code))))
 
 
 def choices(name: str, arch: int, dtype: str, head_dim: int) -> tuple:
@@ -143,8 +167,9 @@ def table(archs: list[int]) -> None:
             for name in PASSES:
                 for head_dim in head_dims:
                     for config in choices(name, arch, dtype, head_dim):
-                        row = compiled(name, arch, dtype, head_dim, config)
-                        print(" ".join(f"{value:>9}" for value in row.values()), flush=True)
+                        for sharing in SHARED.get((name, head_dim), (1,)):
+                            row = compiled(name, arch, dtype, head_dim, sharing, config)
+                            print(" ".join(f"{value:>9}" for value in row.values()), flush=True)
 
 
 @pytest.mark.parametrize("arch", CASES)

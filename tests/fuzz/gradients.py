@@ -17,12 +17,13 @@ SCALES = st.sampled_from([None, None, 1.5, 0.0, -0.3])
 
 def attention(seed: int, examples: int, backend: str, dtypes: list[torch.dtype], head_dims: list[int]) -> int:
     def check(drawn):
-        mask, dtype, head_dim, heads, scale, values = drawn
-        inputs = tensors(mask, heads, head_dim, dtype, seed=values)
+        mask, dtype, head_dim, (kv_heads, sharing), scale, values = drawn
+        inputs = tensors(mask, kv_heads * sharing, head_dim, dtype, seed=values, kv_heads=kv_heads)
         out, lse = frame_attention(*inputs, mask, scale=scale, backend=backend, return_lse=True)
         compare([out, lse, *gradients(out, lse, inputs)], inputs, mask, scale)
 
-    kinds, widths, heads = st.sampled_from(dtypes), st.sampled_from(head_dims), st.integers(1, 3)
+    kinds, widths = st.sampled_from(dtypes), st.sampled_from(head_dims)
+    heads = st.sampled_from([(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (1, 3)])  # of k, and of q for each
     return check_examples(seed, examples, st.tuples(MASKS, kinds, widths, heads, SCALES, st.integers(10, 10**6)), check)
 
 

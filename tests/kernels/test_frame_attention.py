@@ -27,14 +27,20 @@ MASK = FrameMask.teacher_forcing([[3, 0, 5], [3, 0, 5]], [[6, 1, 4], [6, 1, 4]])
 RAGGED = FrameMask.teacher_forcing([[3, 4], [5]], [[2, 6], [1]], drop_history=[[False, True], [False]])
 
 
-def tensors(mask, heads=2, head_dim=16, dtype=torch.float32, batch=None, seed=0):
-    shape = (mask.num_tokens, heads, head_dim) if batch is None else (batch, mask.num_tokens, heads, head_dim)
+def tensors(mask, heads=2, head_dim=16, dtype=torch.float32, batch=None, seed=0, kv_heads=None):
+    """q, k, v."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator).to(DEVICE, dtype).requires_grad_() for _ in range(3)]
+    made = []
+    for count in (heads, kv_heads or heads, kv_heads or heads):
+        shape = (mask.num_tokens, count, head_dim) if batch is None else (batch, mask.num_tokens, count, head_dim)
+        made.append(torch.randn(shape, generator=generator).to(DEVICE, dtype).requires_grad_())
+    return made
 
 
 def dense_attention(q, k, v, mask, scale=None):
-    """The same by the book, in the dtype of q: (out, lse), lse in fp32 or better."""
+    """The same by the book, in the dtype of q: (out, lse), lse in fp32 or better. Heads of k and v that several of q
+    share are repeated."""
+    k, v = (x.repeat_interleave(q.shape[-2] // x.shape[-2], -2) for x in (k, v))
     scores = torch.einsum("...ihd,...jhd->...hij", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
     seen = mask.to_dense().to(q.device)
     scores = scores.masked_fill(~seen, -torch.inf)
@@ -67,14 +73,17 @@ def compare(results, inputs, mask, scale=None):
     plain, exact = plain_and_exact(inputs, mask, scale)
     more = [None] * len(plain)
     if inputs[0].dtype != torch.float32:
-        wide = tensors(mask, YARDSTICK_HEADS, inputs[0].shape[-1], inputs[0].dtype, seed=2)
+        heads, kv_heads = (x.shape[-2] for x in inputs[:2])
+        kv_heads = YARDSTICK_HEADS * kv_heads // heads
+        heads = kv_heads * (inputs[0].shape[-2] // inputs[1].shape[-2])
+        wide = tensors(mask, heads, inputs[0].shape[-1], inputs[0].dtype, seed=2, kv_heads=kv_heads)
         more = list(zip(*plain_and_exact(wide, mask, scale)))
     for name, *result, further in zip(("out", "lse", "dq", "dk", "dv"), results, plain, exact, more):
         assert_within_budget(*result, name=name, more=further)
 
 
-def check(mask, heads=2, head_dim=16, dtype=torch.float32, batch=None, scale=None):
-    inputs = tensors(mask, heads, head_dim, dtype, batch)
+def check(mask, heads=2, head_dim=16, dtype=torch.float32, batch=None, scale=None, kv_heads=None):
+    inputs = tensors(mask, heads, head_dim, dtype, batch, kv_heads=kv_heads)
     with poisoned_memory():
         fenced = [between_nans(x) for x in inputs]
         out, lse = frame_attention(*fenced, mask, scale=scale, backend="reference", return_lse=True)
@@ -98,6 +107,20 @@ def test_equals_dense_attention(case, dtype, head_dim, heads):
 @given(tables(), st.integers(1, 3), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_rows_without_keys_and_batches(table, batch, dtype):
     check(FrameMask.from_table(table), batch=batch, dtype=dtype)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    cases(max_clips=2),
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    st.sampled_from([(2, 1), (6, 2), (4, 1), (3, 1)]),
+)
+def test_heads_that_share_keys(case, dtype, heads):
+    check(case.mask, heads[0], dtype=dtype, kv_heads=heads[1])
+
+
+def test_heads_that_share_keys_in_a_batch():
+    check(FrameMask.block_causal([[4, 2, 7]], window=2), 4, batch=3, kv_heads=2)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
@@ -246,10 +269,10 @@ def test_memory_is_linear_in_the_tokens():
     assert 0 < largest < 40 * mask.num_tokens * 8 * 4 < mask.num_tokens**2 / 8
 
 
-@pytest.mark.parametrize("mask", [MASK, RAGGED])
+@pytest.mark.parametrize(("mask", "kv_heads"), [(MASK, 2), (RAGGED, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_operators_pass_opcheck(mask, dtype):
-    q, k, v = (x.detach().unsqueeze(0).requires_grad_() for x in tensors(mask, dtype=dtype))
+def test_operators_pass_opcheck(mask, kv_heads, dtype):
+    q, k, v = (x.detach().unsqueeze(0).requires_grad_() for x in tensors(mask, dtype=dtype, kv_heads=kv_heads))
     arguments = (q, k, v, mask.pattern, mask.repeats, 0.3)
     torch.library.opcheck(torch.ops.mimo_kernels.frame_attention_reference.default, arguments)
     with torch.no_grad():
@@ -350,7 +373,8 @@ def test_triton_refuses_cpu_tensors_outside_its_interpreter(monkeypatch):
 
 
 def bad(message, q=(38, 2, 16), k=None, v=None, mask=MASK, dtype=torch.float32, device=None, **options):
-    k, v = k or q, v or q
+    k = k or q
+    v = v or k
     return pytest.param(q, k, v, mask, dtype, device, options, message)
 
 
@@ -359,8 +383,14 @@ def bad(message, q=(38, 2, 16), k=None, v=None, mask=MASK, dtype=torch.float32, 
     [
         bad("k is torch.float16, expected torch.float32 (as q)", dtype=torch.float16),
         bad("q is torch.float64, expected torch.float32, torch.float16 or torch.bfloat16", dtype=(torch.float64,) * 3),
-        bad("k has shape [38, 1, 16], expected [38, 2, 16] (as q)", k=(38, 1, 16)),
-        bad("v has shape [37, 2, 16], expected [38, 2, 16] (as q)", v=(37, 2, 16)),
+        bad("k has 3 heads, expected a number that divides the 4 heads of q", q=(38, 4, 16), k=(38, 3, 16)),
+        bad("k has 4 heads, expected a number that divides the 2 heads of q", k=(38, 4, 16)),
+        bad("k has 0 heads, expected a number that divides the 2 heads of q", k=(38, 0, 16)),
+        bad("k has 2 heads, expected a number that divides the 0 heads of q", q=(38, 0, 16), k=(38, 2, 16)),
+        bad("k has shape [37, 2, 16], expected [38, kv_heads, 16]", k=(37, 2, 16)),
+        bad("k has shape [1, 38, 2, 16], expected [38, kv_heads, 16]", k=(1, 38, 2, 16)),
+        bad("v has shape [37, 2, 16], expected [38, 2, 16] (as k)", k=(38, 2, 16), v=(37, 2, 16)),
+        bad("v has shape [38, 1, 16], expected [38, 2, 16] (as k)", k=(38, 2, 16), v=(38, 1, 16)),
         bad("head_dim is 12, expected a multiple of 8 from 8 to 256", q=(38, 2, 12)),
         bad("head_dim is 264, expected a multiple of 8 from 8 to 256", q=(38, 2, 264)),
         bad("q has 39 tokens, expected 38 as the mask has, or a mask made for this sequence", q=(39, 2, 16)),

@@ -29,8 +29,8 @@ MASK = FrameMask.teacher_forcing(
 SMALL = FrameMask.teacher_forcing([[9, 12]], [[20, 17]])
 
 
-def check(mask, heads=1, head_dim=16, dtype=torch.float32, batch=None, scale=None, inputs=None):
-    inputs = inputs or tensors(mask, heads, head_dim, dtype, batch)
+def check(mask, heads=1, head_dim=16, dtype=torch.float32, batch=None, scale=None, inputs=None, kv_heads=None):
+    inputs = inputs or tensors(mask, heads, head_dim, dtype, batch, kv_heads=kv_heads)
     with poisoned_memory():
         fenced = [between_nans(x) if x.is_contiguous() else x for x in inputs]
         out, lse = attend(*fenced, mask, scale=scale, return_lse=True)
@@ -77,14 +77,26 @@ def test_masks(mask):
 
 
 def test_a_schedule_of_one_clip_serves_bands_of_clips(monkeypatch):
-    monkeypatch.setattr(triton_plan, "BAND_ROWS", 60)
+    monkeypatch.setattr(triton_plan, "BAND_ROWS", 120)
     mask = FrameMask.teacher_forcing([[8, 5]] * 5, [[9, 6]] * 5)
-    assert triton_op.plans(tensors(mask)[0], mask)["forward"].band == 2
-    check(mask)
+    assert [triton_op.plans(tensors(mask, heads)[0], mask)["forward"].band for heads in (1, 2, 9)] == [4, 2, 1]
+    check(mask, heads=2)
 
 
 def test_batch():
     check(FrameMask.block_causal([[10, 20, 7]]), heads=2, batch=3)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dtype"), [(2, 1, torch.float32), (6, 2, torch.float16)])
+def test_heads_that_share_keys(heads, kv_heads, dtype):
+    """Tiles of either pass with bare and masked blocks: the sums over heads go over both."""
+    check(MASK, heads, head_dim=24, dtype=dtype, kv_heads=kv_heads)
+
+
+def test_heads_that_share_keys_in_a_batch_of_slices():
+    mask = FrameMask.block_causal([[20, 17]])
+    projection = torch.randn(2, mask.num_tokens, 4 + 2 * 2, 16, device=DEVICE)
+    check(mask, inputs=[x.requires_grad_() for x in projection.split((4, 2, 2), 2)])
 
 
 def test_a_batch_larger_than_a_grid(monkeypatch):
@@ -116,7 +128,7 @@ def test_views_that_cannot_be_read_in_place_are_copied():
 
 
 def test_gradients_are_the_same_bits_every_time():
-    inputs = tensors(SMALL, heads=1, head_dim=24)
+    inputs = tensors(SMALL, heads=2, head_dim=24, kv_heads=1)
     first, second = (gradients(*attend(*inputs, SMALL, return_lse=True), inputs) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
@@ -162,7 +174,7 @@ def test_compiles_as_one_graph():
 
 def test_opcheck():
     mask = FrameMask.teacher_forcing([[3, 4]], [[5, 2]])
-    q, k, v = (x.unsqueeze(0).detach().requires_grad_() for x in tensors(mask))
+    q, k, v = (x.unsqueeze(0).detach().requires_grad_() for x in tensors(mask, kv_heads=1))
     torch.library.opcheck(torch.ops.mimo_kernels.frame_attention_triton, (q, k, v, mask.pattern, 1, 0.25))
 
 

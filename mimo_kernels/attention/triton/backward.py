@@ -64,7 +64,7 @@ def unpack_row(b_row):
     return b_row.to(tl.int32).to(tl.float32, bitcast=True), (b_row >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "stride_b_dout", "stride_m_dout", "stride_h_dout"])
+@triton.jit(do_not_specialize=["num_tokens", "num_heads", "stride_b_dout", "stride_m_dout", "stride_h_dout"])
 def frame_attention_rows_kernel(
     p_out,  # [B, L, H, D]
     p_dout,
@@ -72,6 +72,7 @@ def frame_attention_rows_kernel(
     p_dlse,  # fp32 [B, H, L], or not used
     p_rows,  # int64 [B, H, L]: lse in base 2, +inf for rows that see no key; and delta
     num_tokens,
+    num_heads,
     stride_b_dout: tl.int64,
     stride_m_dout,
     stride_h_dout,
@@ -79,10 +80,10 @@ def frame_attention_rows_kernel(
     BM: tl.constexpr,
     HAS_DLSE: tl.constexpr,
 ):
-    head = tl.program_id(1)
-    num_heads = tl.num_programs(1)
-    batch = tl.program_id(2).to(tl.int64)
-    row = tl.program_id(0).to(tl.int64) * BM
+    pid = tl.program_id(0)
+    head = pid % num_heads  # fastest: a row's heads lie side by side
+    batch = tl.program_id(1).to(tl.int64)
+    row = (pid // num_heads).to(tl.int64) * BM
     o_m = tl.arange(0, BM)
     m_m = row + o_m < num_tokens
     stride_m_dout *= 8
@@ -113,6 +114,7 @@ def frame_attention_dq_kernel(
     p_plan,
     scale,
     num_tokens,
+    num_heads,
     num_tiles,
     repeats,
     band,
@@ -130,15 +132,15 @@ def frame_attention_dq_kernel(
     stride_h_dout,
     D: tl.constexpr,
     PARTS: tl.constexpr,
+    HEADS_PER_KV: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    p_tile, clip = find_tile(p_plan, num_tiles, repeats, band)
+    head, p_tile, clip = find_tile(p_plan, num_heads, num_tiles, repeats, band)
     p_groups = p_plan + num_tiles * TILE_CELLS
-    head = tl.program_id(1)
-    num_heads = tl.num_programs(1)
-    batch = tl.program_id(2).to(tl.int64)
+    kv_head = head // HEADS_PER_KV
+    batch = tl.program_id(1).to(tl.int64)
     clip_row = clip.to(tl.int64) * (num_tokens // repeats)
     row_start = tl.load(p_tile)
     row_end = tl.load(p_tile + TILE_END)
@@ -148,8 +150,8 @@ def frame_attention_dq_kernel(
     stride_m_v *= 8
     stride_m_dout *= 8
     p_q += (batch * stride_b_q + head * stride_h_q) * 8 + (clip_row + row_start) * stride_m_q
-    p_k += (batch * stride_b_k + head * stride_h_k) * 8 + clip_row * stride_m_k
-    p_v += (batch * stride_b_v + head * stride_h_v) * 8 + clip_row * stride_m_v
+    p_k += (batch * stride_b_k + kv_head * stride_h_k) * 8 + clip_row * stride_m_k
+    p_v += (batch * stride_b_v + kv_head * stride_h_v) * 8 + clip_row * stride_m_v
     p_dout += (batch * stride_b_dout + head * stride_h_dout) * 8 + (clip_row + row_start) * stride_m_dout
     p_rows += (batch * num_heads + head) * num_tokens + clip_row + row_start
 
@@ -223,11 +225,12 @@ def frame_attention_dkv_kernel(
     p_v,
     p_dout,
     p_rows,  # int64 [B, H, L]
-    p_dk,  # [B, L, H, D]
-    p_dv,  # [B, L, H, D]
+    p_dk,  # [B, L, H / HEADS_PER_KV, D]
+    p_dv,
     p_plan,
     scale,
     num_tokens,
+    num_heads,
     num_tiles,
     repeats,
     band,
@@ -245,14 +248,15 @@ def frame_attention_dkv_kernel(
     stride_h_dout,
     D: tl.constexpr,
     PARTS: tl.constexpr,
+    HEADS_PER_KV: tl.constexpr,
     BN: tl.constexpr,  # keys
     BM: tl.constexpr,  # rows
     PRECISION: tl.constexpr,
 ):
-    p_tile, clip = find_tile(p_plan, num_tiles, repeats, band)
-    head = tl.program_id(1)
-    num_heads = tl.num_programs(1)
-    batch = tl.program_id(2).to(tl.int64)
+    num_kv_heads = num_heads // HEADS_PER_KV
+    kv_head, p_tile, clip = find_tile(p_plan, num_kv_heads, num_tiles, repeats, band)
+    head = kv_head * HEADS_PER_KV  # the first of those that share it
+    batch = tl.program_id(1).to(tl.int64)
     clip_row = clip.to(tl.int64) * (num_tokens // repeats)
     key_start = tl.load(p_tile)
     key_end = tl.load(p_tile + TILE_END)
@@ -262,8 +266,8 @@ def frame_attention_dkv_kernel(
     stride_m_v *= 8
     stride_m_dout *= 8
     p_q += (batch * stride_b_q + head * stride_h_q) * 8 + clip_row * stride_m_q
-    p_k += (batch * stride_b_k + head * stride_h_k) * 8 + (clip_row + key_start) * stride_m_k
-    p_v += (batch * stride_b_v + head * stride_h_v) * 8 + (clip_row + key_start) * stride_m_v
+    p_k += (batch * stride_b_k + kv_head * stride_h_k) * 8 + (clip_row + key_start) * stride_m_k
+    p_v += (batch * stride_b_v + kv_head * stride_h_v) * 8 + (clip_row + key_start) * stride_m_v
     p_dout += (batch * stride_b_dout + head * stride_h_dout) * 8 + clip_row * stride_m_dout
     p_rows += (batch * num_heads + head) * num_tokens + clip_row
 
@@ -276,49 +280,55 @@ def frame_attention_dkv_kernel(
     b_dk = zero_parts(BN, PARTS)
     b_dv = zero_parts(BN, PARTS)
 
-    # A block is bare when all its rows see all keys of the tile; keys past the end of the tile are zeros and are not
-    # stored.
-    p_segment = p_plan + tl.load(p_tile + TILE_SEGMENTS)
-    start = tl.load(p_segment)
-    end = tl.load(p_segment + 1)
-    for _ in range(tl.load(p_tile + TILE_BARE_BLOCKS)):
-        b_lse, b_delta = unpack_row(tl.load(p_rows + start + o_m))
-        b_q = load_parts(p_q + start.to(tl.int64) * stride_m_q, o_m, stride_m_q, None, PARTS, D)
-        b_do = load_parts(p_dout + start.to(tl.int64) * stride_m_dout, o_m, stride_m_dout, None, PARTS, D)
-        b_st = dot_parts(b_k, b_q, PRECISION)  # [BN, BM]
-        b_pt = tl.exp2(b_st * scale_log2 - b_lse[None, :])
-        b_dpt = dot_parts(b_v, b_do, PRECISION)
-        b_dst = b_pt * (b_dpt - b_delta[None, :])
-        b_dv = add_parts(b_dv, b_pt.to(p_q.dtype.element_ty), b_do, PRECISION)
-        b_dk = add_parts(b_dk, b_dst.to(p_q.dtype.element_ty), b_q, PRECISION)
-        p_segment, start, end = next_block(p_segment, start, end, BM, SEGMENT_CELLS)
+    p_first = p_plan + tl.load(p_tile + TILE_SEGMENTS)
+    p_segment = p_first
+    for _ in range(HEADS_PER_KV):  # one after the other: the sums have one order
+        p_segment = p_first
+        # A block is bare when all its rows see all keys of the tile; keys past the end of the tile are zeros and are
+        # not stored.
+        start = tl.load(p_segment)
+        end = tl.load(p_segment + 1)
+        for _ in range(tl.load(p_tile + TILE_BARE_BLOCKS)):
+            b_lse, b_delta = unpack_row(tl.load(p_rows + start + o_m))
+            b_q = load_parts(p_q + start.to(tl.int64) * stride_m_q, o_m, stride_m_q, None, PARTS, D)
+            b_do = load_parts(p_dout + start.to(tl.int64) * stride_m_dout, o_m, stride_m_dout, None, PARTS, D)
+            b_st = dot_parts(b_k, b_q, PRECISION)  # [BN, BM]
+            b_pt = tl.exp2(b_st * scale_log2 - b_lse[None, :])
+            b_dpt = dot_parts(b_v, b_do, PRECISION)
+            b_dst = b_pt * (b_dpt - b_delta[None, :])
+            b_dv = add_parts(b_dv, b_pt.to(p_q.dtype.element_ty), b_do, PRECISION)
+            b_dk = add_parts(b_dk, b_dst.to(p_q.dtype.element_ty), b_q, PRECISION)
+            p_segment, start, end = next_block(p_segment, start, end, BM, SEGMENT_CELLS)
 
-    # Masked blocks, whose segments follow the bare ones, in the same way.
-    o_key = key_start + o_n
-    num_blocks = tl.load(p_segment)
-    p_segment += HEADER_CELLS
-    start = tl.load(p_segment)
-    end = tl.load(p_segment + 1)
-    for _ in tl.range(num_blocks, num_stages=1):
-        o_row = start + o_m
-        m_m = o_row < end
-        b_lse, b_delta = unpack_row(tl.load(p_rows + o_row, mask=m_m, other=NO_ROW))
-        b_q = load_parts(p_q + start.to(tl.int64) * stride_m_q, o_m, stride_m_q, m_m, PARTS, D)
-        b_do = load_parts(p_dout + start.to(tl.int64) * stride_m_dout, o_m, stride_m_dout, m_m, PARTS, D)
-        b_st = dot_parts(b_k, b_q, PRECISION)
-        b_lo, b_hi = segment_bounds(p_segment, o_row)
-        b_seen = (o_key[:, None] - b_lo[None, :]).to(tl.uint32) < (b_hi - b_lo).to(tl.uint32)[None, :]
-        b_pt = tl.where(b_seen, tl.exp2(b_st * scale_log2 - b_lse[None, :]), 0.0)
-        b_dpt = dot_parts(b_v, b_do, PRECISION)
-        b_dst = b_pt * (b_dpt - b_delta[None, :])
-        b_dv = add_parts(b_dv, b_pt.to(p_q.dtype.element_ty), b_do, PRECISION)
-        b_dk = add_parts(b_dk, b_dst.to(p_q.dtype.element_ty), b_q, PRECISION)
-        p_segment, start, end = next_block(p_segment, start, end, BM, ROW_SEGMENT_CELLS)
+        # Masked blocks, whose segments follow the bare ones, in the same way.
+        o_key = key_start + o_n
+        num_blocks = tl.load(p_segment)
+        p_segment += HEADER_CELLS
+        start = tl.load(p_segment)
+        end = tl.load(p_segment + 1)
+        for _ in tl.range(num_blocks, num_stages=1):
+            o_row = start + o_m
+            m_m = o_row < end
+            b_lse, b_delta = unpack_row(tl.load(p_rows + o_row, mask=m_m, other=NO_ROW))
+            b_q = load_parts(p_q + start.to(tl.int64) * stride_m_q, o_m, stride_m_q, m_m, PARTS, D)
+            b_do = load_parts(p_dout + start.to(tl.int64) * stride_m_dout, o_m, stride_m_dout, m_m, PARTS, D)
+            b_st = dot_parts(b_k, b_q, PRECISION)
+            b_lo, b_hi = segment_bounds(p_segment, o_row)
+            b_seen = (o_key[:, None] - b_lo[None, :]).to(tl.uint32) < (b_hi - b_lo).to(tl.uint32)[None, :]
+            b_pt = tl.where(b_seen, tl.exp2(b_st * scale_log2 - b_lse[None, :]), 0.0)
+            b_dpt = dot_parts(b_v, b_do, PRECISION)
+            b_dst = b_pt * (b_dpt - b_delta[None, :])
+            b_dv = add_parts(b_dv, b_pt.to(p_q.dtype.element_ty), b_do, PRECISION)
+            b_dk = add_parts(b_dk, b_dst.to(p_q.dtype.element_ty), b_q, PRECISION)
+            p_segment, start, end = next_block(p_segment, start, end, BM, ROW_SEGMENT_CELLS)
+        p_q += stride_h_q.to(tl.int64) * 8
+        p_dout += stride_h_dout.to(tl.int64) * 8
+        p_rows += num_tokens
 
     key_start = tl.load(p_segment)
     m_n = key_start + o_n < tl.load(p_segment + 1)
-    stride_dk = num_heads * D
-    row = (batch * num_tokens + clip_row + key_start) * stride_dk + head * D
+    stride_dk = num_kv_heads * D
+    row = (batch * num_tokens + clip_row + key_start) * stride_dk + kv_head * D
     store_parts(p_dk + row, o_n, stride_dk, m_n, b_dk, scale, PARTS, D)
     store_parts(p_dv + row, o_n, stride_dk, m_n, b_dv, 1.0, PARTS, D)
 
@@ -338,17 +348,18 @@ def backward(
     key_plan: Plan,
     scale: float,
 ) -> None:
-    """Inputs as for `forward`, dout strided like them, dlse fp32 [B, H, L] contiguous; writes dq, dk, dv [B, L, H, D],
+    """Inputs as for `forward`, dout strided like them, dlse fp32 [B, H, L] contiguous; writes dq, dk, dv like q, k, v,
     contiguous."""
     batch, tokens, heads, dim = q.shape
     rows = lse.new_empty((batch, heads, tokens), dtype=torch.int64)
-    frame_attention_rows_kernel[(triton.cdiv(tokens, DELTA_ROWS), heads, batch)](
+    frame_attention_rows_kernel[(triton.cdiv(tokens, DELTA_ROWS) * heads, batch)](
         out,
         dout,
         lse,
         lse if dlse is None else dlse,
         rows,
         tokens,
+        heads,
         *strides(dout),
         D=dim,
         BM=DELTA_ROWS,
@@ -360,7 +371,7 @@ def backward(
         (frame_attention_dkv_kernel, key_plan, (dk, dv), "BN", "BM"),
         (frame_attention_dq_kernel, row_plan, (dq,), "BM", "BN"),
     ):
-        kernel[(plan.num_tiles * plan.repeats, heads, batch)](
+        kernel[(plan.num_tiles * plan.repeats * gradients[0].shape[2], batch)](
             q,
             k,
             v,
@@ -370,12 +381,14 @@ def backward(
             plan.data,
             scale,
             tokens,
+            heads,
             plan.num_tiles,
             plan.repeats,
             plan.band,
             *strides(q, k, v, dout),
             D=dim,
             PARTS=split_head_dim(dim),
+            HEADS_PER_KV=heads // k.shape[2],
             **{tile: plan.config.tile, block: plan.config.block},
             **options(plan, q),
         )

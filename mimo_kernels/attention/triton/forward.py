@@ -47,20 +47,22 @@ LN2 = tl.constexpr(0.6931471805599453)
 NEVER = tl.constexpr(-1.0e38)
 
 # What changes from call to call: no value of these may compile the kernel anew.
-VARYING = ("num_tokens", "num_tiles", "repeats", "band")
+VARYING = ("num_tokens", "num_heads", "num_tiles", "repeats", "band")
 STRIDES = ("stride_b", "stride_m", "stride_h")
 
 
 @triton.jit
-def find_tile(p_plan, num_tiles, repeats, band):
-    """Pointer to this program's tile and the clip it is in. The schedule of one clip serves `repeats` clips, in bands
-    of `band` clips at a time."""
-    band_tiles = num_tiles * band
+def find_tile(p_plan, num_heads, num_tiles, repeats, band):
+    """This program's head, the pointer to its tile and the clip that is in. Heads change fastest: a row's heads lie
+    side by side, so programs that run at the same time share the memory they read. The schedule of one clip serves
+    `repeats` clips, in bands of `band` clips at a time."""
     pid = tl.program_id(0)
-    first = pid // band_tiles * band
-    inside = pid % band_tiles
+    item = pid // num_heads
+    band_tiles = num_tiles * band
+    first = item // band_tiles * band
+    inside = item % band_tiles
     clips = tl.minimum(band, repeats - first)
-    return p_plan + inside // clips * TILE_CELLS, first + inside % clips
+    return pid % num_heads, p_plan + inside // clips * TILE_CELLS, first + inside % clips
 
 
 @triton.jit
@@ -116,13 +118,14 @@ def softmax_step(b_s, b_top, b_v, b_acc, b_max, b_sum, scale_log2, PRECISION: tl
 @triton.jit(do_not_specialize=[*VARYING, *(f"{name}_{x}" for name in STRIDES for x in "qkv")])
 def frame_attention_fwd_kernel(
     p_q,
-    p_k,
+    p_k,  # of fewer heads where HEADS_PER_KV of q share one
     p_v,
     p_out,  # [B, L, H, D]
     p_lse,  # fp32 [B, H, L]
     p_plan,
     scale_log2,
     num_tokens,
+    num_heads,
     num_tiles,
     repeats,
     band,
@@ -137,16 +140,16 @@ def frame_attention_fwd_kernel(
     stride_h_v,
     D: tl.constexpr,
     PARTS: tl.constexpr,
+    HEADS_PER_KV: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
-    p_tile, clip = find_tile(p_plan, num_tiles, repeats, band)
+    head, p_tile, clip = find_tile(p_plan, num_heads, num_tiles, repeats, band)
     p_groups = p_plan + num_tiles * TILE_CELLS
-    head = tl.program_id(1)
-    num_heads = tl.num_programs(1)
-    batch = tl.program_id(2).to(tl.int64)
+    kv_head = head // HEADS_PER_KV
+    batch = tl.program_id(1).to(tl.int64)
     clip_row = clip.to(tl.int64) * (num_tokens // repeats)
     row_start = tl.load(p_tile)
     row_end = tl.load(p_tile + TILE_END)
@@ -155,8 +158,8 @@ def frame_attention_fwd_kernel(
     stride_m_k *= 8
     stride_m_v *= 8
     p_q += (batch * stride_b_q + head * stride_h_q) * 8 + (clip_row + row_start) * stride_m_q
-    p_k += (batch * stride_b_k + head * stride_h_k) * 8 + clip_row * stride_m_k
-    p_v += (batch * stride_b_v + head * stride_h_v) * 8 + clip_row * stride_m_v
+    p_k += (batch * stride_b_k + kv_head * stride_h_k) * 8 + clip_row * stride_m_k
+    p_v += (batch * stride_b_v + kv_head * stride_h_v) * 8 + clip_row * stride_m_v
 
     o_m = tl.arange(0, BM)
     o_n = tl.arange(0, BN)
@@ -252,10 +255,10 @@ def options(plan: Plan, q: Tensor) -> dict:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan, scale: float) -> None:
-    """q, k, v [B, L, H, D] with strides in whole steps of 8 elements; writes out [B, L, H, D] and lse fp32 [B, H, L],
-    both contiguous."""
+    """q [B, L, H, D], k, v [B, L, H_kv, D] with strides in whole steps of 8 elements; writes out [B, L, H, D] and lse
+    fp32 [B, H, L], both contiguous."""
     batch, tokens, heads, dim = q.shape
-    frame_attention_fwd_kernel[(plan.num_tiles * plan.repeats, heads, batch)](
+    frame_attention_fwd_kernel[(plan.num_tiles * plan.repeats * heads, batch)](
         q,
         k,
         v,
@@ -264,12 +267,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Pla
         plan.data,
         scale * LOG2E.value,
         tokens,
+        heads,
         plan.num_tiles,
         plan.repeats,
         plan.band,
         *strides(q, k, v),
         D=dim,
         PARTS=split_head_dim(dim),
+        HEADS_PER_KV=heads // k.shape[2],
         BM=plan.config.tile,
         BN=plan.config.block,
         AHEAD=plan.config.ahead,

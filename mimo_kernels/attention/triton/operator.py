@@ -13,7 +13,7 @@ from mimo_kernels.attention.triton import forward as triton_fwd
 from mimo_kernels.attention.triton.schedule import PASSES, Plan, plan_for
 from mimo_kernels.core import backends
 
-MAX_BATCH = 65535  # what the third dimension of a grid holds
+MAX_BATCH = 65535  # what the second dimension of a grid holds
 
 
 def refusals(q: Tensor, k: Tensor, v: Tensor, mask) -> list[str]:
@@ -28,8 +28,8 @@ def refusals(q: Tensor, k: Tensor, v: Tensor, mask) -> list[str]:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask, scale: float) -> tuple[Tensor, Tensor]:
-    """q, k, v [B, L, h, d] -> out [B, L, h, d], lse fp32 [B, h, L]; both differentiable. B is 1 unless the mask has one
-    clip."""
+    """q [B, L, h, d], k, v [B, L, h_kv, d] -> out [B, L, h, d], lse fp32 [B, h, L]; both differentiable. B is 1 unless
+    the mask has one clip."""
     if scale <= 0:  # the kernels take the maximum before they scale
         q, scale = q * scale, 1.0
     return _operator(q, k, v, mask.pattern_for(q), mask.repeats, scale)
@@ -38,7 +38,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask, scale: float) -> tuple[Tens
 def plans(q: Tensor, mask) -> dict[str, Plan]:
     """The plans that attention over q [.., h, d] with this mask uses, by pass: their tile sizes and the pairs they
     compute."""
-    return {name: plan_for(name, mask.pattern, mask.repeats, q.device, q.dtype, q.shape[-1]) for name in PASSES}
+    return {name: plan_for(name, mask.pattern, mask.repeats, q.device, q.dtype, *q.shape[-2:]) for name in PASSES}
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, frames: Tensor, repeats: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -51,7 +51,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, frames: Tensor, repeats: int, scal
     if out.numel():
         q, k, v = (_addressable(x) for x in (q, k, v))
         with _on_device(q):
-            plan = plan_for("forward", frames, repeats, q.device, q.dtype, head_dim)
+            plan = plan_for("forward", frames, repeats, q.device, q.dtype, heads, head_dim)
             triton_fwd.forward(q, k, v, out, lse, plan, scale)
     return out, lse
 
@@ -78,7 +78,7 @@ def _backward(
         dlse = None if dlse is None else dlse.contiguous()
         with _on_device(q):
             row_plan, key_plan = (
-                plan_for(name, frames, repeats, q.device, q.dtype, q.shape[-1]) for name in ("dq", "dkv")
+                plan_for(name, frames, repeats, q.device, q.dtype, *q.shape[2:]) for name in ("dq", "dkv")
             )
             triton_bwd.backward(
                 dout, dlse, q, k, v, out.contiguous(), lse.contiguous(), *gradients, row_plan, key_plan, scale

@@ -11,9 +11,10 @@ from mimo_kernels.attention.triton.tiles import split_head_dim
 from mimo_kernels.core.backends import extension
 from mimo_kernels.core.device_copies import DeviceCopies, OfTables
 
-# Clips that run side by side hold about so many rows: their keys and values stay in the cache. Clips that differ share
-# one schedule, which is ordered in bands of so many rows; of clips that are alike so many repeat it side by side.
-BAND_ROWS = 16384
+# Clips that run side by side hold about so many rows, counted once per head, as many as are computed at the same time:
+# their keys and values stay in the cache. Clips that differ share one schedule, which is ordered in bands of so many
+# rows; of clips that are alike so many repeat it side by side.
+BAND_ROWS = 32768
 
 
 @dataclass(frozen=True)
@@ -144,36 +145,50 @@ class Plan(NamedTuple):
 _plans = OfTables()
 
 
-def plan_for(name: str, frames: Tensor, repeats: int, device: torch.device, dtype: torch.dtype, head_dim: int) -> Plan:
+def plan_for(
+    name: str,
+    frames: Tensor,
+    repeats: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    head_dim: int,
+) -> Plan:
     """The plan of a pass for `repeats` clips with this table of groups (FrameMask.pattern). Made and uploaded once per
     table, device and tile size: it is kept with the table, so that all layers and the backward share it, and goes away
     with it. How it gets to the device, see core/device_copies.py."""
     plans = _plans[frames]
-    key = (name, repeats, device, dtype, head_dim)
+    key = (name, repeats, device, dtype, heads, head_dim)
     made = plans.get(key)
     if made is None:
         choices = configs(name, architecture(device), dtype, head_dim)
-        made = plans[key] = make_plan(plans, name, frames, repeats, device, choices)
+        made = plans[key] = make_plan(plans, name, frames, repeats, device, heads, choices)
     plan, cells = made
     cells.on(device)  # orders this stream behind the upload
     return plan
 
 
 def make_plan(
-    plans: dict, name: str, frames: Tensor, repeats: int, device: torch.device, choices: tuple[Config, ...]
+    plans: dict,
+    name: str,
+    frames: Tensor,
+    repeats: int,
+    device: torch.device,
+    heads: int,
+    choices: tuple[Config, ...],
 ) -> tuple[Plan, DeviceCopies]:
     """The choice that computes the fewest pairs, weighed by their cost. Schedules are kept in `plans` too: passes with
     the same tiles share them."""
     kind = "plan_keys" if name == "dkv" else "plan_rows"
-    scheduled = []
+    band_rows, scheduled = max(1, BAND_ROWS // heads), []
     for config in choices:
-        key = (kind, config.tile, config.block)
+        key = (kind, config.tile, config.block, band_rows)
         if key not in plans:
-            cells, *facts = getattr(extension(), kind)(frames.numpy(), config.tile, config.block, BAND_ROWS)
+            cells, *facts = getattr(extension(), kind)(frames.numpy(), config.tile, config.block, band_rows)
             with torch.inference_mode(False):
                 cells = DeviceCopies("the schedules of this mask", torch.frombuffer(cells, dtype=torch.int32))
             plans[key] = cells, *facts
         scheduled.append((config, plans[key]))
     config, (cells, num_tiles, executed, rows) = min(scheduled, key=lambda choice: choice[0].cost * choice[1][2])
-    band = max(1, min(repeats, BAND_ROWS // rows))
+    band = max(1, min(repeats, band_rows // rows))
     return Plan(config, *cells.on(device), num_tiles, repeats, band, executed * repeats), cells
