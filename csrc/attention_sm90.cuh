@@ -45,7 +45,8 @@ struct Problem {
     float* lse;            // [B, H, L]
     const float* rows;     // statistics [B, H, 2, repeats, padded]: log2(e) lse and delta
     const int* plan;
-    int tiles, groups, heads, channels;
+    int tiles, groups, heads, channels;    // heads: of the own rows
+    int heads_per_kv;                      // heads of q that share one of k and v
     int sequences, repeats, length, band;  // a sequence: a clip of `repeats`, or one of the batch; rows of one; how
                                            // many of them run side by side
     int padded;                            // rows of a sequence in the statistics, a multiple of 4
@@ -141,6 +142,17 @@ __device__ inline void leave(uint32_t barrier) {
     if (lane_id() == 0) barrier_arrive(barrier);
 }
 
+// Heads of the streamed side that go past a head's own rows, one after the other: of k and v the one it shares, of q
+// and dout all that share it.
+template <Pass PASS>
+__device__ inline int first_streamed(const Problem& problem, int head) {
+    return PASS == kDkv ? head * problem.heads_per_kv : head / problem.heads_per_kv;
+}
+template <Pass PASS>
+__device__ inline int streamed_heads(const Problem& problem) {
+    return PASS == kDkv ? problem.heads_per_kv : 1;
+}
+
 template <int CHANNELS, int ROWS>
 __device__ inline void load_tile(uint32_t to, const TensorMaps& maps, uint32_t barrier, int head, int row,
                                  int sequence) {
@@ -171,22 +183,25 @@ __device__ inline void produce(const Problem& problem, uint32_t base) {
                 load_tile<CHANNELS, kRows>(base + L::own(w, i), problem.own[i], full, work.head, work.start(w),
                                            work.sequence);
         }
-        Blocks<BLOCK> blocks(problem, work);
-        while (blocks.next()) {
+        const int first_head = first_streamed<PASS>(problem, work.head);
+        for (int head = first_head; head < first_head + streamed_heads<PASS>(problem); head++) {
+            Blocks<BLOCK> blocks(problem, work);
+            while (blocks.next()) {
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const uint32_t full = base + L::full(slot.stage, i);
-                const int statistics = i == 1 ? L::STATISTICS_BYTES : 0;
-                barrier_wait(base + L::empty(slot.stage, i), slot.parity ^ 1);
-                barrier_expect(full, L::STREAMED_BYTES + statistics);
-                load_tile<CHANNELS, BLOCK>(base + L::streamed(slot.stage, i), problem.streamed[i], full, work.head,
-                                           blocks.start, work.sequence);
-                if (statistics)
-                    tensor_load(base + L::statistics(slot.stage), problem.statistics, full, blocks.start,
-                                work.sequence % problem.repeats, 0,
-                                work.sequence / problem.repeats * problem.heads + work.head);
+                for (int i = 0; i < 2; i++) {
+                    const uint32_t full = base + L::full(slot.stage, i);
+                    const int statistics = i == 1 ? L::STATISTICS_BYTES : 0;
+                    barrier_wait(base + L::empty(slot.stage, i), slot.parity ^ 1);
+                    barrier_expect(full, L::STREAMED_BYTES + statistics);
+                    load_tile<CHANNELS, BLOCK>(base + L::streamed(slot.stage, i), problem.streamed[i], full, head,
+                                               blocks.start, work.sequence);
+                    if (statistics)
+                        tensor_load(base + L::statistics(slot.stage), problem.statistics, full, blocks.start,
+                                    work.sequence % problem.repeats, 0,
+                                    work.sequence / problem.repeats * problem.heads * problem.heads_per_kv + head);
+                }
+                slot.step();
             }
-            slot.step();
         }
     }
 }
@@ -636,7 +651,7 @@ __device__ inline void consume(const Problem& problem, uint32_t base, int warpgr
             if constexpr (L::ALL_IN_REGISTERS) leave(base + L::own_empty(warpgroup));
         }
         consumer.begin(work);
-        consumer.attend(work, slot);
+        for (int i = 0; i < streamed_heads<PASS>(problem); i++) consumer.attend(work, slot);
         if (!empty) {
             if constexpr (!L::ALL_IN_REGISTERS) leave(base + L::own_empty(warpgroup));
         }

@@ -39,18 +39,18 @@ __global__ void __launch_bounds__(kWarpgroup)
 
 }  // namespace sm90
 
-// The gradients, contiguous. dlse: null for zero. rows: float [batch, heads, 2, repeats, length rounded up to 4]. The
-// schedules have blocks of 64.
+// The gradients, contiguous; k and v, and dk and dv, have kv_heads heads, a divisor of heads. dlse: null for zero.
+// rows: float [batch, heads, 2, repeats, length rounded up to 4]. The schedules have blocks of 64.
 int attention_sm90_backward(void* dq, void* dk, void* dv, float* rows, const void* dout, const void* q, const void* k,
                             const void* v, const void* out, const float* lse, const float* dlse, const int* row_plan,
                             const int* key_plan, int64_t dout_batch, int64_t dout_row, int64_t dout_head,
                             int64_t q_batch, int64_t q_row, int64_t q_head, int64_t k_batch, int64_t k_row,
                             int64_t k_head, int64_t v_batch, int64_t v_row, int64_t v_head, int row_tiles,
                             int key_tiles, int groups, int band, int batch, int repeats, int length, int heads,
-                            int head_dim, float scale, int dtype, int device, void* stream) {
+                            int kv_heads, int head_dim, float scale, int dtype, int device, void* stream) {
     using namespace sm90;
     constexpr int kBlock = 64;
-    const Shape shape{row_tiles, groups, band, batch, repeats, length, heads, head_dim};
+    const Shape shape{row_tiles, groups, band, batch, repeats, length, heads, kv_heads, head_dim};
     if (!shape.served() || (dtype != 1 && dtype != 2)) return 1;  // cudaErrorInvalidValue
     OnDevice guard(device);
     const int padded = round_up(length, 4), places = padded * repeats;
@@ -64,10 +64,10 @@ int attention_sm90_backward(void* dq, void* dk, void* dv, float* rows, const voi
 
     Problem problem = make_problem(shape, row_plan, scale);
     problem.rows = rows, problem.padded = padded;
-    const Operand operands[4] = {{q, q_batch, q_row, q_head},
-                                 {dout, dout_batch, dout_row, dout_head},
-                                 {k, k_batch, k_row, k_head},
-                                 {v, v_batch, v_row, v_head}};
+    const Operand operands[4] = {{q, q_batch, q_row, q_head, heads},
+                                 {dout, dout_batch, dout_row, dout_head, heads},
+                                 {k, k_batch, k_row, k_head, kv_heads},
+                                 {v, v_batch, v_row, v_head, kv_heads}};
     static_assert(kBlock == kRows, "either pass takes the same boxes");
     TensorMaps maps[4];
     for (int i = 0; i < 4; i++) {
@@ -77,7 +77,7 @@ int attention_sm90_backward(void* dq, void* dk, void* dv, float* rows, const voi
     problem.own[0] = maps[0], problem.own[1] = maps[1], problem.streamed[0] = maps[2], problem.streamed[1] = maps[3];
     if (int status = start<kDq, kBlock>(problem, shape.channels(), dtype, device, stream)) return status;
 
-    problem.plan = key_plan, problem.tiles = key_tiles;
+    problem.plan = key_plan, problem.tiles = key_tiles, problem.heads = kv_heads;
     problem.out[0] = dk, problem.out[1] = dv;
     problem.own[0] = maps[2], problem.own[1] = maps[3], problem.streamed[0] = maps[0], problem.streamed[1] = maps[1];
     const uint64_t clip = uint64_t{4} * padded, line = clip * repeats;
@@ -92,6 +92,6 @@ int attention_sm90_backward(void* dq, void* dk, void* dv, float* rows, const voi
 }
 MIMO_LAUNCHER(attention_sm90_backward, dq, dk, dv, rows, dout, q, k, v, out, lse, dlse, row_plan, key_plan, dout_batch,
               dout_row, dout_head, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, row_tiles,
-              key_tiles, groups, band, batch, repeats, length, heads, head_dim, scale, dtype, device, stream)
+              key_tiles, groups, band, batch, repeats, length, heads, kv_heads, head_dim, scale, dtype, device, stream)
 
 }  // namespace mimo

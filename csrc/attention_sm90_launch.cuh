@@ -10,16 +10,17 @@ namespace mimo::sm90 {
 struct Operand {
     const void* data;
     int64_t batch, row, head;
+    int heads;
 };
 
 struct Shape {
-    int tiles, groups, band, batch, repeats, length, heads, head_dim;
+    int tiles, groups, band, batch, repeats, length, heads, kv_heads, head_dim;
 
     int sequences() const { return batch * repeats; }
     int channels() const { return head_dim == 72 ? 80 : head_dim; }
     bool served() const {
         const bool one = batch == 1 || repeats == 1;
-        return one && length > 0 && heads > 0 &&
+        return one && length > 0 && heads > 0 && kv_heads > 0 && heads % kv_heads == 0 &&
                (head_dim == 64 || head_dim == 72 || head_dim == 80 || head_dim == 128);
     }
 };
@@ -27,7 +28,7 @@ struct Shape {
 inline int make_maps(TensorMaps* maps, const Operand& x, const Shape& shape, int rows) {
     const auto bytes = [](int64_t values) { return static_cast<uint64_t>(2 * values); };
     TensorShape box{2,
-                    {static_cast<uint32_t>(shape.head_dim), static_cast<uint32_t>(shape.heads),
+                    {static_cast<uint32_t>(shape.head_dim), static_cast<uint32_t>(x.heads),
                      static_cast<uint32_t>(shape.length), static_cast<uint32_t>(shape.sequences())},
                     {64, 1, static_cast<uint32_t>(rows), 1},
                     {bytes(x.head), bytes(x.row), bytes(shape.batch > 1 ? x.batch : x.row * shape.length)},
@@ -42,7 +43,7 @@ inline Problem make_problem(const Shape& shape, const int* plan, float scale) {
     Problem problem{};
     problem.plan = plan;
     problem.tiles = shape.tiles, problem.groups = shape.groups, problem.heads = shape.heads;
-    problem.channels = shape.head_dim;
+    problem.heads_per_kv = shape.heads / shape.kv_heads, problem.channels = shape.head_dim;
     problem.sequences = shape.sequences(), problem.repeats = shape.repeats, problem.length = shape.length;
     problem.band = shape.band;
     problem.scale = scale, problem.scale_log2 = scale * kLog2E;

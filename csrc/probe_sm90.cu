@@ -102,13 +102,13 @@ int probe(int step, int channels, const TensorMaps& a, const TensorMaps& b, floa
 int probe_sm90(float* out, const void* a, const void* b, int step, int head_dim, int block, int dtype, int device,
                void* stream) {
     using namespace sm90;
-    const Shape rows{1, 1, 1, 1, 1, kRows, 1, head_dim}, streamed{1, 1, 1, 1, 1, block, 1, head_dim};
+    const Shape rows{1, 1, 1, 1, 1, kRows, 1, 1, head_dim}, streamed{1, 1, 1, 1, 1, block, 1, 1, head_dim};
     const bool known = step >= 0 && step < kSteps && (dtype == 1 || (dtype == 2 && block == 64));
     if (!rows.served() || !known || (block != 64 && block != 128)) return 1;  // cudaErrorInvalidValue
     OnDevice guard(device);
     TensorMaps maps[2];
-    if (int status = make_maps(&maps[0], {a, head_dim, head_dim, head_dim}, rows, kRows)) return status;
-    if (int status = make_maps(&maps[1], {b, head_dim, head_dim, head_dim}, streamed, block)) return status;
+    if (int status = make_maps(&maps[0], {a, head_dim, head_dim, head_dim, 1}, rows, kRows)) return status;
+    if (int status = make_maps(&maps[1], {b, head_dim, head_dim, head_dim, 1}, streamed, block)) return status;
     const int channels = rows.channels();
     if (dtype == 2) return probe<bfloat_t, 64>(step, channels, maps[0], maps[1], out, stream);
     return block == 64 ? probe<half_t, 64>(step, channels, maps[0], maps[1], out, stream)

@@ -23,7 +23,7 @@ HALF = (torch.float16, torch.bfloat16)
 FORWARD_BLOCKS = (128, 64)
 LONGER_IS_CHEAPER_BY = 1.04
 BACKWARD_BLOCK = 64
-BAND_ROWS = 16384  # clips that run side by side hold about so many rows
+BAND_ROWS = 16384  # clips that run side by side hold about so many rows, counted once per head
 
 
 def device_refusals(device: torch.device) -> list[str]:
@@ -49,7 +49,7 @@ def input_refusals(dtype: torch.dtype, head_dim: int) -> list[str]:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask, scale: float) -> tuple[Tensor, Tensor]:
-    """q, k, v [B, L, h, d] -> out [B, L, h, d], lse fp32 [B, h, L]; both differentiable.
+    """q [B, L, h, d], k, v [B, L, h_kv, d] -> out [B, L, h, d], lse fp32 [B, h, L]; both differentiable.
 
     B is 1 unless the mask has one clip. ValueError for a first use of the mask inside a CUDA graph capture.
     """
@@ -75,22 +75,23 @@ class Plan(NamedTuple):
 _plans = OfTables()
 
 
-def plan_for(frames: Tensor, *, block: int, keys: bool, device: torch.device) -> Plan:
+def plan_for(frames: Tensor, *, block: int, keys: bool, heads: int, device: torch.device) -> Plan:
     """The schedule over tiles of rows, or with `keys` of keys. Made and uploaded once per table, and kept with it."""
     plans = _plans[frames]
-    if (block, keys) not in plans:
-        cells, *facts = extension().plan_sm90(frames.numpy(), block=block, band_rows=BAND_ROWS, keys=keys)
+    band_rows = max(1, BAND_ROWS // heads)
+    if (block, keys, band_rows) not in plans:
+        cells, *facts = extension().plan_sm90(frames.numpy(), block=block, band_rows=band_rows, keys=keys)
         with torch.inference_mode(False):
             cells = DeviceCopies("the schedules of this mask", torch.frombuffer(cells, dtype=torch.int32))
-        plans[block, keys] = cells, *facts
-    cells, tiles, pairs, rows = plans[block, keys]
+        plans[block, keys, band_rows] = cells, *facts
+    cells, tiles, pairs, rows = plans[block, keys, band_rows]
     (data,) = cells.on(device)
     return Plan(data, tiles, block, pairs, rows)
 
 
-def forward_plan(frames: Tensor, device: torch.device) -> Plan:
+def forward_plan(frames: Tensor, heads: int, device: torch.device) -> Plan:
     """The schedule of the forward, with the block length that suits the mask."""
-    long, short = (plan_for(frames, block=block, keys=False, device=device) for block in FORWARD_BLOCKS)
+    long, short = (plan_for(frames, block=block, keys=False, heads=heads, device=device) for block in FORWARD_BLOCKS)
     return long if long.pairs <= LONGER_IS_CHEAPER_BY * short.pairs else short
 
 
@@ -100,7 +101,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, frames: Tensor, repeats: int, scal
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
     if out.numel():
         q, k, v = (_addressable(x) for x in (q, k, v))
-        plan = forward_plan(frames, q.device)
+        plan = forward_plan(frames, heads, q.device)
         kernels().attention_sm90_forward(
             out=out.data_ptr(),
             lse=lse.data_ptr(),
@@ -108,7 +109,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, frames: Tensor, repeats: int, scal
             tiles=plan.tiles,
             block=plan.block,
             **_described(q=q, k=k, v=v),
-            **_problem(q, frames, plan, repeats, scale),
+            **_problem(q, k, frames, plan, repeats, scale),
         )
     return out, lse
 
@@ -126,12 +127,14 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, _, heads, _ = q.shape
-    dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if dq.numel():
         dout, q, k, v = (_addressable(x) for x in (dout, q, k, v))
         out, lse = out.contiguous(), lse.contiguous()
         dlse = None if dlse is None else dlse.contiguous()
-        rows, keys = (plan_for(frames, block=BACKWARD_BLOCK, keys=keys, device=q.device) for keys in (False, True))
+        rows, keys = (
+            plan_for(frames, block=BACKWARD_BLOCK, keys=keys, heads=heads, device=q.device) for keys in (False, True)
+        )
         padded = -(-rows.rows // 4) * 4
         statistics = torch.empty((batch, heads, 2, repeats, padded), dtype=torch.float32, device=q.device)
         kernels().attention_sm90_backward(
@@ -147,7 +150,7 @@ def _backward(
             row_tiles=rows.tiles,
             key_tiles=keys.tiles,
             **_described(dout=dout, q=q, k=k, v=v),
-            **_problem(q, frames, rows, repeats, scale),
+            **_problem(q, k, frames, rows, repeats, scale),
         )
     return dq, dk, dv
 
@@ -161,15 +164,16 @@ def _described(**tensors: Tensor) -> dict[str, int]:
     return described
 
 
-def _problem(q: Tensor, frames: Tensor, plan: Plan, repeats: int, scale: float) -> dict:
+def _problem(q: Tensor, k: Tensor, frames: Tensor, plan: Plan, repeats: int, scale: float) -> dict:
     batch, _, heads, head_dim = q.shape
     return {
         "groups": len(frames),
-        "band": max(1, min(batch * repeats, BAND_ROWS // plan.rows)),
+        "band": max(1, min(batch * repeats, BAND_ROWS // (heads * plan.rows))),
         "batch": batch,
         "repeats": repeats,
         "length": plan.rows,
         "heads": heads,
+        "kv_heads": k.shape[2],
         "head_dim": head_dim,
         "scale": scale,
         "dtype": DTYPES[q.dtype],

@@ -24,13 +24,14 @@ HOLES = FrameMask.from_table(
 )
 
 
-def inputs_of(mask, head_dim, dtype, heads=1, batch=1, seed=0):
+def inputs_of(mask, head_dim, dtype, heads=1, batch=1, seed=0, kv_heads=None):
     generator = torch.Generator().manual_seed(seed)
-    shape = batch, mask.num_tokens, heads, head_dim
-    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for _ in range(3)]
+    shapes = [(batch, mask.num_tokens, count, head_dim) for count in (heads, kv_heads or heads, kv_heads or heads)]
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
 
 
 def dense_attention(q, k, v, mask, scale):
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * scale
     seen = mask.to_dense()
     scores = scores.masked_fill(~seen, -torch.inf)
@@ -67,13 +68,14 @@ def plain_and_exact(inputs, mask, scale, with_lse):
     return results
 
 
-def check(emulated, mask, head_dim, dtype, *, heads=1, batch=1, scale=None, mode=(EARLY, 0), with_lse=True):
+def check(emulated, mask, head_dim, dtype, *, heads=1, kv_heads=1, batch=1, scale=None, mode=(EARLY, 0), with_lse=True):
     """Plain PyTorch's errors are those over many heads besides: the largest of a few is luck."""
     scale = head_dim**-0.5 if scale is None else scale
-    inputs = [between_nans(x) for x in inputs_of(mask, head_dim, dtype, heads, batch)]
+    inputs = [between_nans(x) for x in inputs_of(mask, head_dim, dtype, heads, batch, kv_heads=kv_heads)]
     actual = run(emulated, inputs, mask, scale, mode, with_lse)
     plain, exact = plain_and_exact(inputs, mask, scale, with_lse)
-    more = zip(*plain_and_exact(inputs_of(mask, head_dim, dtype, YARDSTICK_HEADS, seed=2), mask, scale, with_lse))
+    wide = inputs_of(mask, head_dim, dtype, YARDSTICK_HEADS, seed=2, kv_heads=YARDSTICK_HEADS * kv_heads // heads)
+    more = zip(*plain_and_exact(wide, mask, scale, with_lse))
     for name, *result, further in zip(("out", "lse", "dq", "dk", "dv"), actual, plain, exact, more):
         assert_within_budget(*result, name=name, more=further)
 
@@ -145,7 +147,13 @@ def test_scale(emulated, scale):
 
 
 def test_heads_and_batch(emulated):
-    check(emulated, FrameMask.block_causal([[70, 33]]), 72, torch.bfloat16, heads=3, batch=2)
+    check(emulated, FrameMask.block_causal([[70, 33]]), 72, torch.bfloat16, heads=3, kv_heads=3, batch=2)
+
+
+@pytest.mark.parametrize(("head_dim", "heads", "kv_heads", "batch"), [(72, 2, 1, 1), (128, 4, 2, 2)])
+def test_heads_that_share_keys(emulated, head_dim, heads, kv_heads, batch):
+    mask = FrameMask.block_causal([[70, 33]])
+    check(emulated, mask, head_dim, torch.float16, heads=heads, kv_heads=kv_heads, batch=batch, mode=(LATE, 0))
 
 
 def test_slices_of_a_projection_are_read_in_place(emulated):
