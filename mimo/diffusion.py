@@ -1,6 +1,6 @@
 """Noise schedules, their samplers, and the weight of the diffusion loss.
 
-Both schedules answer the same questions, so neither training nor sampling asks which one is in use:
+All schedules answer the same questions, so neither training nor sampling asks which one is in use:
 
     sample_timesteps(shape, generator, device)     timesteps of a training batch
     alpha(t), sigma(t), snr(t)                     signal, noise, (alpha / sigma)^2
@@ -9,6 +9,8 @@ Both schedules answer the same questions, so neither training nor sampling asks 
     embedding(t)                                   the number in 0..1000 that the network embeds
     sampling_timesteps(steps, device)              the timesteps t_0 > t_1 > ... that a sampler visits
     step(v, x, i)                                  from t_i to t_{i+1}, or to the clean x after the last
+    coefficients(steps, device)                    a step as the factors of x, of the prediction and, if it draws any,
+                                                   of its noise: what `mimo_kernels.guided_step` takes
 
 Timesteps are tensors of any shape, matched with the leading dimensions of x. Tables are computed in float64 and rounded
 once to float32. Nothing here waits for the device: a step index may itself be a tensor on the device.
@@ -48,6 +50,19 @@ class _Schedule:
     def snr(self, t: Tensor) -> Tensor:
         """alpha(t)^2 / sigma(t)^2."""
         return (self.alpha(t) / self.sigma(t)).square()
+
+    def sampling_timesteps(self, steps: int, device: torch.device | str = "cpu") -> Tensor:
+        raise NotImplementedError
+
+    def step(self, v: Tensor, x: Tensor, i: int | Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def coefficients(self, steps: int, device: torch.device | str = "cpu") -> Tensor:
+        """fp32 [steps, 2]: `step` is linear in x and v."""
+        self.sampling_timesteps(steps)
+        every = torch.arange(steps, device=device)
+        zero, one = torch.zeros(steps, device=device), torch.ones(steps, device=device)
+        return torch.stack([self.step(zero, one, every), self.step(one, zero, every)], 1)
 
 
 class VPredictionSchedule(_Schedule):
@@ -149,9 +164,74 @@ class FlowSchedule(_Schedule):
         return x + self._steps.on(x.device)[0][i].to(x.dtype) * v
 
 
-def build_schedule(parameterization: str) -> VPredictionSchedule | FlowSchedule:
-    """The schedule of MiMoConfig.parameterization: "v" or "flow"."""
-    schedules = {"v": VPredictionSchedule, "flow": FlowSchedule}
+class EpsilonSchedule(_Schedule):
+    """Variance-preserving diffusion of single tokens with a cosine schedule and epsilon-prediction, sampled with
+    ancestral steps: what the token diffusion of MAR, MAGI and VideoMAR uses.
+
+        beta_t = min(1 - f(t + 1) / f(t), 0.999),  f(t) = cos^2(pi / 2 (t / num_timesteps + 0.008) / 1.008)
+        abar_t = prod_{s <= t} (1 - beta_s),  alpha_t = sqrt(abar_t),  sigma_t = sqrt(1 - abar_t)
+        `steps` sampling steps visit `steps` timesteps from num_timesteps - 1 down to 0, evenly spaced and rounded
+        x' = (x - (1 - a) / sigma_t eps) / sqrt(a) + temperature sqrt((1 - abar') / (1 - abar) (1 - a)) noise
+        with a = abar / abar', of the timestep visited and of the one visited next (abar' = 1 after the last)
+
+    The variance of a step is that of q(x' | x, x_0), which nothing learns: the loss is the squared error of eps alone.
+
+    Timesteps are int64, 0..num_timesteps - 1. Sources: Nichol and Dhariwal 2021 (cosine, respaced steps); Ho et al.
+    2020, Algorithm 2; Li et al. 2024 (MAR), Eq. 2 and 3 and Sec. 3.2 (temperature).
+    """
+
+    def __init__(self, num_timesteps: int = 1000) -> None:
+        self.num_timesteps = num_timesteps
+        t = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+        f = ((t + 0.008) / 1.008 * torch.pi / 2).cos().square()
+        self._signal = (1 - (1 - f[1:] / f[:-1]).clamp(max=0.999)).cumprod(0)  # abar
+        self._table = _table(torch.stack([self._signal.sqrt(), (1 - self._signal).sqrt()]))
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self._table.on(t.device)[0][0, t]
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self._table.on(t.device)[0][1, t]
+
+    def embedding(self, t: Tensor) -> Tensor:
+        return t.float()
+
+    def sample_timesteps(self, shape, generator: torch.Generator, device: torch.device) -> Tensor:
+        """Uniform over 0..num_timesteps - 1, int64."""
+        return torch.randint(self.num_timesteps, shape, generator=generator, device=device)
+
+    def target(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """eps, whatever t."""
+        return eps
+
+    def sampling_timesteps(self, steps: int, device: torch.device | str = "cpu") -> Tensor:
+        """int64 [steps]; from here on `step` takes one of these `steps` steps."""
+        if not 1 <= steps <= self.num_timesteps:
+            raise ValueError(f"steps={steps}: expected 1..{self.num_timesteps}")
+        visited = torch.linspace(self.num_timesteps - 1, 0, steps, dtype=torch.float64).round().long()
+        here = self._signal[visited]
+        there = torch.cat([here[1:], torch.ones(1, dtype=torch.float64)])
+        ratio = here / there
+        of_x, of_eps = 1 / ratio.sqrt(), (ratio - 1) / (1 - here).sqrt() / ratio.sqrt()
+        of_noise = ((1 - there) / (1 - here) * (1 - ratio)).sqrt()
+        self._steps = _table(torch.stack([of_x, of_eps, of_noise]))
+        return visited.to(device)
+
+    def step(self, v: Tensor, x: Tensor, i: int | Tensor, noise: Tensor | None = None) -> Tensor:
+        """x' of the predicted eps `v`, at visited timestep i. noise: N(0, 1) times the temperature; None is none."""
+        of_x, of_eps, of_noise = self._steps.on(x.device)[0][:, i].to(x.dtype)
+        mean = of_x * x + of_eps * v
+        return mean if noise is None else mean + of_noise * noise
+
+    def coefficients(self, steps: int, device: torch.device | str = "cpu") -> Tensor:
+        """fp32 [steps, 3]: the factors of x, eps and noise."""
+        self.sampling_timesteps(steps)
+        return self._steps.on(torch.device(device))[0].T.contiguous()
+
+
+def build_schedule(parameterization: str) -> VPredictionSchedule | FlowSchedule | EpsilonSchedule:
+    """The schedule of MiMoConfig.parameterization: "v", "flow" or "epsilon"."""
+    schedules = {"v": VPredictionSchedule, "flow": FlowSchedule, "epsilon": EpsilonSchedule}
     if parameterization not in schedules:
         raise ValueError(f"unknown parameterization {parameterization!r}: expected one of {', '.join(schedules)}")
     return schedules[parameterization]()

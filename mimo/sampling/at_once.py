@@ -64,8 +64,7 @@ class AtOnceRun:
         branches, dtype = len(key.branches), model.embed.weight.dtype
         timesteps = schedule.embedding(schedule.sampling_timesteps(self.config.steps, self.device))
         every = torch.arange(self.config.steps, device=self.device)
-        zero, one = torch.zeros_like(timesteps), torch.ones_like(timesteps)
-        coefficients = torch.stack([schedule.step(zero, one, every), schedule.step(one, zero, every)], 1)
+        coefficients = schedule.coefficients(self.config.steps, self.device)
         weights = torch.tensor([branch.weight for branch in key.branches], dtype=torch.float32, device=self.device)
         null = {"labels": model.config.num_classes, "actions": model.config.num_actions}
         told = {}

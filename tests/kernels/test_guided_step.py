@@ -34,6 +34,20 @@ def test_equals_the_formula(backend, dtype, branches, shape):
         assert_within_budget(out, plain, exact)
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_noise_is_the_third_summand(backend):
+    x, v, weights, _ = draw(2, 2, 513, dtype=torch.float16)
+    generator = torch.Generator().manual_seed(1)
+    coefficients, noise = (torch.randn(shape, generator=generator).to(DEVICE) for shape in ((4, 3), (2, 513)))
+    index = torch.tensor([2], device=DEVICE)
+    a, b, c = coefficients[2].double()
+    exact = a * x.double() + b * torch.einsum("g,g...->...", weights.double(), v.double()) + c * noise.double()
+    plain = guided_step_ref(x, v, weights, coefficients, index, noise)
+    given = (between_nans(v), weights, coefficients, index)
+    out = guided_step(between_nans(x), *given, noise=between_nans(noise), backend=backend)
+    assert_within_budget(out, plain, exact)
+
+
 @pytest.mark.parametrize("schedule", [FlowSchedule(), VPredictionSchedule()], ids=["euler", "ddim"])
 def test_equals_the_schedules_step(schedule):
     steps = 5
@@ -50,8 +64,11 @@ def test_equals_the_schedules_step(schedule):
 
 def test_operator_is_registered_in_full():
     x, v, weights, coefficients = draw(2, 3, 4)
-    arguments = (x, v, weights, coefficients, torch.tensor([1], device=DEVICE))
-    torch.library.opcheck(_triton_op, arguments, test_utils=("test_schema", "test_faketensor"))
+    index = torch.tensor([1], device=DEVICE)
+    for noise in (None, torch.randn_like(x)):
+        rows = coefficients if noise is None else torch.randn(7, 3, device=DEVICE)
+        arguments = (x, v, weights, rows, index, noise)
+        torch.library.opcheck(_triton_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_wrong_use_is_named():
@@ -65,5 +82,9 @@ def test_wrong_use_is_named():
         guided_step(x, v, weights, coefficients, index[0])
     with pytest.raises(ValueError, match=r"x has strides \[1, 4\], expected a contiguous \[4, 3\]$"):
         guided_step(x.T, v.transpose(1, 2), weights, coefficients, index)
+    with pytest.raises(ValueError, match=r"coefficients has shape \[7, 2\], expected \[steps, 3\]$"):
+        guided_step(x, v, weights, coefficients, index, noise=x)
+    with pytest.raises(ValueError, match=r"noise has shape \[4\], expected \[3, 4\]$"):
+        guided_step(x, v, weights, torch.zeros(7, 3, device=DEVICE), index, noise=x[0])
     with pytest.raises(ValueError, match="unknown backend 'cuda'"):
         guided_step(x, v, weights, coefficients, index, backend="cuda")
