@@ -117,7 +117,9 @@ class MiMoConfig(_Record):
         decoder_depth: blocks of the masked-history decoder.
         decoder_layer: the decoder reads history after this many blocks (the paper's l), 1..depth.
         mask_offsets: the decoder predicts frame t + o from history up to t, for every o here (any of 0, 1, 2).
-        mask_ratio: bounds of the uniform draw of the share of history tokens dropped; (0, 0) masks nothing.
+        mask_ratio: bounds of the draw of the share of tokens masked; (0, 0) masks nothing. Of history tokens dropped it
+            is uniform; of the tokens that a network with a token head predicts, a normal distribution cut off at the
+            bounds, whose mean is the upper one and whose deviation is 0.25 (MAR; 0.7 to 1 there).
         mask_round: the kept number of tokens is rounded to a multiple of this, so that few distinct shapes occur.
         mask_weight: lambda, weight of L_mask; 0 is ACDiT, a network without a decoder.
         mask_region: L_mask over "dropped" positions or over "all".
@@ -126,7 +128,10 @@ class MiMoConfig(_Record):
         num_actions: discrete actions per frame; 0 is none. One null action is added.
         max_interval: the network is told the frame interval of its clips, 1..max_interval (MAGI; 25 there); 0 is not
             told.
-        label_dropout: probability that a clip's class, or a frame's action, is replaced by the null one in
+        cross_attention: a clip's class, or the text it is told, is a sequence of embeddings that every block
+            attends to.
+        text_dim: width of the features of the clips' texts; 0 is no texts. Texts need cross_attention.
+        label_dropout: probability that a clip's class or text, or a frame's action, is replaced by the null one in
             training.
         history_dropout: probability that a future frame sees no history in training; history guidance needs it.
         clean_context: probability that a training frame is clean and told so (FAR, 0.1 there).
@@ -137,7 +142,12 @@ class MiMoConfig(_Record):
         repa_encoder: name of the encoder, one of mimo.encoders.ENCODERS.
         repa_channels: channels of its features; 1024 of VideoMAE-L.
         repa_hidden: width of the projection's two hidden layers; 2048 in REPA's published code.
-        parameterization: "v" (v-prediction, linear betas, zero terminal SNR) or "flow" (rectified flow).
+        token_depth: blocks of the token head, a diffusion model of every single masked token (MAR; see
+            mimo.network.token_diffusion); 0 is a network that predicts the frames itself, whole.
+        token_width: width of the token head.
+        token_draws: timesteps and noises that the token head is trained at per token and step (MAR: 4).
+        parameterization: "v" (v-prediction, linear betas, zero terminal SNR), "flow" (rectified flow), or for a token
+            head "epsilon" (cosine schedule, noise prediction).
         min_snr_gamma: clip threshold of the min-SNR weight of L_diff; None weighs every frame 1.
         min_snr_decay: decay of fused min-SNR; None is plain min-SNR.
         tokenizer: name of the tokenizer whose latents the network sees.
@@ -172,6 +182,8 @@ class MiMoConfig(_Record):
     num_classes: int = 0
     num_actions: int = 0
     max_interval: int = 0
+    cross_attention: bool = False
+    text_dim: int = 0
     label_dropout: float = 0.1
     history_dropout: float = 0.0
     clean_context: float = 0.0
@@ -181,7 +193,10 @@ class MiMoConfig(_Record):
     repa_encoder: Literal["videomae", "hog"] = "videomae"
     repa_channels: int = 1024
     repa_hidden: int = 2048
-    parameterization: Literal["v", "flow"] = "v"
+    token_depth: int = 0
+    token_width: int = 1024
+    token_draws: int = 4
+    parameterization: Literal["v", "flow", "epsilon"] = "v"
     min_snr_gamma: float | None = None
     min_snr_decay: float | None = None
     tokenizer: str = "dct"
@@ -229,7 +244,7 @@ class MiMoConfig(_Record):
 
     _MAY_BE_ZERO = (
         *("decoder_depth", "mask_weight", "num_classes", "num_actions", "max_interval"),
-        *("label_dropout", "history_dropout", "clean_context", "repa_weight"),
+        *("label_dropout", "history_dropout", "clean_context", "repa_weight", "token_depth", "text_dim"),
     )
 
     def _check(self) -> None:
@@ -251,8 +266,23 @@ class MiMoConfig(_Record):
         offsets, ratio = self.mask_offsets, self.mask_ratio
         distinct = set(offsets) <= {0, 1, 2} and len(set(offsets)) == len(offsets)
         _require(distinct, "mask_offsets", offsets, "distinct offsets out of 0, 1, 2")
-        low_high = len(ratio) == 2 and 0 <= ratio[0] <= ratio[1] < 1
-        _require(low_high, "mask_ratio", ratio, "(low, high) with 0 <= low <= high < 1")
+        expected = f"(low, high) with 0 {'< low <= high <=' if self.token_depth else '<= low <= high <'} 1"
+        low_high = len(ratio) == 2 and 0 <= ratio[0] <= ratio[1] <= 1
+        fits = low_high and (ratio[0] > 0 if self.token_depth else ratio[1] < 1)
+        _require(fits, "mask_ratio", ratio, expected)
+        wanted = "'epsilon' with a token head (token_depth > 0), and only then"
+        fits = (self.parameterization == "epsilon") == (self.token_depth > 0)
+        _require(fits, "parameterization", self.parameterization, wanted)
+        if self.token_depth:
+            _require(self.separate_ln, "separate_ln", self.separate_ln, "True with a token head: nothing is modulated")
+            _require(self.mask_weight == 0, "mask_weight", self.mask_weight, "0 with a token head: it has no decoder")
+        cross = self.cross_attention
+        _require(not cross or self.token_depth, "cross_attention", cross, "False without a token head (token_depth=0)")
+        one = (self.num_classes > 0) != (self.text_dim > 0)
+        _require(not cross or one, "cross_attention", cross, "either num_classes or text_dim, and not both, with it")
+        _require(cross or not self.text_dim, "text_dim", self.text_dim, "0 without cross_attention")
+        told = cross or not (self.token_depth and self.num_classes)
+        _require(told, "num_classes", self.num_classes, "0 with a token head, unless cross_attention tells the classes")
         if self.mask_weight > 0:
             served = min(offsets, default=self.frames) < self.frames
             _require(served, "mask_offsets", offsets, f"an offset below frames={self.frames} when mask_weight > 0")
@@ -374,8 +404,10 @@ class SampleConfig(_Record):
     """How videos are sampled, frame by frame (Algorithms 2 and 4).
 
     Args:
-        sampler: "ddim" (for v-prediction) or "euler" (for flow).
-        steps: denoising steps per frame.
+        sampler: "ddim" (for v-prediction), "euler" (for flow) or "ddpm" (for noise prediction).
+        steps: denoising steps per frame; of a network with a token head per token.
+        mask_steps: steps in which a network with a token head predicts the tokens of a frame, more in each than before;
+            other networks have none.
         history_guidance: w of (1 - w) v(no history) + w v(history); 1 is none.
         class_guidance: w of (1 - w) v(null) + w v(class or action); 1 is none. "null" is told no class and no action,
             in any frame, those of its history included (FAR's protocol).
@@ -385,8 +417,10 @@ class SampleConfig(_Record):
             then.
         sink: the first frames of the video, which stay visible beside the window.
         temperature: factor on the noise that a frame starts from, for the first and the last frame made, linear in
-            between; of no paper. VideoMAR's temperature (0.9 + 10^-(t+1), its App. B) is another one: it scales noise
-            in every step of a diffusion head per token.
+            between; of no paper, and not for networks with a token head.
+        token_temperature: of networks with a token head: factor on the noise that every step of the token diffusion
+            adds, at the first frame of the video (t = 0) and at late ones: last + (first - last) 10^-t. (1, 0.9) is
+            VideoMAR's 0.9 + 10^-(t+1) (App. B).
         history_noise: standard deviation of the noise added to a finished frame before it becomes history, for the
             first and the last frame made, linear in between; of no paper. MAGI injects noise in training, and tells the
             network how much; here the network is not told.
@@ -394,8 +428,9 @@ class SampleConfig(_Record):
             evenly spaced from the first to the last (MAGI, App. A.4); for positions="sincos".
     """
 
-    sampler: Literal["ddim", "euler"] = "ddim"
+    sampler: Literal["ddim", "euler", "ddpm"] = "ddim"
     steps: int = 50
+    mask_steps: int = 64
     history_guidance: float = 1.0
     class_guidance: float = 1.0
     context_frames: int = 0
@@ -403,6 +438,7 @@ class SampleConfig(_Record):
     window: int | None = None
     sink: int = 0
     temperature: tuple[float, float] = (1.0, 1.0)
+    token_temperature: tuple[float, float] = (1.0, 1.0)
     history_noise: tuple[float, float] = (0.0, 0.0)
     interpolate: bool = False
 
@@ -410,7 +446,7 @@ class SampleConfig(_Record):
 
     def _check(self) -> None:
         _require(self.window is None or self.window >= 1, "window", self.window, "1 or more frames, or None")
-        for name in ("temperature", "history_noise"):
+        for name in ("temperature", "token_temperature", "history_noise"):
             ends = getattr(self, name)
             _require(len(ends) == 2 and all(x >= 0 for x in ends), name, ends, "two numbers of zero or more")
         fewer = self.context_frames < self.num_frames

@@ -13,9 +13,14 @@ from mimo.network.network import TRAINING_ONLY, MiMo
 
 HEADING = """# Presets
 
-What `--preset NAME` stands for, in the rows of MiMo's Table 10. Sources: MiMo's Tables 10 and 12, FAR's Tables 1 and 8.
+What `--preset NAME` stands for, in the rows of MiMo's Table 10. Sources: MiMo's Tables 10 and 12, FAR's Tables 1 and 8,
+VideoMAR's Sec. 5.1.
 Made by `python -m mimo.preset_table`; a test compares it with the presets and the presets with the papers.
 """
+
+
+PARAMETERIZATIONS = {"v": "v-prediction", "flow": "rectified flow", "epsilon": "noise prediction per token"}
+SAMPLERS = {"ddim": "DDIM", "euler": "Euler", "ddpm": "DDPM"}
 
 
 def rows(name: str) -> dict[str, str]:
@@ -29,7 +34,8 @@ def rows(name: str) -> dict[str, str]:
     guidance = {"history": sample.history_guidance, "class": sample.class_guidance}
     if model.num_actions:
         guidance["action"] = guidance.pop("class")
-    told = {"classes": model.num_classes, "actions": model.num_actions}
+    told = {"classes": model.num_classes, "actions": model.num_actions, "wide text features": model.text_dim}
+    masks = f", {sample.mask_steps} mask steps" if model.token_depth else ""
     alignment = f"{model.repa_frames}, layer {model.repa_layer}, weight {model.repa_weight:g}, {model.repa_encoder}"
     rope = f"theta {model.rope_theta:g}, {' '.join(map(str, model.rope_split or ['a third each']))}"
     return {
@@ -44,9 +50,10 @@ def rows(name: str) -> dict[str, str]:
         "RoPE": rope if model.positions == "rope" else model.positions,
         "Decoder depth": str(model.decoder_depth) if decodes else "none",
         "l": str(model.decoder_layer) if decodes else "none",
-        "Parameterization": {"v": "v-prediction", "flow": "rectified flow"}[model.parameterization],
+        "Parameterization": PARAMETERIZATIONS[model.parameterization],
         "Weighting": weight,
-        "Sampler": f"{ {'ddim': 'DDIM', 'euler': 'Euler'}[sample.sampler] }, {sample.steps} steps",
+        "Sampler": f"{SAMPLERS[sample.sampler]}, {sample.steps} steps" + masks,
+        "Token head": f"{model.token_depth} x {model.token_width}" if model.token_depth else "none",
         "Guidance": ", ".join(f"{kind} {w:g}" for kind, w in guidance.items() if w != 1) or "none",
         "Context, frames": f"{sample.context_frames}, {sample.num_frames}",
         "Training steps": f"{train.steps:,}",
@@ -66,7 +73,7 @@ def rows(name: str) -> dict[str, str]:
     }
 
 
-FAMILIES = ("mimo", "acdit", "dfot", "far", "video-dit", "repa")
+FAMILIES = ("mimo", "acdit", "dfot", "far", "video-dit", "repa", "videomar")
 
 
 def table() -> str:

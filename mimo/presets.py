@@ -51,6 +51,24 @@ FAR_B = {"depth": 12, "dim": 768, "heads": 12} | FAR_POSITIONS
 FAR_L = {"depth": 24, "dim": 1024, "heads": 16} | FAR_POSITIONS
 FAR_XL = {"depth": 28, "dim": 1152, "heads": 18} | FAR_POSITIONS
 
+# VideoMAR's Sec. 5.1; what it does not say is decided in mimo.recipes.videomar. Latents are those of Cosmos-Tokenizer.
+TOKEN_HEAD = {"parameterization": "epsilon", "mask_weight": 0.0, "mask_ratio": (0.7, 1.0), "decoder_layer": 1}
+VIDEOMAR = (
+    TOKEN_HEAD
+    | {"recipe": "videomar", "depth": 36, "dim": 1536, "heads": 16, "rope_theta": 10_000.0}
+    | {
+        "token_depth": 3,
+        "token_width": 1280,
+        "channels": 16,
+        "frames": 7,
+        "cross_attention": True,
+        "text_dim": 1536,
+    }
+)
+VIDEOMAR_256 = {"height": 32, "width": 32, "compression": (4, 8, 8), "video_frames": 25}
+VIDEOMAR_480 = {"height": 30, "width": 48, "compression": (8, 16, 16), "video_frames": 49}
+VIDEOMAR_TINY = TOKEN_HEAD | {"recipe": "videomar", "token_depth": 2, "token_width": 96}
+
 K600_TRAINING = {"batch_size": 256, "lr": 8e-4, "ema_decay": 0.999}
 K600_B_TRAINING, K600_XL_TRAINING = K600_TRAINING | {"steps": 100_000}, K600_TRAINING | {"steps": 360_000}
 UCF101_TRAINING = {"batch_size": 128, "steps": 180_000, "lr": 4e-4, "ema_decay": 0.9999, "interval": 3, "flip": True}
@@ -72,11 +90,30 @@ TINY_TRAINING = {"batch_size": 4, "steps": 1000, "lr": 5e-3, "warmup": 30, "ema_
     "preview_every": 100,
 }
 
+# Steps, batch and warm-up are not said; EMA, clipping and the constant rate are those of MAR's published code.
+VIDEOMAR_TRAINING = {"batch_size": 256, "steps": 300_000, "lr": 1e-4, "lr_schedule": "constant"} | {
+    "betas": (0.9, 0.95),
+    "weight_decay": 0.02,
+    "grad_clip": 3.0,
+    "ema_decay": 0.9999,
+}
+
 K600_SAMPLING = {"sampler": "ddim", "steps": 50, "history_guidance": 1.05, "context_frames": 2, "num_frames": 5}
 UCF101_SAMPLING = {"sampler": "euler", "steps": 50, "num_frames": 16}
 UCF101_CLASS_SAMPLING = UCF101_SAMPLING | {"class_guidance": 2.0}
 MINECRAFT_SAMPLING = UCF101_SAMPLING | {"class_guidance": 1.5, "context_frames": 144, "num_frames": 300}
 TINY_SAMPLING = {"sampler": "euler", "steps": 4, "context_frames": 3, "num_frames": 8}
+VIDEOMAR_SAMPLING = {"sampler": "ddpm", "steps": 100, "mask_steps": 64, "class_guidance": 3.0} | {
+    "token_temperature": (1.0, 0.9),
+    "context_frames": 1,
+    "num_frames": 7,
+}
+VIDEOMAR_TINY_SAMPLING = TINY_SAMPLING | {
+    "sampler": "ddpm",
+    "steps": 20,
+    "mask_steps": 8,
+    "token_temperature": (1.0, 0.9),
+}
 
 CLASSES = {"num_classes": 101}
 PRESETS: dict[str, tuple[dict[str, Any], ...]] = {  # name: network, training, sampling
@@ -116,6 +153,9 @@ PRESETS: dict[str, tuple[dict[str, Any], ...]] = {  # name: network, training, s
     # Its Fig. 5, which does not say the size: B, beside far-b-ucf101-uncond.
     "video-dit-b-ucf101-uncond": (FAR_B | UCF101 | VIDEO_DIT, FAR_ABLATION_TRAINING, UCF101_SAMPLING),
     "video-dit-tiny": (TINY | VIDEO_DIT, TINY_TRAINING, TINY_SAMPLING | {"context_frames": 0}),
+    "videomar-256": (VIDEOMAR | VIDEOMAR_256, VIDEOMAR_TRAINING, VIDEOMAR_SAMPLING),
+    "videomar-480": (VIDEOMAR | VIDEOMAR_480, VIDEOMAR_TRAINING, VIDEOMAR_SAMPLING),
+    "videomar-tiny": (TINY | VIDEOMAR_TINY, TINY_TRAINING | {"lr": 2e-3}, VIDEOMAR_TINY_SAMPLING),
 }
 NETWORK: dict[str, dict[str, Any]]
 TRAINING: dict[str, dict[str, Any]]

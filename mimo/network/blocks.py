@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mimo.config import MiMoConfig
+from mimo.network.cross import CrossAttention, Told
 from mimo.network.fp8 import Projection
 from mimo.network.frames import Part, Tracks
 from mimo_kernels import (
@@ -144,17 +145,21 @@ class Norm(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block: norm1, attention, norm2, MLP.
+    """A transformer block: norm1, attention, norm2, MLP; between the two, with `cross`, a norm and cross-attention.
 
     The end of one block and the norm of the next are one fused operation. So a block leaves the product of its MLP
     pending, and begins by adding what the block before it left: whoever shards, recomputes or compiles the network
     block by block has all that a block needs in one call.
     """
 
-    def __init__(self, config: MiMoConfig, backend: str, *, modulated: bool, affine1: bool, affine2: bool) -> None:
+    def __init__(
+        self, config: MiMoConfig, backend: str, *, modulated: bool, affine1: bool, affine2: bool, cross: bool = False
+    ) -> None:
         super().__init__()
         self.norm1 = Norm(config.dim, backend, modulated=modulated, affine=affine1)
         self.attention = Attention(config, backend)
+        self.norm_cross = Norm(config.dim, backend, modulated=modulated, affine=affine2) if cross else None
+        self.cross = CrossAttention(config) if cross else None
         self.norm2 = Norm(config.dim, backend, modulated=modulated, affine=affine2)
         self.mlp = MLP(config, backend)
         self.recompute = False  # activation checkpointing
@@ -179,6 +184,7 @@ class Block(nn.Module):
         out: Part | None = None,
         keys_only: bool = False,
         pages: Pages | None = None,
+        told: Told | None = None,
     ) -> tuple[Tensor, Pending | None]:
         """x [R, D] -> x' before the MLP is added, [R, D] or the rows of `out`, and what is pending.
 
@@ -192,6 +198,7 @@ class Block(nn.Module):
             out: rows out, behind attention; None is all of them.
             keys_only: no rows out: their keys and values are all that is wanted.
             pages: where keys and values are also written.
+            told: what the rows (those of `out`) attend to across, of a block that does.
         """
         m1, m2 = modulations or (self.norm1.condition(c), self.norm2.condition(c))
         x, y = self.norm1(x, pending, m1, rows)
@@ -200,7 +207,12 @@ class Block(nn.Module):
             return x, None
         if out is not None:
             collected, x, rows = out.rows(collected), out.rows(x), out.frame_rows
-        x, y = self.norm2(x, Pending(self.attention.proj(collected), m1.gate), m2, rows)
+        pending = Pending(self.attention.proj(collected), m1.gate)
+        if self.cross is not None:
+            across = self.norm_cross.condition(c)
+            x, y = self.norm_cross(x, pending, across, rows)
+            pending = Pending(self.cross(y, told), across.gate)
+        x, y = self.norm2(x, pending, m2, rows)
         return x, Pending(self.mlp(y), m2.gate)
 
 

@@ -5,7 +5,8 @@ is and how many tokens of it there are:
 
     clean     as in the data. Norms of its own, or with config.separate_ln off AdaLN at tau = 0, one row for all
     noisy     at a timestep, modulated by AdaLN: what the network predicts
-    masked    of learned tokens at the masked places (no network here embeds them yet)
+    masked    as in the data, but for a learned token at the masked places, which a token head predicts. Nothing
+              modulates it: it goes through the norms of clean frames
     coarse    of `stride` x `stride` tokens in one, far back in time (no network here embeds them yet)
 
 and the list says which of them see which: `sees` is the name of the FrameMask. From that follow the packed rows, the
@@ -15,6 +16,7 @@ again are kept. What changes with every batch are tensors, in FrameBatch: latent
     two copies, "teacher_forcing":  clip 0: clean 0, 1, ..., T-1, noisy 0, 1, ..., T-1;  clip 1: ...      MiMo, ACDiT
     one copy, "block_causal":       clip 0: noisy 0, 1, ..., T-1;  clip 1: ...                            DFoT, FAR
     one copy, "bidirectional":      the same                                                              video DiT
+    one copy, "block_causal":       clip 0: clean 0, 1, ..., t-1, masked t;  clip 1: ...                  VideoMAR
 
 Letters: B clips, T frames per clip, F frames in all clips, N tokens per frame, k kept tokens per clean frame, R packed
 rows, G rows of modulation, C channels of a token, D width.
@@ -31,6 +33,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from mimo.network.cross import Text
 from mimo_kernels import FrameRows
 from mimo_kernels.attention import FrameMask
 from mimo_kernels.core.device_copies import DeviceCopies
@@ -328,8 +331,9 @@ def _pack(given: FrameList, separate_ln: bool) -> Packed:
     frames = given.frames
     clean = [i for i, frame in enumerate(frames) if frame.kind == "clean"]
     others = [i for i, frame in enumerate(frames) if frame.kind != "clean"]
-    groups = [-1 if separate_ln else len(others)] * len(frames)
-    for group, i in enumerate(others):
+    modulated = [i for i in others if frames[i].kind != "masked"]
+    groups = [-1 if separate_ln else len(modulated)] * len(frames)
+    for group, i in enumerate(modulated):
         groups[i] = group
     lens = [frame.tokens for frame in frames]
     per_clip = [sum(frame.tokens for frame in clip) for clip in given.clips]
@@ -447,12 +451,15 @@ class FrameBatch:
     Args:
         frames: the list.
         latents: [F, N, C], every frame whole, in the order of the list.
-        timestep: [G] in 0..1000, of the frames that are not clean; None if all are. What lies outside is a timestep of
-            its own, as FAR's -1 of a clean frame.
+        timestep: [G] in 0..1000, of the frames that are modulated, neither clean nor masked; None without any. What
+            lies outside is a timestep of its own, as FAR's -1 of a clean frame.
         tokens: int64 [R], the token of every row in its frame; None where all frames are whole.
         labels: int64 [B]; None or num_classes is the null class.
         actions: int64 [B, T]; None or num_actions is the null action. An action belongs to the frame it leads to.
         intervals: int64 [B] in 1..max_interval, the distance of a clip's frames in its video; there is no null one.
+        masked: bool [R], the rows that a learned token stands for; only in masked frames.
+        asked: what the token head is to predict, and from what.
+        text: what the clips are told, for a network with text_dim; None tells all of them nothing.
     """
 
     frames: FrameList
@@ -462,6 +469,21 @@ class FrameBatch:
     labels: Tensor | None = None
     actions: Tensor | None = None
     intervals: Tensor | None = None
+    masked: Tensor | None = None
+    asked: Asked | None = None
+    text: Text | None = None
+
+
+class Asked(NamedTuple):
+    """What the token head is asked in training.
+
+    rows: int64 [n], of those of the frames that are not clean: the tokens.
+    noisy: [K, n, C], K noisy versions of each. timestep: int64 [K, n], how noisy each is.
+    """
+
+    rows: Tensor
+    noisy: Tensor
+    timestep: Tensor
 
 
 def clean_and_noisy(

@@ -1,10 +1,10 @@
 """The MiMo network: a diffusion transformer over packed frames.
 
 A training sequence is a frame list (mimo.network.frames); the network knows kinds of frames and no system. Clean frames
-go through norms of their own (or, with separate_ln off, through AdaLN at tau = 0), all others through AdaLN at their
-own timestep; all share all other weights. Sampling runs one frame per sequence at a time over the same blocks, and sees
-what training saw. Blocks are told how to attend (`attend(layer, q, k, v) -> out`): over the whole packed sequence when
-training, over a cache when sampling.
+go through norms of their own (or, with separate_ln off, through AdaLN at tau = 0), noisy ones through AdaLN at their
+own timestep, masked ones through the norms of clean ones; all share all other weights. Sampling runs one frame per
+sequence at a time over the same blocks, and sees what training saw. Blocks are told how to attend (`attend(layer, q, k,
+v) -> out`): over the whole packed sequence when training, over a cache when sampling.
 
 Letters: B clips, T frames, F frames of all clips, N tokens per frame, C channels of a token, D width, h heads, d head
 dimension, R packed rows, G rows of modulation (one per frame that is not clean), S sequences being sampled.
@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from mimo.config import MiMoConfig
 from mimo.network.blocks import Block, Modulation, Norm, Pages, Pending, added_positions, attend_tracks, sinusoid
-from mimo.network.frames import Decoding, FrameBatch, Packed, frame_rows
+from mimo.network.cross import Across, Text, Told
+from mimo.network.frames import Asked, Decoding, FrameBatch, Packed, frame_rows
 from mimo.network.heads import Decoder, Projection
+from mimo.network.token_diffusion import TokenDiffusion
 from mimo_kernels import AxialRoPE, FrameMask, FrameRows, frame_attention, gather_tokens
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -33,7 +35,7 @@ Tap = tuple[int, str]  # after this many layers, the rows of "clean" or of "nois
 
 class MiMoOutput(NamedTuple):
     """velocity: of the frames that are not clean, [B, T, N, C], or [rows, C] where clips differ; None without such
-    frames.
+    frames. Of a token head, eps of what it was asked, [K, n, C].
     reconstruction: per offset the prediction of frames o..T-1 from clean frames up to 0..T-1-o, [B, T-o, N, C], or
         [rows, C]; empty when nothing is masked.
     features: per tap the hidden state behind that layer, [rows, D], in packed order."""
@@ -64,10 +66,14 @@ class MiMo(nn.Module):
         self.config, self.backend = config, backend
         dim, depth = config.dim, config.depth
         self.embed = nn.Linear(config.token_channels, dim)
-        self.time = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
+        predicts_tokens = config.token_depth > 0  # and nothing is modulated
+        self.time = None if predicts_tokens else nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.mask_token = nn.Parameter(0.02 * torch.randn(dim)) if predicts_tokens else None
         self.classes = nn.Embedding(config.num_classes + 1, dim) if config.num_classes else None
         self.actions = nn.Embedding(config.num_actions + 1, dim) if config.num_actions else None
         self.intervals = nn.Embedding(config.max_interval, dim) if config.max_interval else None
+        self.null_text = nn.Parameter(0.02 * torch.randn(config.text_dim)) if config.text_dim else None
+        self.text_norm = nn.LayerNorm(config.text_dim, eps=1e-6) if config.text_dim else None
         self.rope = build_rope(config)
         self.positions = added_positions(config)
         decodes = config.mask_weight > 0
@@ -78,15 +84,16 @@ class MiMo(nn.Module):
             Block(
                 config,
                 backend,
-                modulated=True,
+                modulated=not predicts_tokens,
                 affine1=config.separate_ln,
                 # The last block's history rows end at their keys and values, unless somebody reads them there.
-                affine2=config.separate_ln and (i + 1 < depth or depth in read),
+                affine2=predicts_tokens or (config.separate_ln and (i + 1 < depth or depth in read)),
+                cross=config.cross_attention,
             )
             for i in range(depth)
         )
-        self.norm = Norm(dim, backend, modulated=True, affine=False, gated=False)
-        self.head = nn.Linear(dim, config.token_channels)
+        self.norm = Norm(dim, backend, modulated=not predicts_tokens, affine=predicts_tokens, gated=False)
+        self.head = TokenDiffusion(config, backend) if predicts_tokens else nn.Linear(dim, config.token_channels)
         self.decoder = Decoder(config, backend) if decodes else None
         self.projection = Projection(config) if config.repa_weight > 0 else None  # of taps; see mimo.recipes.repa
         self._initialise()
@@ -100,9 +107,15 @@ class MiMo(nn.Module):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-        for layer in (self.time[0], self.time[2]):
-            nn.init.normal_(layer.weight, std=0.02)
-        for layer in (self.head, *(m.modulation for m in self.modules() if isinstance(m, Norm) and m.modulation)):
+        zero = [m.modulation for m in self.modules() if isinstance(m, Norm) and m.modulation]
+        if self.time is not None:
+            for layer in (self.time[0], self.time[2]):
+                nn.init.normal_(layer.weight, std=0.02)
+        if isinstance(self.head, TokenDiffusion):
+            self.head.initialise()
+        else:
+            zero.append(self.head)
+        for layer in zero:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -128,7 +141,10 @@ class MiMo(nn.Module):
             decodings = {offset: decoding for offset, decoding in found.items() if decoding is not None}
         self._check_taps(packed, taps, bool(decodings))
         given = batch.latents, batch.timestep, batch.tokens, batch.labels, batch.actions, batch.intervals
-        return self.compute(packed, decodings, tuple(taps), *given)
+        across = text = None
+        if self.config.cross_attention:
+            across, text = self._across(batch), self._text(batch.text, batch.latents.device)
+        return self.compute(packed, decodings, tuple(taps), *given, batch.masked, batch.asked, across, text)
 
     def compute(
         self,
@@ -141,6 +157,10 @@ class MiMo(nn.Module):
         labels: Tensor | None,
         actions: Tensor | None,
         intervals: Tensor | None,
+        masked: Tensor | None = None,
+        asked: Asked | None = None,
+        across: tuple[Across, Across] | None = None,
+        text: tuple[Tensor, Tensor] | None = None,
     ) -> MiMoOutput:
         """`forward` from what the host makes of a frame list: device work alone, so that torch.compile(fullgraph=True)
         takes it whole."""
@@ -149,20 +169,29 @@ class MiMo(nn.Module):
         if tokens is not None:
             x = gather_tokens(x, packed.frame * config.tokens + tokens, backend=self.backend)
         coords = packed.coordinates(tokens, config.grid[1])
-        x = self._embed(x, coords, intervals, packed.clips, packed.clip)
+        x = self._embed(x, coords, intervals, packed.clips, packed.clip, masked)
         if clean is not None and (self.actions is not None or actions is not None):
             told = None if actions is None else actions[clean.clip, clean.time]
             x = clean.add(x, self._action(told, clean.time.shape, x.device).to(x.dtype))
         c = x.new_empty(0, config.dim)
-        if predicted is not None:
+        if predicted is not None and self.time is not None:
             told = None if labels is None else labels[predicted.clip]
             c = self._condition(timestep, told, None if actions is None else actions[predicted.clip, predicted.time])
         if clean is not None and not config.separate_ln:
             c = torch.cat([c, self._time(torch.zeros(1, device=x.device))])
         read = (config.decoder_layer, "clean")
-        velocity, features = self._training_trunk(x, F.silu(c), packed, coords, {*taps, read} if decodings else {*taps})
-        if velocity is not None and predicted.alike is not None:
-            velocity = velocity.unflatten(0, predicted.alike)
+        told = None
+        if across is not None:
+            sequences = self._sequences(labels, text, packed.clips, x.device)
+            told = [Told(partial(rows.attend, backend=self.backend), sequences) for rows in across]
+        taken = {*taps, read} if decodings else {*taps}
+        y, features = self._training_trunk(x, F.silu(c), packed, coords, taken, told)
+        velocity = None
+        if y is not None and isinstance(self.head, TokenDiffusion):
+            velocity = None if asked is None else self.head(asked.noisy, asked.timestep, y[asked.rows])
+        elif y is not None:
+            velocity = self.head(y)
+            velocity = velocity if predicted.alike is None else velocity.unflatten(0, predicted.alike)
         reconstruction = {}
         if decodings:
             kept = clean.rows(tokens[:, None])
@@ -171,10 +200,16 @@ class MiMo(nn.Module):
         return MiMoOutput(velocity, reconstruction, {tap: features[tap] for tap in taps})
 
     def _training_trunk(
-        self, x: Tensor, c: Tensor, packed: Packed, coords: Tensor, taps: set[Tap]
+        self,
+        x: Tensor,
+        c: Tensor,
+        packed: Packed,
+        coords: Tensor,
+        taps: set[Tap],
+        told: Sequence[Told] | None = None,
     ) -> tuple[Tensor | None, dict[Tap, Tensor]]:
-        """x [R, D], c [G, D] -> velocity rows [n, C] (None without frames that are not clean) and the features of
-        taps."""
+        """x [R, D], c [G, D] -> what the head is given of the frames that are not clean, [n, D] (None without such),
+        and the features of taps. told: what all rows attend to across, and what those of them that are not clean do."""
         depth, clean, predicted = self.config.depth, packed.clean, packed.predicted
         needed = depth if predicted is not None else max(layer for layer, _ in taps)
         rows, pending, features = packed.rows, None, {}
@@ -183,7 +218,8 @@ class MiMo(nn.Module):
             ends = layer == depth and clean is not None and predicted is not None and (layer, "clean") not in taps
             attend = partial(self._attend, packed, packed.blind_mask if ends else packed.mask, layer - 1)
             out = predicted if ends else None
-            x, pending = block(x, pending, c, rows, coords, self.rope, attend, out=out)
+            across = told and told[out is not None]
+            x, pending = block(x, pending, c, rows, coords, self.rope, attend, out=out, told=across)
             for tap in taps & {(layer, "clean"), (layer, "noisy")}:
                 whole = out is not None  # only the noisy rows are left, in their order
                 features[tap] = self._settled(x, pending, packed, tap[1], whole)
@@ -194,14 +230,14 @@ class MiMo(nn.Module):
         if predicted is None:
             return None, features
         _, y = self.norm(x, pending, self.norm.condition(c), rows)
-        return self.head(y), features
+        return y, features
 
     def _settled(self, x: Tensor, pending: Pending, packed: Packed, kind: str, whole: bool) -> Tensor:
         """The hidden state behind a block, its MLP added: the rows of a kind, [n, D]. whole: x has no others."""
         part = packed.clean if kind == "clean" else packed.predicted
         select = part.split if whole else part.select
         x, branch = select(x), select(pending.branch)
-        if kind == "clean":
+        if kind == "clean" or self.time is None:
             out = x + branch if self.config.separate_ln else x + pending.gate[-1] * branch
             return out.flatten(0, -2)
         gate = part.per_frame(pending.gate[: len(part.time)])
@@ -227,7 +263,7 @@ class MiMo(nn.Module):
     def rows_of_frames(self, sequences: int, *, clean: bool = False) -> FrameRows:
         """The rows of `future_frame` and of a `history_frame` with a timestep or, `clean`, of one without. A captured
         graph points to their tables: keep them beside it."""
-        modulated: bool | None = True
+        modulated: bool | None = self.time is not None
         if clean:
             modulated = False if self.config.separate_ln else None
         return frame_rows(sequences, self.config.tokens, modulated=modulated)
@@ -242,6 +278,7 @@ class MiMo(nn.Module):
         labels: Tensor | None = None,
         actions: Tensor | None = None,
         intervals: Tensor | None = None,
+        text: Text | None = None,
         place: Callable[[int], Pages] | None = None,
     ) -> None:
         """Runs one finished frame per sequence, so that `attend` can keep the keys and values of every layer.
@@ -255,7 +292,7 @@ class MiMo(nn.Module):
                 k, v [S * N, h, d]; returns the attention output [S * N, h, d].
             timestep: the frame goes through AdaLN at this timestep, told labels and actions. None: as a clean frame of
                 training, told its action alone. A recipe's `history_policy` says which.
-            labels, actions, intervals: int64 [S].
+            labels, actions, intervals: int64 [S]; text: of S texts.
             place: of such a layer: where its keys and values are written as they are made, before `attend` is called.
         """
         sequences = len(x)
@@ -271,7 +308,19 @@ class MiMo(nn.Module):
             if not self.config.separate_ln:
                 c = self._time(torch.zeros(1, device=x.device))
         rows = self.rows_of_frames(sequences, clean=timestep is None)
-        self._frame_trunk(x, rows, coords, attend, c=F.silu(c), pages=place, predicts=False)
+        told = self.told(sequences, labels=labels, text=text)
+        self._frame_trunk(x, rows, coords, attend, c=F.silu(c), pages=place, predicts=False, across=told)
+
+    def told(self, sequences: int, *, labels: Tensor | None = None, text: Text | None = None) -> list[Told] | None:
+        """What the rows of one frame per sequence attend to across in every block, its keys and values made; None in a
+        network without cross-attention. labels: int64 [S]; text: of S texts; None is the null token."""
+        if not self.config.cross_attention:
+            return None
+        device = self.embed.weight.device
+        embedded = self._sequences(labels, self._text(text, device), sequences, device)
+        across = Across.of([self.config.tokens] * sequences, *_lengths(text, sequences))
+        attend = partial(across.attend, backend=self.backend)
+        return [Told(attend, keys_values=block.cross.keys_values(embedded)) for block in self.blocks]
 
     def modulations(self, timestep: Tensor, *, labels: Tensor | None = None, actions: Tensor | None = None) -> Tensor:
         """What the norms of `future_frame` are told, [M, G, D]: the shift, scale and gate of each, in the order of use.
@@ -312,8 +361,34 @@ class MiMo(nn.Module):
         x = self._embed(x.flatten(0, 1), coords, intervals, sequences)
         c = F.silu(self._condition(timestep, labels, actions)) if modulations is None else None
         rows = self.rows_of_frames(sequences)
-        v = self._frame_trunk(x, rows, coords, attend, c=c, modulations=modulations)
-        return v.view(sequences, tokens, -1)
+        y = self._frame_trunk(x, rows, coords, attend, c=c, modulations=modulations)
+        return self.head(y).view(sequences, tokens, -1)
+
+    def masked_frame(
+        self,
+        x: Tensor,
+        masked: Tensor,
+        position: int | Tensor,
+        attend: Attend,
+        *,
+        intervals: Tensor | None = None,
+        told: Sequence[Told] | None = None,
+    ) -> Tensor:
+        """What the token head is given of every token of one masked frame per sequence, [S, N, D].
+
+        Args:
+            x: [S, N, C]; what lies at masked places is not looked at.
+            masked: bool [S, N].
+            position, attend, intervals: as in `future_frame`.
+            told: as `told` makes it; None is the null token.
+        """
+        sequences, tokens, _ = x.shape
+        coords = self._coords(position, sequences, x.device)
+        x = self._embed(x.flatten(0, 1), coords, intervals, sequences, masked=masked.flatten())
+        rows = self.rows_of_frames(sequences)
+        across = told or self.told(sequences)
+        y = self._frame_trunk(x, rows, coords, attend, c=x.new_empty(0, self.config.dim), across=across)
+        return y.view(sequences, tokens, -1)
 
     def _frame_trunk(
         self,
@@ -326,9 +401,10 @@ class MiMo(nn.Module):
         modulations: Tensor | None = None,
         pages: Callable[[int], Pages] | None = None,
         predicts: bool = True,
+        across: Sequence[Told] | None = None,
     ) -> Tensor | None:
-        """x [S * N, D], one frame per sequence -> velocity rows [S * N, C]. Unless it `predicts`, the keys and values
-        of the last block are the end."""
+        """x [S * N, D], one frame per sequence -> what the head is given, [S * N, D]. Unless it `predicts`, the keys
+        and values of the last block are the end."""
         told: list[Any] = [None] * self.config.depth
         last = None
         if modulations is not None:
@@ -339,11 +415,11 @@ class MiMo(nn.Module):
             keys_only = not predicts and i + 1 == self.config.depth
             written = self._pages_of(i, pages)
             given = x, pending, c, rows, coords, self.rope, partial(self._attend_frame, attend, i)
-            x, pending = block(*given, modulations=told[i], keys_only=keys_only, pages=written)
+            options = {"modulations": told[i], "keys_only": keys_only, "pages": written}
+            x, pending = block(*given, **options, told=across and across[i])
         if not predicts:
             return None
-        _, y = self.norm(x, pending, last or self.norm.condition(c), rows)
-        return self.head(y)
+        return self.norm(x, pending, last or self.norm.condition(c), rows)[1]
 
     def _pages_of(self, layer: int, pages: Callable[[int], Pages] | None) -> Pages | None:
         if pages is None or self.config.attention == "joint":
@@ -351,12 +427,20 @@ class MiMo(nn.Module):
         return pages(layer // 2) if _is_temporal(layer) else None
 
     def _embed(
-        self, x: Tensor, coords: Tensor, intervals: Tensor | None, clips: int, clip: Tensor | None = None
+        self,
+        x: Tensor,
+        coords: Tensor,
+        intervals: Tensor | None,
+        clips: int,
+        clip: Tensor | None = None,
+        masked: Tensor | None = None,
     ) -> Tensor:
-        """Latent rows [R, C] -> [R, D], with added positions and the intervals [B] of clips where in use. An interval
-        is added to all rows of its clip (`clip` [R], None: all have as many), as MAGI adds it to the hidden states
-        (Sec. 3)."""
+        """Latent rows [R, C] -> [R, D], those of `masked` the mask token, with added positions and the intervals [B] of
+        clips where in use. An interval is added to all rows of its clip (`clip` [R], None: all have as many), as MAGI
+        adds it to the hidden states (Sec. 3)."""
         x = self.embed(x)
+        if masked is not None:
+            x = torch.where(masked[:, None], self.mask_token.to(x.dtype), x)
         if self.intervals is not None or intervals is not None:
             interval = self._interval(intervals, clips).to(x.dtype)  # [B, D]
             if clip is None:
@@ -367,14 +451,47 @@ class MiMo(nn.Module):
             x = x + self.positions(coords).to(x.dtype)
         return x
 
+    def _sequences(
+        self, labels: Tensor | None, text: tuple[Tensor, Tensor] | None, clips: int, device: torch.device
+    ) -> Tensor:
+        """What clips are told, as embeddings [K, E]: a token of the class each, or padded texts."""
+        if not self.config.text_dim:
+            null = torch.full((clips,), self.config.num_classes, device=device)
+            return self.classes(null if labels is None else labels)
+        if text is None:
+            return self.null_text.expand(clips, -1)
+        features, nothing = text
+        features = self.text_norm(features.to(self.text_norm.weight.dtype))
+        first = torch.arange(features.shape[1], device=device) == 0
+        null, null_text = (nothing[:, None] & first)[..., None], self.null_text.to(features.dtype)
+        return torch.where(null, null_text, features).flatten(0, 1)
+
+    def _across(self, batch: FrameBatch) -> tuple[Across, Across]:
+        """Which rows are told what: all rows, and those of frames that are not clean."""
+        clips = batch.frames.clips
+        every = ([sum(f.tokens for f in clip if not last or f.kind != "clean") for clip in clips] for last in (0, 1))
+        all_rows, predicted = (Across.of(rows, *_lengths(batch.text, len(clips))) for rows in every)
+        return all_rows, predicted
+
+    def _text(self, text: Text | None, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """Features and which clips are told nothing, bool [B], on a device."""
+        if text is None:
+            return None
+        if not self.config.text_dim or text.features.shape[2:] != (self.config.text_dim,):
+            found, expected = list(text.features.shape), self.config.text_dim
+            raise ValueError(f"text features are {found}: expected [clips, tokens, text_dim={expected}]")
+        return text.features.to(device), torch.tensor([n == 0 for n in text.lengths], device=device)
+
     def parameter_report(self) -> str:
         """A table of parameter counts by part; decoder and projection are needed in training only."""
         parts: dict[str, list[Any]] = {
             "embedding": [self.embed, self.positions],
-            "conditioning": [self.time, self.classes, self.actions, self.intervals],
-            "attention": [block.attention for block in self.blocks],
+            "conditioning": [self.time, self.classes, self.actions, self.intervals, self.text_norm],
+            "attention": [module for block in self.blocks for module in (block.attention, block.cross)],
             "MLP": [block.mlp for block in self.blocks],
-            "norms and modulation": [norm for block in self.blocks for norm in (block.norm1, block.norm2)],
+            "norms and modulation": [
+                norm for block in self.blocks for norm in (block.norm1, block.norm_cross, block.norm2)
+            ],
             "head": [self.norm, self.head],
             "decoder": [self.decoder],
             "projection": [self.projection],
@@ -383,6 +500,10 @@ class MiMo(nn.Module):
             name: sum(p.numel() for m in modules if m is not None for p in m.parameters())
             for name, modules in parts.items()
         }
+        if self.mask_token is not None:
+            counts["embedding"] += self.mask_token.numel()
+        if self.null_text is not None:
+            counts["conditioning"] += self.null_text.numel()
         total = sum(counts.values())
         counts |= {"total": total, "total when sampling": total - sum(counts[name] for name in TRAINING_ONLY)}
         return "\n".join(f"{name:<22}{count:>15,}" for name, count in counts.items())
@@ -444,15 +565,21 @@ class MiMo(nn.Module):
             raise ValueError(
                 f"latents are {list(batch.latents.shape)}: expected {expected}, [frames, tokens, channels]"
             )
-        unknown = {frame.kind for frame in frames} - {"clean", "noisy"}
+        predicts = "noisy" if self.mask_token is None else "masked"
+        unknown = {frame.kind for frame in frames} - {"clean", predicts}
         if unknown:
-            raise ValueError(f"frames are {', '.join(sorted(unknown))}: this network embeds 'clean' and 'noisy' ones")
+            names = ", ".join(sorted(unknown))
+            raise ValueError(f"frames are {names}: this network embeds 'clean' and {predicts!r} ones")
         self._check_frames(1 + max((frame.time for frame in frames), default=-1))
-        modulated = sum(frame.kind != "clean" for frame in frames)
+        modulated = sum(frame.kind == "noisy" for frame in frames)
         found = 0 if batch.timestep is None else batch.timestep.numel()
         if found != modulated:
             raise ValueError(f"timestep has {found} numbers: expected {modulated}, one per frame that is not clean")
         rows = sum(frame.tokens for frame in frames)
+        if (batch.masked is None) != (self.mask_token is None):
+            raise ValueError("masked rows: expected them with a token head (token_depth > 0), and only then")
+        if batch.masked is not None and batch.masked.shape != (rows,):
+            raise ValueError(f"masked is {list(batch.masked.shape)}: expected [{rows}], one per row")
         if batch.tokens is None:
             whole = all(frame.tokens == config.tokens for frame in frames)
             if not whole:
@@ -492,3 +619,10 @@ def _is_temporal(layer: int) -> bool:
 @lru_cache(maxsize=64)
 def _whole_frame(tokens: int) -> FrameMask:
     return FrameMask.bidirectional([[tokens]])
+
+
+def _lengths(text: Text | None, clips: int) -> tuple[list[int], int]:
+    """Of the sequences of clips, the null token included, and what they are padded to."""
+    if text is None:
+        return [1] * clips, 1
+    return [max(1, length) for length in text.lengths], text.features.shape[1]

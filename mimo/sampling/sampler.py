@@ -19,7 +19,6 @@ G branches of guidance.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
@@ -33,35 +32,32 @@ from mimo.diffusion import FlowSchedule, VPredictionSchedule
 from mimo.network.network import MiMo
 from mimo.recipes import recipe_type
 from mimo.sampling.at_once import AtOnceRun
+from mimo.sampling.frame_run import FrameRun, frame_generator
 from mimo.sampling.graphs import Replayed
 from mimo.sampling.guidance import Conditions, RunKey, guidance_branches
 from mimo.sampling.history import CachedHistory, CachePolicy, History, RecomputedHistory
+from mimo.sampling.masked import MaskedRun
 from mimo.sampling.saving import Progress, Saver, Saving, begin_folder, load_frames, load_run
 from mimo.tokenizers.weights import checksum
 from mimo_kernels import FrameCache, guided_step
 
 MODULATION_BYTES = 2**28  # memory for what the norms are told in all steps of a frame
 SCHEDULES = {"ddim": VPredictionSchedule, "euler": FlowSchedule}
+AnyRun = FrameRun | AtOnceRun
 
 
-class Run:
-    """The state of one run: static buffers, and one frame from noise to history."""
+class Run(FrameRun):
+    """A run whose frames are denoised whole: static buffers, and one frame from noise to history."""
 
     def __init__(
         self, model: MiMo, config: SampleConfig, key: RunKey, history: History, conditions: Conditions, graph: str
     ):
-        self.key, self.model, self.history, self.conditions = key, model, history, conditions
-        c, device = model.config, model.embed.weight.device
-        self.size, self.branches, self.steps = key.sequences, key.branches, config.steps
+        super().__init__(model, config, key, history, conditions)
+        c, device = model.config, self.x.device
+        self.steps = config.steps
         schedule = SCHEDULES[config.sampler]()
         self.embeddings = schedule.embedding(schedule.sampling_timesteps(self.steps, device))  # [steps]
-        # A step is linear in x and v: its coefficients, [steps, 2].
-        every = torch.arange(self.steps, device=device)
-        zero, one = torch.zeros(self.steps, device=device), torch.ones(self.steps, device=device)
-        self.coefficients = torch.stack([schedule.step(zero, one, every), schedule.step(one, zero, every)], 1)
-        self.weights = torch.tensor([branch.weight for branch in key.branches], dtype=torch.float32, device=device)
-        self.x = torch.zeros(self.size, c.tokens, c.token_channels, device=device)
-        self.extra = torch.zeros_like(self.x)  # what is added to the finished frame before it becomes history
+        self.coefficients = schedule.coefficients(self.steps, device)  # [steps, 2]
         self.index = torch.zeros(1, dtype=torch.int64, device=device)
         # A few sequences wait for weights, many for arithmetic: then every step makes its own.
         self.modulations: Tensor | None = None  # of every step, [steps, M, G * S, D]
@@ -72,18 +68,10 @@ class Run:
         self.record = Replayed(self._record, history.captures)
         self.frame = Replayed(self._frame, history.captures) if graph == "frame" else None
 
-    def begin(self, clips: list[Tensor], given: dict[str, Tensor], positions: list[int]) -> None:
-        """Take the conditions, one row per sequence, and the context."""
-        self._tell(given, positions)
-        self.history.begin(clips)
-
     def denoise(self, noise: Tensor, extra: Tensor | None = None) -> None:
         """Makes the next frame, in `x`, from noise; `extra` is added to it when it becomes history."""
         self.x.copy_(noise, non_blocking=True)
-        if extra is None:
-            self.extra.zero_()
-        else:
-            self.extra.copy_(extra, non_blocking=True)
+        self._add_later(extra)
         if self.frame is not None:
             self.history.reserve()  # for the last frame too: the graph writes its history, nobody commits it
             self.frame()
@@ -97,21 +85,7 @@ class Run:
         if self.frame is None:
             self.history.reserve()
             self.record()
-        self.history.commit()
-        self.conditions.position.add_(1)
-
-    def end(self) -> None:
-        self.history.end()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """What the frames to come depend on, as tensors on the host."""
-        conditions = {name: static.cpu() for name, static in self.conditions.tensors.items()}
-        return self.history.state_dict() | conditions
-
-    def load_state_dict(self, state: dict[str, Tensor], positions: list[int]) -> None:
-        """Instead of `begin`: go on where `state_dict` was called."""
-        self.history.load_state_dict(state)
-        self._tell(state, positions)
+        self._commit()
 
     def _frame(self) -> None:
         """A whole frame: all of its steps and its pass as history."""
@@ -144,11 +118,8 @@ class Run:
         guided_step(self.x, v, self.weights, self.coefficients, self.index, backend=self.model.backend)
         self.index.add_(1)
 
-    def _record(self) -> None:
-        self.history.record(self.x + self.extra)
-
     def _tell(self, given: dict[str, Tensor], positions: list[int]) -> None:
-        self.conditions.take(given, positions)
+        super()._tell(given, positions)
         if self.conditions.actions is None:
             self._modulate()
 
@@ -176,7 +147,7 @@ class Stream(Iterator[Tensor]):
     def __init__(
         self,
         sampler: Sampler,
-        run: Run | AtOnceRun,
+        run: AnyRun,
         progress: Progress,
         begin: Callable[[], None],
         saving: Saving | None = None,
@@ -216,6 +187,8 @@ class Stream(Iterator[Tensor]):
                 last = now.done + 1 == now.total
                 start = _between(sampler.config.temperature, share)
                 extra = 0.0 if last else _between(sampler.config.history_noise, share)
+                if isinstance(run, MaskedRun):
+                    run.draw(now.seed, now.ids, now.positions)
                 run.denoise(
                     sampler._noise(now.seed, now.ids, now.positions, "start", start),
                     sampler._noise(now.seed, now.ids, now.positions, "history", extra) if extra else None,
@@ -264,7 +237,7 @@ class Sampler:
     ):
         recipe = recipe_type(model.config)
         recipe.check(model.config)
-        expected = {"v": "ddim", "flow": "euler"}[model.config.parameterization]
+        expected = {"v": "ddim", "flow": "euler", "epsilon": "ddpm"}[model.config.parameterization]
         if config.sampler != expected:
             raise ValueError(
                 f"sampler={config.sampler!r}: a {model.config.parameterization!r} network is sampled by {expected!r}"
@@ -284,7 +257,7 @@ class Sampler:
         divisors = [size for size in range(16, 65) if tokens % size == 0]
         self.page_size = page_size or max(divisors, default=min(tokens, 64))
         self.latencies: list[Callable[[], float]] = []
-        self._idle: dict[tuple, Run | AtOnceRun] = {}
+        self._idle: dict[tuple, AnyRun] = {}
         if config.interpolate and model.config.positions != "sincos":
             raise ValueError(
                 f"interpolate=True: expected False, or a network with positions='sincos', not "
@@ -292,6 +265,12 @@ class Sampler:
             )
         if self.history.at_once:
             self._check_at_once()
+        has = model.config.token_depth > 0
+        unused = "temperature" if has else "token_temperature"
+        if (found := getattr(config, unused)) != (1.0, 1.0):
+            raise ValueError(
+                f"{unused}={found}: expected (1.0, 1.0), as the network has {'a' if has else 'no'} token head"
+            )
 
     def sample(self, context: Tensor | Sequence[Tensor] | None, num_frames: int, **options) -> Tensor | list[Tensor]:
         """`stream`, collected behind the context: ``[S, T, N, C]``; a list of ``[T_s, N, C]`` if contexts differ."""
@@ -407,7 +386,7 @@ class Sampler:
         frames = self.model.config.frames
         return (frames - 1) / (num_frames - 1) if self.config.interpolate and num_frames > frames else None
 
-    def _run(self, *asked: Any) -> Run | AtOnceRun:
+    def _run(self, *asked: Any) -> AnyRun:
         """The latest run, if it was of the same size, or a new one. asked: as `RunKey.asked`."""
         c, key = self.model.config, self._key(*asked)
         if self.model.rope is not None:
@@ -416,14 +395,16 @@ class Sampler:
         self._idle.clear()  # before memory is taken for another one
         return run or self._new_run(key)
 
-    def _new_run(self, key: RunKey) -> Run | AtOnceRun:
+    def _new_run(self, key: RunKey) -> AnyRun:
         if self.history.at_once:
             return AtOnceRun(self.model, self.config, key)
         conditions = Conditions(self.model.config, key, self.history, self._device)
         history = self.history_type(self.model, self.policy, key, conditions, self.page_size)
+        if self.model.config.token_depth:
+            return MaskedRun(self.model, self.config, key, history, conditions)
         return Run(self.model, self.config, key, history, conditions, self.graph)
 
-    def _start(self, run: Run | AtOnceRun, now: Progress, begin: Callable[[], None], saving, progress) -> Stream:
+    def _start(self, run: AnyRun, now: Progress, begin: Callable[[], None], saving, progress) -> Stream:
         stream = Stream(self, run, now, begin, saving, progress)
         self.latencies = stream.latencies
         return stream
@@ -511,8 +492,7 @@ class Sampler:
         c = self.model.config
         noise = torch.empty(len(ids), c.tokens, c.token_channels, pin_memory=self._device.type == "cuda")
         for row, *names in zip(noise, ids, positions, strict=True):
-            digest = hashlib.blake2b(repr((seed, *names, use)).encode(), digest_size=8).digest()
-            row.normal_(generator=torch.Generator().manual_seed(int.from_bytes(digest, "little")))
+            row.normal_(generator=frame_generator(seed, *names, use))
         return noise.mul_(scale)
 
 

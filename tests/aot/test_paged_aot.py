@@ -86,16 +86,11 @@ def compile_case(case: Case) -> list[dict]:
 def compile_guided_step(arch: int) -> list[dict]:
     from mimo_kernels.ops.guidance import BLOCK, guided_step_kernel
 
-<<<<<<< HEAD
-    types = dict.fromkeys(("p_x", "p_weights", "p_coefficients"), "*fp32") | {"p_index": "*i64"}
-    return [measure(guided_step_kernel, {"G": 3, "BM": BLOCK, "num_warps": 4}, types, arch, "bf16")]
-=======
     types = dict.fromkeys(("p_x", "p_weights", "p_coefficients", "p_noise"), "*fp32") | {"p_index": "*i64"}
     return [
-        measure(guided_step_kernel, {"G": 3, "NOISE": noise, "BM": BLOCK}, types, arch, "bf16", {"num_warps": 4})
+        measure(guided_step_kernel, {"G": 3, "NOISE": noise, "BM": BLOCK, "num_warps": 4}, types, arch, "bf16")
         for noise in (False, True)
     ]
->>>>>>> 6cc8a47 (guided_step takes noise, and EpsilonSchedule is a schedule that draws some: a cosine, noise prediction, ancestral steps; schedules say their steps as the coefficients that guided_step takes)
 
 
 def measure(kernel, constants: dict, types: dict, arch: int, dtype: str) -> dict:
@@ -151,8 +146,8 @@ def test_compiles_without_spills_and_fits(compiled, case):
 
 @pytest.mark.parametrize("arch", MAIN)
 def test_guided_step_compiles(compiled, arch):
-    (kernel,) = compiled["guided_step", arch]
-    assert kernel["stack"] == 0 and kernel["STL"] == 0 and kernel["registers"] <= 64
+    for kernel in compiled["guided_step", arch]:
+        assert kernel["stack"] == 0 and kernel["STL"] == 0 and kernel["registers"] <= 64
 
 
 def test_pages_stream_in_while_the_tensor_cores_work(compiled):
