@@ -6,6 +6,7 @@ from importlib.util import find_spec
 PACKAGES = {  # of the extra `mimo`: module and distribution
     "av": "av",
     "einops": "einops",
+    "huggingface_hub": "huggingface_hub",
     "matplotlib": "matplotlib",
     "PIL": "pillow",
     "safetensors": "safetensors",

@@ -141,7 +141,7 @@ def _write(
             dcp.save({name: t.detach() for name, t in named.items()}, storage_writer=writer, no_dist=world.size == 1)
     written = sorted(temporary.glob(f"*/shard-{world.rank + 1:05d}-*.safetensors"))
     ours = {
-        file.relative_to(temporary).as_posix(): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        file.relative_to(temporary).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256(file)}
         for file in written
     }
     files = {name: entry for part in world.gather(ours) for name, entry in part.items()}
@@ -193,7 +193,7 @@ def find(path: Path, *, parts: Iterable[str] | None = None) -> tuple[Path, list[
     if not path.exists():
         raise InputError(f"checkpoint {path} does not exist")
     if path.is_file():
-        _check_tensor_file(path)
+        check_tensor_file(path)
         raise InputError(f"checkpoint {path} is a file; expected a run folder or one of its checkpoints/step_* folders")
     if (path / "state.json").exists() or _STEP.fullmatch(path.name):
         if fault := _fault(path, parts, World()):
@@ -234,7 +234,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     for name, recorded in core.files.items():
         if not _SHARD.fullmatch(name):
             raise InputError(f"{source} lists {name!r}, expected PART/shard-....safetensors")
-        _check_tensor_file(folder / name)
+        check_tensor_file(folder / name)
         size = (folder / name).stat().st_size
         if size != recorded.bytes:
             raise InputError(f"checkpoint {folder}: {name} has {size} bytes, {recorded.bytes} were written")
@@ -354,7 +354,7 @@ def _require_match(expected: dict[str, tuple[int, ...]], tensors: dict[str, Tens
         raise InputError(f"checkpoint {source} does not fit the model: {'; '.join(problems[:3])}{more}")
 
 
-def _check_tensor_file(file: Path) -> None:
+def check_tensor_file(file: Path) -> None:
     """Look at the first bytes only: a pickle is named as one and never loaded, a file shorter than its header says is
     truncated."""
     if not file.is_file():
@@ -396,7 +396,7 @@ def _compare_checksums(folder: Path, parts: Iterable[str] | None, state: dict[st
     wanted = None if parts is None else set(parts)
     names = sorted(name for name in state["files"] if wanted is None or name.partition("/")[0] in wanted)
     for name in names[world.rank :: world.size]:
-        if _sha256(folder / name) != state["files"][name]["sha256"]:
+        if sha256(folder / name) != state["files"][name]["sha256"]:
             raise InputError(f"checkpoint {folder} is damaged: the checksum of {name} is not the recorded one")
 
 
@@ -540,7 +540,7 @@ def _step_of(folder: Path) -> int:
     return int(match[1])
 
 
-def _sha256(file: Path) -> str:
+def sha256(file: Path) -> str:
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(1 << 22):

@@ -15,8 +15,9 @@ from mimo.data.datasets import find_files
 from mimo.data.errors import DamagedVideo
 from mimo.data.npz import NpzReader
 from mimo.data.video import VIDEO_SUFFIXES, VideoReader, open_clip
-from mimo.data.writing import atomic_path, upscale
+from mimo.data.writing import upscale
 from mimo.errors import InputError, user_input
+from mimo.folders import atomic_path
 from mimo.presets import TINY_SYSTEMS
 from mimo.sampling.sampler import Sampler
 from mimo.sampling.videos import generate

@@ -36,3 +36,9 @@ def user_input(function: Callable[..., T], *args: object, **kwargs: object) -> T
         return function(*args, **kwargs)
     except ValueError as error:
         raise InputError(str(error)) from error
+
+
+def reason(error: Exception) -> str:
+    """What an exception says, in one line that may quote a file, but not a kilobyte of it."""
+    words = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
+    return words if len(words) <= 200 else f"{words[:197]}..."

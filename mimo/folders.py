@@ -1,5 +1,5 @@
-"""Folders that this package made, and how they are deleted: nothing in them but what it wrote itself, and never
-through a link.
+"""How files get into place, whole or not at all; and how folders that this package made are deleted: nothing in them
+but what it wrote itself, and never through a link.
 
     claim(out / "unfinished", KNOWN)      the folder is there, is no link, and bears our marker
     remove(out / "unfinished", KNOWN)     every file and folder in it, if all of them are known
@@ -16,10 +16,11 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from mimo.errors import InputError
+from mimo.errors import InputError, reason
 
 MARKER = ".made-by-mimo"
 _WORDS = "mimo made this folder and deletes it, if nothing is in it that mimo did not write.\n"
@@ -119,3 +120,22 @@ def _is_file(path: Path) -> bool:
         return stat.S_ISREG(path.lstat().st_mode)
     except OSError:
         return False
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends well, and is removed when it does not.
+
+    Raises InputError naming `path` when it cannot be written: a disk that is full, a folder that may not be changed.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {reason(error)}") from error
+    finally:
+        with suppress(OSError):  # it was never made, or cannot be removed either
+            temporary.unlink()

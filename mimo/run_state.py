@@ -50,10 +50,16 @@ def read_run_state(folder: Path) -> dict[str, Any]:
     """
     state, source = checkpoint.read_state(folder), f"checkpoint {folder}: state.json"
     records.convert(state, _RunState, source)
+    check_configs(state["configs"], source)
+    return state
+
+
+def check_configs(configs: dict[str, Any], source: str) -> None:
+    """Raises InputError unless these are configurations of this version. source: named when they are not."""
+    records.convert(configs, _Configs, source)
     for part, kind in KINDS.items():
         try:
-            kind.from_dict(state["configs"][part])
+            kind.from_dict(configs[part])
         except ValueError as error:
             words = " ".join(str(error).split())
             raise InputError(f"{source}: its configuration does not fit this version: {words}") from None
-    return state

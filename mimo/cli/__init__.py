@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from mimo.cli.data import DataCheck
 from mimo.cli.demo import Demo
 from mimo.cli.encode import Encode
+from mimo.cli.export import Export
 from mimo.cli.output import Streams, surviving_streams
 from mimo.cli.parser import HELP, read_command
 from mimo.cli.sample import Sample
@@ -25,6 +26,7 @@ COMMANDS: dict[str, type] = {
     "demo": Demo,
     "train": Train,
     "sample": Sample,
+    "export": Export,
     "encode": Encode,
     "data check": DataCheck,
     "train-tokenizer": TrainTokenizer,

@@ -12,7 +12,7 @@ from mimo.data.video import (
     to_float,
     to_uint8,
 )
-from mimo.data.writing import atomic_path, contact_sheet, write_gif, write_video
+from mimo.data.writing import contact_sheet, write_gif, write_video
 
 __all__ = [
     "LAYOUTS",
@@ -26,7 +26,6 @@ __all__ = [
     "VideoDataset",
     "VideoFolder",
     "VideoReader",
-    "atomic_path",
     "batches",
     "contact_sheet",
     "moving_shapes",

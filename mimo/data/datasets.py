@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from mimo.data.annotation import ClipFile, read_clips, read_entries
-from mimo.data.errors import DamagedVideo, DataError, OutOfRange, UnreadableVideo, reason
+from mimo.data.errors import DamagedVideo, DataError, OutOfRange, UnreadableVideo
 from mimo.data.fitting import clip_span
 from mimo.data.kept import KeptFrames
 from mimo.data.latents import LatentShards, is_latents
@@ -33,6 +33,7 @@ from mimo.data.npz import NpzReader, load_actions, npz_names
 from mimo.data.protocols import ClipDataset
 from mimo.data.shapes import SIDES, TEXTURES, moving_shapes
 from mimo.data.video import VIDEO_SUFFIXES, VideoReader, open_clip
+from mimo.errors import reason
 
 FRAME_MEMORY = 512  # MiB
 

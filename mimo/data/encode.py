@@ -36,9 +36,9 @@ from mimo.data.latents import FORMAT, LatentShards, sha256
 from mimo.data.loader import default_workers, report
 from mimo.data.protocols import VideoDataset
 from mimo.data.video import to_float
-from mimo.data.writing import atomic_path
 from mimo.encoders import Encoder
 from mimo.errors import InputError
+from mimo.folders import atomic_path
 from mimo.tokenizers.protocols import Tokenizer, VariationalTokenizer, require_posterior
 from mimo.tokenizers.weights import checksum
 

@@ -27,9 +27,3 @@ class DamagedVideo(UnreadableVideo):
 
 class OutOfRange(UnreadableVideo):
     """A clip with actions that the network has no place for: more likely a wrong setting than a damaged file."""
-
-
-def reason(error: Exception) -> str:
-    """What an exception says, in one line that may quote a file, but not a kilobyte of it."""
-    words = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
-    return words if len(words) <= 200 else f"{words[:197]}..."

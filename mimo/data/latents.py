@@ -25,8 +25,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mimo import records
-from mimo.data.errors import DataError, UnreadableVideo, reason
+from mimo.data.errors import DataError, UnreadableVideo
 from mimo.data.local import local_file, require_inside
+from mimo.errors import reason
 
 FORMAT = "mimo-latents-2"
 

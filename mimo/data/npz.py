@@ -13,10 +13,11 @@ from tokenize import TokenError
 import av
 import numpy as np
 
-from mimo.data.errors import UnreadableVideo, reason
+from mimo.data.errors import UnreadableVideo
 from mimo.data.fitting import Fit, check_range, clip_span
 from mimo.data.kept import KeptFrames, identity
 from mimo.data.local import local_file
+from mimo.errors import reason
 
 _BROKEN = (
     *(OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError, SyntaxError, MemoryError, OverflowError),

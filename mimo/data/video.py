@@ -24,11 +24,12 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 from einops import rearrange
 
-from mimo.data.errors import DamagedVideo, UnreadableVideo, reason
+from mimo.data.errors import DamagedVideo, UnreadableVideo
 from mimo.data.fitting import Fit, check_range, clip_span
 from mimo.data.kept import KeptFrames, identity
 from mimo.data.local import local_file
 from mimo.data.npz import NpzReader
+from mimo.errors import reason
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v")
 

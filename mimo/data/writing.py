@@ -5,9 +5,7 @@ Frames are uint8 RGB arrays [F, H, W, 3]. Every file is written to a temporary n
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -17,31 +15,11 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageDraw, ImageFont
 
-from mimo.data.errors import reason
 from mimo.data.fitting import ONE_THREAD
 from mimo.data.video import VIDEO_SUFFIXES
-from mimo.errors import InputError
+from mimo.folders import atomic_path
 
 _UNDATED = {"fflags": "+bitexact"}  # of a container: neither the time nor the muxer is noted
-
-
-@contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well, and is removed when it does not.
-
-    Raises InputError naming `path` when it cannot be written: a disk that is full, a folder that may not be changed.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {reason(error)}") from error
-    finally:
-        with suppress(OSError):  # it was never made, or cannot be removed either
-            temporary.unlink()
 
 
 def _check_frames(frames: np.ndarray) -> np.ndarray:

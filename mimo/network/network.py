@@ -26,6 +26,7 @@ from mimo.network.cross import Across, Text, Told
 from mimo.network.frames import Asked, Decoding, FrameBatch, Packed, frame_rows
 from mimo.network.heads import Decoder, Projection
 from mimo.network.token_diffusion import TokenDiffusion
+from mimo.pretrained import Pretrained
 from mimo_kernels import AxialRoPE, FrameMask, FrameRows, frame_attention, gather_tokens
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -51,7 +52,7 @@ def build_rope(config: MiMoConfig) -> AxialRoPE | None:
     return AxialRoPE(config.head_dim, theta=config.rope_theta, split=config.rope_split)
 
 
-class MiMo(nn.Module):
+class MiMo(nn.Module, Pretrained):
     """The diffusion transformer, with the decoder and the projection that training adds.
 
     Args:

@@ -1,20 +1,24 @@
-"""A network for sampling, out of a checkpoint: what only training needs stays on disk."""
+"""A network for sampling, out of a checkpoint or an exported folder: what only training needs stays on disk."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from mimo import checkpoint
+from mimo import checkpoint, pretrained
 from mimo.config import MiMoConfig, SampleConfig, TrainConfig
 from mimo.errors import InputError
 from mimo.network.network import TRAINING_ONLY, MiMo
-from mimo.run_state import KINDS, read_run_state
+from mimo.run_state import KINDS, check_configs, read_run_state
 from mimo.runtime import best_device, config_tokenizer, recorded_tokenizer
 from mimo.tokenizers.protocols import Tokenizer
 from mimo.tokenizers.weights import checksum
+
+# The folder, its configurations, and its tensors without those of some names.
+Described = tuple[Path, dict[str, Any], Callable[[set[str]], dict[str, Tensor]]]
 
 
 @dataclass
@@ -36,19 +40,16 @@ def load(
     trust_pickle: bool = False,
     device: torch.device | None = None,
 ) -> Loaded:
-    """The network in a run folder (its newest whole checkpoint) or in one step folder, and its tokenizer.
+    """The network in a run folder (its newest whole checkpoint), in one step folder or in what `mimo export` wrote, and
+    its tokenizer.
 
     Args:
-        weights: the averaged ones, or those of the last step.
+        weights: the averaged ones, or those of the last step; an exported network has one of them.
         tokenizer_weights: where the tokenizer's weights lie now; None takes the path that the checkpoint remembers.
             Weights with another checksum than those of training are refused.
         trust_pickle: see `build_tokenizer`.
     """
-    folder, passed_over = checkpoint.find(path, parts=[weights])
-    for reason in passed_over:
-        print(f"passed over: {reason}")
-    state = read_run_state(folder)
-    configs = state["configs"]
+    folder, configs, read = _exported(path, weights) if pretrained.is_export(path) else _of_run(path, weights)
     model_config, train_config, sample_config = (kind.from_dict(configs[part]) for part, kind in KINDS.items())
     try:
         with torch.device("meta"):  # drawing weights and throwing them away takes longer than reading them
@@ -56,7 +57,7 @@ def load(
     except ValueError as error:
         raise InputError(f"checkpoint {folder}: its configuration does not fit this version: {error}") from None
     training_only = _strip(model)
-    tensors = checkpoint.read_tensors(folder, weights, state, skip=training_only)
+    tensors = read(training_only)
     checkpoint.load_module(model, tensors, folder)  # on the meta device: names and shapes fit, nothing is copied
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     device = device or best_device()
@@ -65,6 +66,25 @@ def load(
     return Loaded(
         model.to(device).requires_grad_(False).eval(), tokenizer.to(device), train_config, sample_config, folder
     )
+
+
+def _of_run(path: Path, weights: str) -> Described:
+    folder, passed_over = checkpoint.find(path, parts=[weights])
+    for reason in passed_over:
+        print(f"passed over: {reason}")
+    state = read_run_state(folder)
+    return folder, state["configs"], lambda skip: checkpoint.read_tensors(folder, weights, state, skip=skip)
+
+
+def _exported(folder: Path, weights: str) -> Described:
+    record, source = pretrained.read_config(folder), folder / pretrained.CONFIG
+    if record.weights not in (None, weights):
+        raise InputError(f"--weights {weights}: {folder} holds the weights {record.weights!r} alone")
+    if missing := [name for name in (*KINDS, "tokenizer") if name not in record.configs]:
+        what = "; expected a folder that `mimo export` wrote of a training run"
+        raise InputError(f"{source}: configs has no {missing[0]}{what}")
+    check_configs(record.configs, str(source))
+    return folder, record.configs, lambda skip: pretrained.read_tensors(folder, skip=skip)
 
 
 def round_weights(model: MiMo) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mimo import folders
-from mimo.data import atomic_path, contact_sheet, to_float, to_uint8, write_gif, write_video
+from mimo.data import contact_sheet, to_float, to_uint8, write_gif, write_video
 from mimo.errors import InputError
+from mimo.folders import atomic_path
 from mimo.network.frames import to_latents, to_tokens
 from mimo.runtime import autocast, config_tokenizer
 from mimo.sampling.sampler import Sampler, Stream

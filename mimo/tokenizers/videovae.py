@@ -17,8 +17,8 @@ from einops import rearrange
 from safetensors.torch import save_file
 from torch import nn
 
-from mimo.data.writing import atomic_path
 from mimo.errors import InputError
+from mimo.folders import atomic_path
 from mimo.tokenizers.weights import configured_by, load_safetensors, load_state, load_torch, read_json
 
 # Mean and standard deviation of each latent channel over Kinetics-600, from DFoT's dataset configuration.

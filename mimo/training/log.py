@@ -19,8 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mimo import records
-from mimo.data.writing import atomic_path
 from mimo.errors import InputError
+from mimo.folders import atomic_path
 from mimo.recipes.base import LossParts
 from mimo.training.distributed import World
 

@@ -20,8 +20,9 @@ from mimo.data.kept import KeptFrames
 from mimo.data.npz import load_actions
 from mimo.data.shapes import moving_shapes
 from mimo.data.video import VideoReader, read_clip, to_float, to_uint8
-from mimo.data.writing import atomic_path, contact_sheet, upscale, write_gif, write_video
+from mimo.data.writing import contact_sheet, upscale, write_gif, write_video
 from mimo.errors import InputError
+from mimo.folders import atomic_path
 
 
 def numbered(count, height=32, width=48):
