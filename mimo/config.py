@@ -109,6 +109,8 @@ class MiMoConfig(_Record):
         positions: "rope" (axial 3D RoPE), "sincos" (the ablation "vanilla DiT": fixed sines and cosines of time and of
             the place in the frame, added to the tokens) or "learned" (a table for each instead; frames beyond
             `frames` have none).
+        learned_places: tokens of clean frames, those of masked frames and what the token head is told of them have a
+            learned vector per place in the frame each, beside `positions` (MAGI).
         rope_theta: base of the RoPE frequencies.
         rope_split: channels of a head that turn with t, y and x, even numbers whose sum is the head dimension; None is
             a third each, see `mimo_kernels.AxialRoPE`. FAR has 16, 24, 24 of 64.
@@ -142,6 +144,11 @@ class MiMoConfig(_Record):
         repa_encoder: name of the encoder, one of mimo.encoders.ENCODERS.
         repa_channels: channels of its features; 1024 of VideoMAE-L.
         repa_hidden: width of the projection's two hidden layers; 2048 in REPA's published code.
+        teacher_forcing: what masked frames see of those before them (MAGI): "complete" ones, CTF, or the "masked" ones
+            themselves, MTF.
+        noise_levels: levels of the noise that training adds to the frames that others see, 0 .. noise_levels - 1; the
+            network is told which (MAGI). 0 adds none.
+        max_noise: standard deviation of the highest level; the lowest is 0.
         token_depth: blocks of the token head, a diffusion model of every single masked token (MAR; see
             mimo.network.token_diffusion); 0 is a network that predicts the frames itself, whole.
         token_width: width of the token head.
@@ -167,6 +174,7 @@ class MiMoConfig(_Record):
     channels: int = 16
     patch: int = 1
     positions: Literal["rope", "sincos", "learned"] = "rope"
+    learned_places: bool = False
     rope_theta: float = 100.0
     rope_split: tuple[int, int, int] | None = None
     qk_norm: bool = True
@@ -193,6 +201,9 @@ class MiMoConfig(_Record):
     repa_encoder: Literal["videomae", "hog"] = "videomae"
     repa_channels: int = 1024
     repa_hidden: int = 2048
+    teacher_forcing: Literal["complete", "masked"] = "complete"
+    noise_levels: int = 0
+    max_noise: float = 0.7
     token_depth: int = 0
     token_width: int = 1024
     token_draws: int = 4
@@ -245,6 +256,7 @@ class MiMoConfig(_Record):
     _MAY_BE_ZERO = (
         *("decoder_depth", "mask_weight", "num_classes", "num_actions", "max_interval"),
         *("label_dropout", "history_dropout", "clean_context", "repa_weight", "token_depth", "text_dim"),
+        "noise_levels",
     )
 
     def _check(self) -> None:
@@ -257,7 +269,8 @@ class MiMoConfig(_Record):
         _require(fits, "patch", self.patch, f"a divisor of height={self.height} and width={self.width}")
         if self.attention == "factorized":
             _require(self.depth % 2 == 0, "depth", self.depth, "an even number, of spatial and temporal blocks in turn")
-            _require(self.mask_ratio[1] == 0, "mask_ratio", self.mask_ratio, "(0, 0) with attention='factorized'")
+            whole = self.mask_ratio[1] == 0 or self.token_depth > 0
+            _require(whole, "mask_ratio", self.mask_ratio, "(0, 0) with attention='factorized', but for a token head")
         if (split := self.rope_split) is not None:
             even = len(split) == 3 and all(type(n) is int and n >= 0 and n % 2 == 0 for n in split)
             fits = even and sum(split) == self.head_dim
@@ -276,6 +289,10 @@ class MiMoConfig(_Record):
         if self.token_depth:
             _require(self.separate_ln, "separate_ln", self.separate_ln, "True with a token head: nothing is modulated")
             _require(self.mask_weight == 0, "mask_weight", self.mask_weight, "0 with a token head: it has no decoder")
+        levels, headless = self.noise_levels, not self.token_depth
+        for name, value in (("learned_places", self.learned_places), ("noise_levels", levels)):
+            _require(not (value and headless), name, value, "none without a token head (token_depth=0)")
+        _require(levels != 1, "noise_levels", levels, "two or more, of which the lowest is none, or 0")
         cross = self.cross_attention
         _require(not cross or self.token_depth, "cross_attention", cross, "False without a token head (token_depth=0)")
         one = (self.num_classes > 0) != (self.text_dim > 0)
@@ -422,8 +439,8 @@ class SampleConfig(_Record):
             adds, at the first frame of the video (t = 0) and at late ones: last + (first - last) 10^-t. (1, 0.9) is
             VideoMAR's 0.9 + 10^-(t+1) (App. B).
         history_noise: standard deviation of the noise added to a finished frame before it becomes history, for the
-            first and the last frame made, linear in between; of no paper. MAGI injects noise in training, and tells the
-            network how much; here the network is not told.
+            first and the last frame made, linear in between; of no paper. A network with noise_levels, which MAGI
+            injects in training, is told the nearest level, others are told nothing.
         interpolate: the frames of a video longer than a training clip stand between the times that training knows,
             evenly spaced from the first to the last (MAGI, App. A.4); for positions="sincos".
     """

@@ -73,7 +73,7 @@ def rows(name: str) -> dict[str, str]:
     }
 
 
-FAMILIES = ("mimo", "acdit", "dfot", "far", "video-dit", "repa", "videomar")
+FAMILIES = ("mimo", "acdit", "dfot", "far", "video-dit", "repa", "magi", "videomar")
 
 
 def table() -> str:

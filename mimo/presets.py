@@ -69,6 +69,29 @@ VIDEOMAR_256 = {"height": 32, "width": 32, "compression": (4, 8, 8), "video_fram
 VIDEOMAR_480 = {"height": 30, "width": 48, "compression": (8, 16, 16), "video_frames": 49}
 VIDEOMAR_TINY = TOKEN_HEAD | {"recipe": "videomar", "token_depth": 2, "token_width": 96}
 
+# MAGI's Sec. 4, 5.1 and App. A; what it does not say, or the text has lost, is decided in mimo.recipes.magi. The
+# latents are those of OmniTokenizer's 3D VAE (K600), of Stable Diffusion 1.4 and of Cosmos (UCF-101), of 256 x 256
+# pixels.
+MAGI = (
+    TOKEN_HEAD
+    | {"recipe": "magi", "attention": "factorized", "depth": 40, "dim": 1280, "heads": 16, "qk_norm": False}
+    | {"positions": "sincos", "learned_places": True, "patch": 2, "token_depth": 3, "token_width": 1024}
+    | {"max_interval": 25, "noise_levels": 10, "max_noise": 0.7, "height": 32, "width": 32}
+)
+MAGI_3D = {"frames": 5, "compression": (4, 8, 8), "video_frames": 17}
+MAGI_2D = {"frames": 16, "compression": (1, 8, 8), "video_frames": 16, "channels": 4}
+MAGI_TINY = TOKEN_HEAD | {
+    "recipe": "magi",
+    "attention": "factorized",
+    "qk_norm": False,
+    "positions": "sincos",
+    "learned_places": True,
+    "token_depth": 2,
+    "token_width": 96,
+    "noise_levels": 4,
+    "max_noise": 0.3,
+}
+
 K600_TRAINING = {"batch_size": 256, "lr": 8e-4, "ema_decay": 0.999}
 K600_B_TRAINING, K600_XL_TRAINING = K600_TRAINING | {"steps": 100_000}, K600_TRAINING | {"steps": 360_000}
 UCF101_TRAINING = {"batch_size": 128, "steps": 180_000, "lr": 4e-4, "ema_decay": 0.9999, "interval": 3, "flip": True}
@@ -98,6 +121,15 @@ VIDEOMAR_TRAINING = {"batch_size": 256, "steps": 300_000, "lr": 1e-4, "lr_schedu
     "ema_decay": 0.9999,
 }
 
+# Epochs of 480,000 and 13,320 clips, in steps. The rates are lost; these are MAR's rule, 1e-4 for 256 clips. Betas,
+# clipping and the constant rate are MAR's too.
+MAGI_TRAINING = {"lr_schedule": "constant", "betas": (0.9, 0.95), "weight_decay": 0.02, "grad_clip": 3.0} | {
+    "ema_decay": 0.9999,
+    "interval": (1, 25),
+}
+MAGI_K600_TRAINING = MAGI_TRAINING | {"batch_size": 256, "steps": 150 * 480_000 // 256, "lr": 1e-4}
+MAGI_UCF101_TRAINING = MAGI_TRAINING | {"batch_size": 128, "steps": 1400 * 13_320 // 128, "lr": 5e-5}
+
 K600_SAMPLING = {"sampler": "ddim", "steps": 50, "history_guidance": 1.05, "context_frames": 2, "num_frames": 5}
 UCF101_SAMPLING = {"sampler": "euler", "steps": 50, "num_frames": 16}
 UCF101_CLASS_SAMPLING = UCF101_SAMPLING | {"class_guidance": 2.0}
@@ -108,12 +140,16 @@ VIDEOMAR_SAMPLING = {"sampler": "ddpm", "steps": 100, "mask_steps": 64, "class_g
     "context_frames": 1,
     "num_frames": 7,
 }
+MAGI_SAMPLING = {"sampler": "ddpm", "steps": 100, "mask_steps": 64, "interpolate": True}
+MAGI_K600_SAMPLING = MAGI_SAMPLING | {"context_frames": 2, "num_frames": 5}
 VIDEOMAR_TINY_SAMPLING = TINY_SAMPLING | {
     "sampler": "ddpm",
     "steps": 20,
     "mask_steps": 8,
     "token_temperature": (1.0, 0.9),
 }
+
+MAGI_TINY_SAMPLING = TINY_SAMPLING | {"sampler": "ddpm", "steps": 20, "mask_steps": 8, "interpolate": True}
 
 CLASSES = {"num_classes": 101}
 PRESETS: dict[str, tuple[dict[str, Any], ...]] = {  # name: network, training, sampling
@@ -153,6 +189,19 @@ PRESETS: dict[str, tuple[dict[str, Any], ...]] = {  # name: network, training, s
     # Its Fig. 5, which does not say the size: B, beside far-b-ucf101-uncond.
     "video-dit-b-ucf101-uncond": (FAR_B | UCF101 | VIDEO_DIT, FAR_ABLATION_TRAINING, UCF101_SAMPLING),
     "video-dit-tiny": (TINY | VIDEO_DIT, TINY_TRAINING, TINY_SAMPLING | {"context_frames": 0}),
+    "magi-xl-k600": (MAGI | MAGI_3D | {"channels": 8}, MAGI_K600_TRAINING, MAGI_K600_SAMPLING),
+    "magi-xl-ucf101-uncond": (MAGI | MAGI_2D, MAGI_UCF101_TRAINING, MAGI_SAMPLING | {"num_frames": 16}),
+    "magi-xl-ucf101-uncond-mtf": (
+        MAGI | MAGI_2D | {"teacher_forcing": "masked"},
+        MAGI_UCF101_TRAINING,
+        MAGI_SAMPLING | {"num_frames": 16},
+    ),
+    "magi-xl-ucf101-uncond-3d": (
+        MAGI | MAGI_3D | {"channels": 16},
+        MAGI_UCF101_TRAINING,
+        MAGI_SAMPLING | {"num_frames": 5},
+    ),
+    "magi-tiny": (TINY | MAGI_TINY, TINY_TRAINING | {"lr": 2e-3}, MAGI_TINY_SAMPLING),
     "videomar-256": (VIDEOMAR | VIDEOMAR_256, VIDEOMAR_TRAINING, VIDEOMAR_SAMPLING),
     "videomar-480": (VIDEOMAR | VIDEOMAR_480, VIDEOMAR_TRAINING, VIDEOMAR_SAMPLING),
     "videomar-tiny": (TINY | VIDEOMAR_TINY, TINY_TRAINING | {"lr": 2e-3}, VIDEOMAR_TINY_SAMPLING),

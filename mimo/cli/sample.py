@@ -38,7 +38,7 @@ class Sample:
         temperature: factor on the noise that the first and the last frame start from, linear in between; 1 is none. Not
             VideoMAR's, which scales noise inside its token diffusion.
         history_noise: standard deviation of the noise on the first and the last frame as the history of later ones; 0
-            is none. Not MAGI's, which adds noise in training and tells the network its level.
+            is none. A network that was trained with --model.noise-levels (MAGI) is told the nearest level.
         interpolate: the frames of a video longer than those of training stand at times between those of training
             (MAGI); for networks with positions="sincos".
         weights: the averaged weights, or those of the last step.

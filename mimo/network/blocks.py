@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -265,6 +266,23 @@ class FixedPositions(nn.Module):
         frequency = torch.exp(torch.arange(half, device=position.device) * (-math.log(10_000) / half))
         angle = position[:, None] * frequency
         return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+class LearnedPlaces(nn.Module):
+    """A learned vector per place: of clean frames, of masked ones, and for what the token head is told of a token."""
+
+    def __init__(self, config: MiMoConfig) -> None:
+        super().__init__()
+        self.frames = nn.Parameter(0.02 * torch.randn(2, config.tokens, config.dim))
+        self.head = nn.Parameter(0.02 * torch.randn(config.tokens, config.dim))
+
+    def forward(self, masked: Tensor | int, token: Tensor) -> Tensor:
+        """token int64 [R] of frames that are masked ones (1) or not (0) -> [R, D]."""
+        return F.embedding(masked * self.head.shape[0] + token, self.frames.flatten(0, 1))
+
+    def told(self, token: Tensor) -> Tensor:
+        """int64 [n] -> what is added to what the token head is told, [n, D]."""
+        return F.embedding(token, self.head)
 
 
 def added_positions(config: MiMoConfig) -> nn.Module | None:

@@ -17,6 +17,8 @@ again are kept. What changes with every batch are tensors, in FrameBatch: latent
     one copy, "block_causal":       clip 0: noisy 0, 1, ..., T-1;  clip 1: ...                            DFoT, FAR
     one copy, "bidirectional":      the same                                                              video DiT
     one copy, "block_causal":       clip 0: clean 0, 1, ..., t-1, masked t;  clip 1: ...                  VideoMAR
+    two copies, "teacher_forcing":  clip 0: clean 0, 1, ..., T-1, masked 0, 1, ..., T-1;  clip 1: ...     MAGI, CTF
+    one copy, "block_causal":       clip 0: masked 0, 1, ..., T-1;  clip 1: ...                           MAGI, MTF
 
 Letters: B clips, T frames per clip, F frames in all clips, N tokens per frame, k kept tokens per clean frame, R packed
 rows, G rows of modulation, C channels of a token, D width.
@@ -282,7 +284,8 @@ class Packed(NamedTuple):
         separate_ln off, a last one that the clean frames share.
     clips: B. clip: int64 [R], the clip of every row, or None where all have as many.
     frame, token: int32 [R], the frame of every row and, if its frame is whole, the token in it.
-    time: int64 [F]. stride: int64 [F], or None where it is 1 everywhere.
+    masked: int64 [F], 1 for masked frames, 0 for others. time: int64 [F]. stride: int64 [F], or None where it is 1
+        everywhere.
     tracks: where attention is factorized; `mask` and `blind_mask` are then those of the tracks.
     """
 
@@ -295,6 +298,7 @@ class Packed(NamedTuple):
     clip: Tensor | None
     frame: Tensor
     token: Tensor
+    masked: Tensor
     time: Tensor
     stride: Tensor | None
     tracks: Tracks | None = None
@@ -349,6 +353,7 @@ def _pack(given: FrameList, separate_ln: bool) -> Packed:
         clip=None if len(set(per_clip)) == 1 else _rows_of(per_clip)[0],
         frame=frame.int(),
         token=token.int(),
+        masked=torch.tensor([int(frame.kind == "masked") for frame in frames]),
         time=torch.tensor([frame.time for frame in frames]),
         stride=None if set(strides) == {1} else torch.tensor(strides),
     )
@@ -457,6 +462,7 @@ class FrameBatch:
         labels: int64 [B]; None or num_classes is the null class.
         actions: int64 [B, T]; None or num_actions is the null action. An action belongs to the frame it leads to.
         intervals: int64 [B] in 1..max_interval, the distance of a clip's frames in its video; there is no null one.
+        noise: int64 [F] in 0..noise_levels - 1, how noisy the latents of every frame are; None: none is.
         masked: bool [R], the rows that a learned token stands for; only in masked frames.
         asked: what the token head is to predict, and from what.
         text: what the clips are told, for a network with text_dim; None tells all of them nothing.
@@ -469,6 +475,7 @@ class FrameBatch:
     labels: Tensor | None = None
     actions: Tensor | None = None
     intervals: Tensor | None = None
+    noise: Tensor | None = None
     masked: Tensor | None = None
     asked: Asked | None = None
     text: Text | None = None

@@ -21,9 +21,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimo.config import MiMoConfig
-from mimo.network.blocks import Block, Modulation, Norm, Pages, Pending, added_positions, attend_tracks, sinusoid
+from mimo.network.blocks import (
+    Block,
+    LearnedPlaces,
+    Modulation,
+    Norm,
+    Pages,
+    Pending,
+    added_positions,
+    attend_tracks,
+    sinusoid,
+)
 from mimo.network.cross import Across, Text, Told
-from mimo.network.frames import Asked, Decoding, FrameBatch, Packed, frame_rows
+from mimo.network.frames import Asked, Decoding, FrameBatch, Kind, Packed, frame_rows
 from mimo.network.heads import Decoder, Projection
 from mimo.network.token_diffusion import TokenDiffusion
 from mimo.pretrained import Pretrained
@@ -73,6 +83,8 @@ class MiMo(nn.Module, Pretrained):
         self.classes = nn.Embedding(config.num_classes + 1, dim) if config.num_classes else None
         self.actions = nn.Embedding(config.num_actions + 1, dim) if config.num_actions else None
         self.intervals = nn.Embedding(config.max_interval, dim) if config.max_interval else None
+        self.noise = nn.Embedding(config.noise_levels, dim) if config.noise_levels else None
+        self.places = LearnedPlaces(config) if config.learned_places else None
         self.null_text = nn.Parameter(0.02 * torch.randn(config.text_dim)) if config.text_dim else None
         self.text_norm = nn.LayerNorm(config.text_dim, eps=1e-6) if config.text_dim else None
         self.rope = build_rope(config)
@@ -145,7 +157,8 @@ class MiMo(nn.Module, Pretrained):
         across = text = None
         if self.config.cross_attention:
             across, text = self._across(batch), self._text(batch.text, batch.latents.device)
-        return self.compute(packed, decodings, tuple(taps), *given, batch.masked, batch.asked, across, text)
+        given = *given, batch.noise, batch.masked, batch.asked
+        return self.compute(packed, decodings, tuple(taps), *given, across, text)
 
     def compute(
         self,
@@ -158,6 +171,7 @@ class MiMo(nn.Module, Pretrained):
         labels: Tensor | None,
         actions: Tensor | None,
         intervals: Tensor | None,
+        noise: Tensor | None = None,
         masked: Tensor | None = None,
         asked: Asked | None = None,
         across: tuple[Across, Across] | None = None,
@@ -170,7 +184,11 @@ class MiMo(nn.Module, Pretrained):
         if tokens is not None:
             x = gather_tokens(x, packed.frame * config.tokens + tokens, backend=self.backend)
         coords = packed.coordinates(tokens, config.grid[1])
-        x = self._embed(x, coords, intervals, packed.clips, packed.clip, masked)
+        learned = None
+        if self.places is not None or self.noise is not None:
+            token = packed.token if tokens is None else tokens
+            learned = self._learned(packed.masked[packed.frame], token, None if noise is None else noise[packed.frame])
+        x = self._embed(x, coords, intervals, packed.clips, packed.clip, masked, learned)
         if clean is not None and (self.actions is not None or actions is not None):
             told = None if actions is None else actions[clean.clip, clean.time]
             x = clean.add(x, self._action(told, clean.time.shape, x.device).to(x.dtype))
@@ -189,7 +207,7 @@ class MiMo(nn.Module, Pretrained):
         y, features = self._training_trunk(x, F.silu(c), packed, coords, taken, told)
         velocity = None
         if y is not None and isinstance(self.head, TokenDiffusion):
-            velocity = None if asked is None else self.head(asked.noisy, asked.timestep, y[asked.rows])
+            velocity = None if asked is None else self._ask(asked, y)
         elif y is not None:
             velocity = self.head(y)
             velocity = velocity if predicted.alike is None else velocity.unflatten(0, predicted.alike)
@@ -199,6 +217,13 @@ class MiMo(nn.Module, Pretrained):
             for offset, decoding in decodings.items():
                 reconstruction[offset] = self.decoder(features[read], kept, offset, decoding, self.rope)
         return MiMoOutput(velocity, reconstruction, {tap: features[tap] for tap in taps})
+
+    def _ask(self, asked: Asked, y: Tensor) -> Tensor:
+        """eps [K, n, C] of what the token head is asked, from the rows y of the frames that are not clean."""
+        told = y[asked.rows]
+        if self.places is not None:
+            told = told + self.places.told(asked.rows % self.config.tokens).to(told.dtype)
+        return self.head(asked.noisy, asked.timestep, told)
 
     def _training_trunk(
         self,
@@ -280,6 +305,8 @@ class MiMo(nn.Module, Pretrained):
         actions: Tensor | None = None,
         intervals: Tensor | None = None,
         text: Text | None = None,
+        kind: Kind = "clean",
+        noise: Tensor | None = None,
         place: Callable[[int], Pages] | None = None,
     ) -> None:
         """Runs one finished frame per sequence, so that `attend` can keep the keys and values of every layer.
@@ -294,11 +321,14 @@ class MiMo(nn.Module, Pretrained):
             timestep: the frame goes through AdaLN at this timestep, told labels and actions. None: as a clean frame of
                 training, told its action alone. A recipe's `history_policy` says which.
             labels, actions, intervals: int64 [S]; text: of S texts.
+            kind: as what it was seen in training: "clean", or "masked" (no token of it is).
+            noise: int64 [S], its level of noise, for a network with noise_levels; None: 0.
             place: of such a layer: where its keys and values are written as they are made, before `attend` is called.
         """
         sequences = len(x)
         coords = self._coords(position, sequences, x.device)
-        x = self._embed(x.flatten(0, 1), coords, intervals, sequences)
+        learned = self._learned_of_frames(sequences, kind, noise)
+        x = self._embed(x.flatten(0, 1), coords, intervals, sequences, learned=learned)
         if timestep is not None:
             c = self._condition(torch.full((sequences,), timestep, device=x.device), labels, actions)
         else:
@@ -369,7 +399,7 @@ class MiMo(nn.Module, Pretrained):
         self,
         x: Tensor,
         masked: Tensor,
-        position: int | Tensor,
+        position: float | Tensor,
         attend: Attend,
         *,
         intervals: Tensor | None = None,
@@ -385,11 +415,13 @@ class MiMo(nn.Module, Pretrained):
         """
         sequences, tokens, _ = x.shape
         coords = self._coords(position, sequences, x.device)
-        x = self._embed(x.flatten(0, 1), coords, intervals, sequences, masked=masked.flatten())
+        learned = self._learned_of_frames(sequences, "masked")
+        x = self._embed(x.flatten(0, 1), coords, intervals, sequences, masked=masked.flatten(), learned=learned)
         rows = self.rows_of_frames(sequences)
         across = told or self.told(sequences)
         y = self._frame_trunk(x, rows, coords, attend, c=x.new_empty(0, self.config.dim), across=across)
-        return y.view(sequences, tokens, -1)
+        y = y.view(sequences, tokens, -1)
+        return y if self.places is None else y + self.places.head.to(y.dtype)
 
     def _frame_trunk(
         self,
@@ -435,10 +467,11 @@ class MiMo(nn.Module, Pretrained):
         clips: int,
         clip: Tensor | None = None,
         masked: Tensor | None = None,
+        learned: Tensor | None = None,
     ) -> Tensor:
-        """Latent rows [R, C] -> [R, D], those of `masked` the mask token, with added positions and the intervals [B] of
-        clips where in use. An interval is added to all rows of its clip (`clip` [R], None: all have as many), as MAGI
-        adds it to the hidden states (Sec. 3)."""
+        """Latent rows [R, C] -> [R, D], those of `masked` the mask token, with added positions, the intervals [B] of
+        clips where in use, and what is `learned` of the rows, [R, D]. An interval is added to all rows of its clip
+        (`clip` [R], None: all have as many), as MAGI adds it to the hidden states (Sec. 3)."""
         x = self.embed(x)
         if masked is not None:
             x = torch.where(masked[:, None], self.mask_token.to(x.dtype), x)
@@ -450,7 +483,22 @@ class MiMo(nn.Module, Pretrained):
                 x = x + interval[clip]
         if self.positions is not None:
             x = x + self.positions(coords).to(x.dtype)
-        return x
+        return x if learned is None else x + learned.to(x.dtype)
+
+    def _learned(self, masked: Tensor | int, token: Tensor, noise: Tensor | None) -> Tensor | None:
+        """What is added to rows beside their positions: where they stand in a masked frame (1) or in another (0), and
+        how noisy they are; int64 [R] each -> [R, D]."""
+        added = None if self.places is None else self.places(masked, token)
+        if self.noise is None:
+            return added
+        level = self.noise(torch.zeros_like(token) if noise is None else noise)
+        return level if added is None else added + level
+
+    def _learned_of_frames(self, sequences: int, kind: Kind, noise: Tensor | None = None) -> Tensor | None:
+        """As `_learned`, of one frame per sequence; noise: int64 [S]."""
+        token = torch.arange(self.config.tokens, device=self.embed.weight.device).repeat(sequences)
+        noise = None if noise is None else noise.repeat_interleave(self.config.tokens)
+        return self._learned(int(kind == "masked"), token, noise)
 
     def _sequences(
         self, labels: Tensor | None, text: tuple[Tensor, Tensor] | None, clips: int, device: torch.device
@@ -486,8 +534,8 @@ class MiMo(nn.Module, Pretrained):
     def parameter_report(self) -> str:
         """A table of parameter counts by part; decoder and projection are needed in training only."""
         parts: dict[str, list[Any]] = {
-            "embedding": [self.embed, self.positions],
-            "conditioning": [self.time, self.classes, self.actions, self.intervals, self.text_norm],
+            "embedding": [self.embed, self.positions, self.places],
+            "conditioning": [self.time, self.classes, self.actions, self.intervals, self.noise, self.text_norm],
             "attention": [module for block in self.blocks for module in (block.attention, block.cross)],
             "MLP": [block.mlp for block in self.blocks],
             "norms and modulation": [

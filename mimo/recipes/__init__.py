@@ -14,6 +14,7 @@ RECIPES = {  # name: module and class
     "dfot": "mimo.recipes.dfot:DiffusionForcing",
     "far": "mimo.recipes.far:FAR",
     "video_dit": "mimo.recipes.video_dit:VideoDiT",
+    "magi": "mimo.recipes.magi:MAGI",
     "videomar": "mimo.recipes.videomar:VideoMAR",
 }
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mimo.config import MiMoConfig
 from mimo.diffusion import build_schedule, compute_loss_weight
-from mimo.network.frames import FrameBatch, to_tokens
+from mimo.network.frames import FrameBatch, Kind, to_tokens
 from mimo.recipes.repa import Alignment
 from mimo_kernels import weighted_squared_error
 
@@ -35,11 +35,13 @@ class HistoryPolicy(NamedTuple):
     conditions: of "labels" and "actions", what changes its keys and values. A guidance branch that is told the null
         value of one of them sees a history of its own.
     at_once: there is no history; all frames are made together.
+    kind: what it is to those that see it, see mimo.network.frames.
     """
 
     timestep: float | None = None
     conditions: frozenset[str] = frozenset()
     at_once: bool = False
+    kind: Kind = "clean"
 
 
 def conditions_of(config: MiMoConfig) -> frozenset[str]:

@@ -90,6 +90,9 @@ class Conditions:
         self.labels = torch.zeros_like(self.position) if key.labels else None
         self.actions = self.position.new_zeros(key.sequences, key.num_frames) if key.actions else None
         self.intervals = torch.ones_like(self.position) if config.max_interval else None
+        # Levels of noise of the frames: 0, but for those that `add_noise` tells of.
+        self.noise = self.position.new_zeros(key.sequences, key.num_frames) if config.noise_levels else None
+        self._levels = config.noise_levels, config.max_noise
         self.history, self._histories, self._pace = history, key.histories, key.pace
         self._null = {"labels": config.num_classes, "actions": config.num_actions}
         told = [branch.condition for branch in key.branches]
@@ -111,6 +114,15 @@ class Conditions:
         for name, static in self.tensors.items():
             static.copy_(given[name])
         self.position.copy_(torch.tensor(positions))
+        if self.noise is not None:
+            self.noise.zero_()
+
+    def tell_noise(self, deviation: float) -> None:
+        """So much noise is added to the frames being made when they become history."""
+        if self.noise is not None:
+            levels, most = self._levels
+            level = round(deviation / most * (levels - 1))
+            self.noise.scatter_(1, self.position[:, None], level)
 
     def of_branches(self) -> dict[str, Tensor]:
         """labels and actions of the rows of a step, int64 [G * S] each, as far as they are given."""
@@ -124,7 +136,11 @@ class Conditions:
         """
         given = self._now() if rows is None or frames is None else self._at(rows, frames)
         told = self._told[: self._histories]
-        found: dict[str, Any] = {"timestep": self.history.timestep}
+        found: dict[str, Any] = {"timestep": self.history.timestep, "kind": self.history.kind}
+        if self.noise is not None:
+            now = rows is None or frames is None
+            noise = self.noise.gather(1, self.position[:, None])[:, 0] if now else self.noise[rows, frames]
+            found["noise"] = noise.expand(self._histories, -1).flatten()
         found |= {name: self._or_null(name, given[name], told) for name in given if name in self.history.conditions}
         if "intervals" in given:
             found["intervals"] = given["intervals"].expand(self._histories, -1).flatten()

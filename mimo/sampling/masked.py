@@ -92,7 +92,7 @@ class MaskedRun(FrameRun):
         z = self.model.masked_frame(
             self.x.to(self.model.embed.weight.dtype).repeat(branches, 1, 1),
             self.masked.repeat(branches, 1),
-            conditions.position.repeat(branches),
+            conditions.time(conditions.position).repeat(branches),
             self.history.attend,
             intervals=None if conditions.intervals is None else conditions.intervals.repeat(branches),
             told=told,

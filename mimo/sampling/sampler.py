@@ -189,6 +189,8 @@ class Stream(Iterator[Tensor]):
                 extra = 0.0 if last else _between(sampler.config.history_noise, share)
                 if isinstance(run, MaskedRun):
                     run.draw(now.seed, now.ids, now.positions)
+                if extra and isinstance(run, FrameRun):
+                    run.conditions.tell_noise(extra)
                 run.denoise(
                     sampler._noise(now.seed, now.ids, now.positions, "start", start),
                     sampler._noise(now.seed, now.ids, now.positions, "history", extra) if extra else None,
@@ -263,6 +265,10 @@ class Sampler:
                 f"interpolate=True: expected False, or a network with positions='sincos', not "
                 f"{model.config.positions!r}"
             )
+        most = model.config.max_noise
+        if model.config.noise_levels and max(config.history_noise) > most:
+            expected = f"expected at most max_noise={most}, as in training"
+            raise ValueError(f"history_noise={config.history_noise}: {expected}")
         if self.history.at_once:
             self._check_at_once()
         has = model.config.token_depth > 0
