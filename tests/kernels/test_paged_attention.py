@@ -53,24 +53,39 @@ class Clips:
         self.cache.evict(seq, window=window, sink=sink)
         self.frames[seq] = [f for i, f in enumerate(frames) if i < sink or i >= len(frames) - window]
 
-    def frame(self, seqs: list[int | None], tokens: int) -> tuple[torch.Tensor, ...]:
-        """q, k, v of one frame as a network has them: three slices of one projection."""
-        return self.draw(len(seqs), tokens, 3).unbind(2)
+    def frame(self, seqs: list[int | None], tokens: int, group: int = 1) -> tuple[torch.Tensor, ...]:
+        """q, k, v of new rows as a network has them: slices of one projection; `group` heads of q to one of k and v."""
+        heads = self.shape[0]
+        drawn = torch.randn(len(seqs), tokens, (group + 2) * heads, self.shape[1], generator=self.random)
+        return drawn.to(self.dtype).split([group * heads, heads, heads], 2)
 
-    def plain(self, seqs, q, k, v, layer: int, dtype: torch.dtype, scale: float | None = None) -> torch.Tensor:
-        """softmax(scale q K^T) V for each sequence over the concatenation of its frames and itself."""
-        out = []
+    def plain(self, seqs, q, k, v, layer: int, dtype: torch.dtype, scale=None, bias=None, mask=None, frames=None):
+        """softmax(scale q K^T + b) V for each sequence over the concatenation of its frames and the new rows, and the
+        log-sum-exp. frames: the places of those that are seen."""
+        outs, lses = [], []
         for place, seq in enumerate(seqs):
-            keys = torch.cat([*(f[0][layer] for f in self.frames[seq]), k[place]]).to(dtype)
-            values = torch.cat([*(f[1][layer] for f in self.frames[seq]), v[place]]).to(dtype)
-            scores = torch.einsum("qhd,khd->hqk", q[place].to(dtype), keys)
-            probabilities = (scores * (scale or q.shape[-1] ** -0.5)).softmax(-1)
-            out.append(torch.einsum("hqk,khd->qhd", probabilities, values))
-        return torch.stack(out)
+            seen = self.frames[seq] if frames is None or seq is None else [self.frames[seq][i] for i in frames]
+            group = q.shape[2] // k.shape[2]
+            keys, values = (
+                torch.cat([*(f[i][layer] for f in seen), own[place]]).to(dtype).repeat_interleave(group, 1)
+                for i, own in ((0, k), (1, v))
+            )
+            scores = torch.einsum("qhd,khd->hqk", q[place].to(dtype), keys) * (scale or q.shape[-1] ** -0.5)
+            length = len(keys) - k.shape[1]
+            if bias is not None:
+                counts = torch.tensor([f[0].shape[1] for f in seen], dtype=torch.int64)
+                scores[..., :length] += bias[place, : len(seen)].to(dtype).repeat_interleave(counts)
+            if mask is not None:
+                scores[..., length:].masked_fill_(~mask.to_dense(), -torch.inf)
+            lse = scores.logsumexp(-1)
+            probabilities = (scores - torch.where(lse == -torch.inf, 0.0, lse)[..., None]).exp()
+            outs.append(torch.einsum("hqk,khd->qhd", probabilities, values))
+            lses.append(lse)
+        return torch.stack(outs), torch.stack(lses)
 
     def check(self, out, seqs, q, k, v, layer: int, **options) -> None:
-        exact = self.plain(seqs, q, k, v, layer, torch.float64, **options)
-        assert_within_budget(out, self.plain(seqs, q, k, v, layer, self.dtype, **options), exact)
+        exact, _ = self.plain(seqs, q, k, v, layer, torch.float64, **options)
+        assert_within_budget(out, self.plain(seqs, q, k, v, layer, self.dtype, **options)[0], exact)
 
 
 def ragged(page_size: int, heads: int = 2, dim: int = 8, dtype=torch.float32) -> tuple[Clips, list[int | None]]:
