@@ -96,7 +96,7 @@ def forward(q, k_self, v_self, k_pages, v_pages, tables, lengths, bias, mask, sc
     for part in cached_parts(k_pages, v_pages, tables, lengths, bias):
         rows, kv_heads = q[part.sequence], part.keys.shape[1]
         operands = (_by_head(x, kv_heads)[None] for x in (rows, part.keys, part.values))
-        part_out, part_lse = (_by_token(x[0], len(rows)) for x in reference._attend(*operands, None, scale))  # [N, H, ..]
+        part_out, part_lse = (_by_token(x[0], len(rows)) for x in reference._attend(*operands, None, scale))
         part_lse = part_lse.T if part.bias is None else part_lse.T + part.bias
         s = part.sequence
         both = torch.logaddexp(lse[s], part_lse)  # [H, N]

@@ -138,6 +138,7 @@ class Book:
 
     def held_alone(self) -> int:
         """Pages that belong to no sequence any more and are not free yet, because of a hold."""
+        self.collect()
         owned = {page for sequence in self.sequences.values() for frame in sequence.frames for page in frame.pages}
         return sum(count > 0 and page not in owned for page, count in enumerate(self.references))
 

@@ -151,10 +151,10 @@ class Rollout(torch.nn.Module):
             x = x + proj(attend(layer, q, k, v).flatten(-2))
         return x
 
-    def cached(self, x, frames: int, window: int, wrap=lambda attend: attend, **options):
+    def cached(self, x, frames: int, window: int, **options):
         """Every frame is made of the output of the one before; what leaves the window is evicted at once."""
-        page = {"num_pages": 2 * (window + 1) * 2, "page_size": 4}
-        cache = FrameCache(len(self.qkv), self.kv_heads, self.dim, **page, dtype=x.dtype)
+        pages = {"num_pages": 2 * 2 * (frames + 1), "page_size": 4}
+        cache = FrameCache(len(self.qkv), self.kv_heads, self.dim, **pages, dtype=x.dtype)
         seqs = [cache.new_sequence() for _ in x]
         view, made, free = cache.view(seqs, max_pages=2 * window), [], []
         for _ in range(frames):
@@ -164,7 +164,7 @@ class Rollout(torch.nn.Module):
                 new[layer] = k.detach(), v.detach()
                 return paged_frame_attention(q, k, v, cache, layer=layer, view=view, **options)
 
-            x = self(x, wrap(attend))
+            x = self(x, attend)
             made.append(x)
             cache.append(seqs, *zip(*(new[layer] for layer in range(len(self.qkv)))))
             for seq in seqs:
@@ -289,7 +289,6 @@ def test_a_backward_after_everything_changed(backend):
     while cache.num_free_pages:
         pages.append(cache.new_sequence())
         cache.append(pages[-1:], *torch.full((2, 1, 1, 4, 1, 8), float("nan")).unbind())
-    cache.append([seq], *torch.zeros(2, 1, 1, 1, 1, 8)) if cache.num_free_pages else None
     view.refresh([pages[0]])
     assert all(map(torch.equal, backward(), expected))
 
@@ -450,10 +449,10 @@ def test_wrong_use_is_named():
     for times, message in {
         (0, 0): r"frames has \[0, 0\] for a sequence, expected every time once$",
         (3,): r"frame 3 of sequence 0 is not resident, only \[0\]$",
-        ("a",): r"frames has \['a'\] for a sequence, expected the times of frames",
+        (1.5,): r"frames has \[1.5\] for a sequence, expected the times of frames",
         ((0,), None): r"frames has length 2, expected 1, the times of each sequence",
     }.items():
-        with pytest.raises(ValueError, match="^FrameCache.view: " + message):
+        with pytest.raises(ValueError, match="^CacheView.refresh: " + message):
             cache.view([seq], times)
     keys, values = cache.keys_and_values(0)
     table, lengths = torch.zeros(1, 2, dtype=torch.int32), torch.tensor([4], dtype=torch.int32)
