@@ -1,9 +1,10 @@
 """One training step of MiMo: time, model FLOP utilisation and peak memory, against ACDiT and against a compiler's
 version of the same model; and the data that feeds it: clips per second of every stage, and the share of the step spent
-waiting for a batch (see data_pipeline.py).
+waiting for a batch (see data_pipeline.py); and every system beside the others, a step and a sampled frame, in tokens,
+floating-point operations and time (see system_costs.py).
 
     python benchmarks/train_bench.py [--out bench_results] [--batch CLIPS] [--networks NAME ...]
-        [--parts step data] [--data FOLDER]
+        [--parts step data systems] [--data FOLDER]
 
     MiMo                            this package: history tube-masked, both losses
     ACDiT                           this package: history whole, no decoder, the diffusion loss alone
@@ -25,6 +26,7 @@ from pathlib import Path
 from unittest import mock
 
 import common
+import system_costs
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -36,6 +38,7 @@ from mimo.recipes.acdit import acdit
 from mimo.recipes.base import step_generator
 from mimo_kernels.attention import FrameMask
 
+PARTS = ("step", "data", "systems")
 MIMO, ACDIT, BASELINE = "MiMo", "ACDiT", "torch.compile + FlexAttention"
 
 
@@ -202,7 +205,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("bench_results"))
     parser.add_argument("--batch", type=int, help="clips per step")
     parser.add_argument("--networks", nargs="+", metavar="NAME")
-    parser.add_argument("--parts", nargs="+", choices=("step", "data"), default=("step", "data"))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=("step", "data"))
     parser.add_argument("--data", type=Path, help="a folder of videos; without it, videos are made")
     parser.add_argument("--minutes", type=float, default=1e4, help="the compiled version is given up beyond this")
     arguments = parser.parse_args()
@@ -240,8 +243,68 @@ def main() -> int:
         wrong = [
             f"{row['network']}: {row['note']}" for row in rows if row["version"] in (MIMO, ACDIT) and "note" in row
         ]
+    if "systems" in arguments.parts:
+        rows = system_rows(device)
+        tables.append(systems_report(arguments.out, header, limits, rows))
+        wrong += [f"{row['system']}: {row['note']}" for row in rows if "note" in row]
     print("\n\n".join([*tables, *wrong]))
     return int(bool(wrong))
+
+
+def system_rows(device: torch.device, chosen: dict[str, str] | None = None, seconds: float = 1.0) -> list[dict]:
+    """Every system by its preset (`chosen`; None: all): work and time of a training step per clip, and of a frame."""
+    rows = []
+    for system, preset in (chosen or system_costs.systems(device)).items():
+        row: dict = {"what": "systems", "system": system, "preset": preset}
+        try:
+            config = MiMoConfig.from_preset(preset)
+            clips = max(1, system_costs.TOKENS // (config.frames * config.tokens)) if device.type == "cuda" else 1
+            row |= system_costs.of_training(config) | system_costs.of_sampling(preset, device) | {"clips": clips}
+            row["train_gflop"] = row["matmul_gflop"] + row["attention_gflop"]
+            step, sample = Step(config, clips, device, "auto"), system_costs.Sampling(preset, device)
+            for name, run, share in (("train_ms", step, clips), ("sample_ms", sample, sample.made)):
+                run()  # the optimizer's state, graphs, plans
+                row[name] = common.interleaved({name: run}, device, seconds=seconds, max_runs=10)[name].median / share
+        except Exception as error:  # that a system fails is a result, main tells of it
+            row["note"] = f"failed: {common.one_line(error)}"
+        step = sample = None
+        gc.collect()
+        rows.append(row)
+    base = next((row for row in rows if row["system"] == "acdit" and "note" not in row), None)
+    for row in rows if base else ():
+        for name in ("train_gflop", "sample_gflop"):
+            if name in row:
+                row[f"{name}_over_acdit"] = row[name] / base[name]
+    return rows
+
+
+def systems_report(out: Path, header: dict, limits: dict, rows: list[dict]) -> str:
+    """Writes systems.json, systems.csv and systems.png; returns three tables: the systems, Table 8 and Fig. 6."""
+    counted = system_costs.table_8(), system_costs.long_contexts(system_costs.LONG)
+    plot = {"group": "system", "bar": "what", "value": "train_gflop", "panel": "what", "unit": "GFLOP per clip"}
+    every = [*rows, *({"system": row["preset"], **row} for part in counted for row in part)]
+    path = common.write_results(out, "systems", header, limits, every, plot)
+    work = {"rows": "rows", "pairs": "pairs", "matmul_gflop": "matmul GFLOP", "attention_gflop": "attention GFLOP"}
+    tables = [
+        common.format_table(
+            rows,
+            {"system": "system", "preset": "preset", "tokens": "tokens/clip", **work}
+            | {"train_gflop_over_acdit": "/ ACDiT", "train_ms": "ms/clip", "sample_steps": "steps"}
+            | {"sample_gflop": "GFLOP/frame", "sample_gflop_over_acdit": "/ ACDiT", "sample_ms": "ms/frame"}
+            | {"note": "note"},
+        ),
+        "MiMo's Table 8, a training step:\n"
+        + common.format_table(
+            counted[0],
+            {"preset": "preset", **work, "train_gflop": "GFLOP/clip", "ratio": "/ ACDiT"}
+            | {"paper_ratio": "paper's FLOPs / ACDiT", "paper_time": "paper's time / ACDiT"},
+        ),
+        "FAR's Fig. 6, a clip of many frames:\n"
+        + common.format_table(
+            counted[1], {"preset": "preset", "frames": "frames", **work, "train_gflop": "GFLOP/clip"}
+        ),
+    ]
+    return "\n\n".join(tables) + f"\n{path}"
 
 
 def report(out: Path, header: dict, limits: dict, rows: list[dict]) -> str:

@@ -15,7 +15,16 @@ import torch
 from mimo import MiMoConfig
 from mimo_kernels.attention import FrameMask
 
-NAMES = ("common", "attn_peers", "attn_bench", "attn_configs", "sample_bench", "train_bench", "data_pipeline", "report")
+NAMES = (
+    "common",
+    "attn_peers",
+    "attn_bench",
+    "attn_configs",
+    "sample_bench",
+    "train_bench",
+    "data_pipeline",
+    "report",
+) + ("system_costs",)
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
@@ -124,6 +133,58 @@ def test_training_step_is_measured_for_every_version(modules, monkeypatch):
     assert mimo["matmul_gflop"] == baseline["matmul_gflop"] and mimo["attention_gflop"] == baseline["attention_gflop"]
     assert acdit["attention_gflop"] != mimo["attention_gflop"]
     assert all(row["ms"] > 0 and row["step_over_g"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("system", [{}, {"recipe": "acdit", "mask_ratio": (0.0, 0.0), "mask_weight": 0.0}], ids=str)
+def test_the_work_of_a_step_without_values_is_that_of_one_with(modules, system):
+    """Counted as the step runs, and for ACDiT by hand: every row meets every weight of the blocks three times."""
+    costs, train_bench = modules["system_costs"], modules["train_bench"]
+    config = MiMoConfig(**TINY | {"frames": 3, "mask_ratio": (0.4, 0.4)} | system)
+    found, step = costs.of_training(config), train_bench.Step(config, 1, torch.device("cpu"), "reference")
+    ran = train_bench.work(step)
+    for name in ("matmul_gflop", "attention_gflop"):
+        assert found[name] == pytest.approx(ran[name], rel=1e-12)
+    if not system:
+        assert found["rows"] == 3 * (3 + 4)  # of 4 tokens of a clean frame int(0.4 * 4) = 1 is dropped
+        return
+    dim, rows, frames = config.dim, 24, 3
+    pairs = 4 * 4 * ((1 + 2 + 3) + (1 + 2 + 3))  # clean on clean; noisy on itself and those before it
+    assert found["rows"] == rows and found["pairs"] == pairs + 4 * 4 * (1 + 2 + 3)  # a last block without clean rows
+    assert found["attention_gflop"] == pytest.approx(3.5 * 4 * found["pairs"] * dim / 1e9)
+    block, noisy = 2 * (3 + 1 + 4 + 4) * dim * dim, rows // 2
+    last = 2 * dim * dim * (3 * rows + (1 + 4 + 4) * noisy)  # clean rows end at their keys and values
+    told = frames * 2 * (6 * 2 + 2) * dim * dim + frames * 2 * (256 + dim) * dim
+    ends = 2 * config.channels * dim * (rows + noisy)
+    total = 3 * (block * rows + last + told + ends)
+    first = 2 * config.channels * dim * rows + frames * 2 * 256 * dim  # nobody wants a gradient of data
+    assert found["matmul_gflop"] == pytest.approx((total - first) / 1e9, rel=0.02)
+
+
+def test_every_system_has_its_costs(modules, tmp_path):
+    """Of two of them, the others alike; and the tables beside the papers' figures, here of small networks."""
+    costs, train_bench, common = modules["system_costs"], modules["train_bench"], modules["common"]
+    assert set(costs.systems(torch.device("cpu"))) == set(costs.TINY_SYSTEMS)
+    assert costs.systems(torch.device("cuda"))["mimo"] == "mimo-xl-k600" and costs.family("far-b-k600") == "far"
+    rows = train_bench.system_rows(torch.device("cpu"), {"acdit": "acdit-tiny", "video-dit": "video-dit-tiny"}, 0.01)
+    assert not any("note" in row for row in rows), rows
+    acdit, at_once = rows
+    assert acdit["rows"] == 2 * acdit["tokens"] == 2 * at_once["rows"] and acdit["sample_gflop_over_acdit"] == 1
+    assert all(row["train_ms"] > 0 and row["sample_ms"] > 0 and row["train_gflop"] > 0 for row in rows)
+    # Eight frames made together: each meets the weights once per step, and the keys of all eight.
+    c = MiMoConfig.from_preset("video-dit-tiny")
+    weights = c.depth * 12 * c.dim**2 * c.tokens + 2 * c.channels * c.dim * c.tokens
+    pairs = c.depth * c.tokens**2 * c.frames * 4 * c.dim
+    assert at_once["sample_gflop"] == pytest.approx(at_once["sample_steps"] * (2 * weights + pairs) / 1e9, rel=0.1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(costs, "table_8", lambda: [{"what": "Table 8", "preset": "acdit-tiny", **acdit, "ratio": 1.0}])
+        patch.setattr(costs, "LONG", ("far-tiny",))
+        patch.setattr(costs.long_contexts, "__defaults__", ((2, 4),))
+        table = train_bench.systems_report(
+            tmp_path, common.machine(torch.device("cpu")), LIMITS | {"matmul": "-"}, rows
+        )
+    assert "Table 8" in table and "Fig. 6" in table and (tmp_path / "systems.png").exists()
+    long = [row for row in json.loads((tmp_path / "systems.json").read_text())["rows"] if row["what"] == "Fig. 6"]
+    assert [row["rows"] for row in long] == [72, 144] and long[0]["pairs"] * 10 == 3 * long[1]["pairs"]
 
 
 def test_every_stage_of_the_data_pipeline_is_measured(modules, tmp_path):

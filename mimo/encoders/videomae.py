@@ -55,6 +55,8 @@ class VideoMAE(nn.Module):
     """
 
     model: Any  # a transformers.VideoMAEModel
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, model: Any) -> None:
         super().__init__()
