@@ -173,6 +173,22 @@ def operators(shape: Shape, device: torch.device, dtype: torch.dtype) -> list[Op
             8 * unit,
         ),
         Op(
+            "qk_norm_rope (Wan)",  # all heads of a row are normalised together
+            lambda: [*(random(rows.num_rows, shape.heads, shape.head_dim) for _ in "qk"), *(random(dim) for _ in "qk")],
+            lambda backend, q, k, q_weight, k_weight: qk_norm_rope(
+                (q, k), q_weight, k_weight, coords, rope, backend=backend
+            ),
+            4 * unit,
+            6 * unit,
+        ),
+        Op(
+            "qk_norm_rope (no norm, halves)",
+            lambda: [random(rows.num_rows, shape.heads, shape.head_dim) for _ in "qk"],
+            lambda backend, q, k: qk_norm_rope((q, k), None, None, coords, rope, interleaved=False, backend=backend),
+            4 * unit,
+            4 * unit,
+        ),
+        Op(
             "gather_tokens",
             lambda: [random(full, dim)],
             lambda backend, x: gather_tokens(x, index, backend=backend),

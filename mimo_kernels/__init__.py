@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 # What is public beside the operators: the data that they take, and a second door to one of them.
 _EXPORTS = {operator.name: operator.family for operator in OPERATORS} | {
-    "AxialRoPE": "ops.rope",
+    "AxialRoPE": "ops.axial_rope",
     "FrameCache": "cache.pages",
     "FrameMask": "attention.mask",
     "FrameRows": "ops.frame_rows",

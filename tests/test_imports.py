@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = ("attention", "cache", "ops")  # and in ops every file is one: op families, strangers to each other
-SHARED = ("frame_rows",)  # in ops, but data that several families take: the layout of a batch
+SHARED = ("frame_rows", "axial_rope")  # in ops, but data that families take: the layout of a batch, frequencies
 # The one file that shows users what belongs together: no code.
 DOORS = {"mimo_kernels/attention/__init__.py"}
 NEVER = {"mimo_kernels": {"mimo", "benchmarks", "tests"}, "mimo": {"benchmarks", "tests"}, "benchmarks": {"tests"}}

@@ -29,7 +29,7 @@ from mimo_kernels import (
     modulate,
     qk_norm_rope,
 )
-from mimo_kernels.ops.rope import apply_rope, qk_norm_rope_cache
+from mimo_kernels.ops.rope import qk_norm_rope_cache
 
 Pages = tuple[Tensor, Tensor, Tensor]  # keys and values [slots, h, d] of a layer, and the slot of every row, int64 [R]
 
@@ -69,12 +69,7 @@ class Attention(nn.Module):
         qkv = self.qkv(y).unflatten(-1, (3, self.heads, -1))  # [R, 3, h, d]
         given = qkv, self.q_norm, self.k_norm, None if rope is None else coords, rope
         v = qkv[:, 2]
-        if self.q_norm is None:
-            q, k = (qkv[:, :2] if rope is None else apply_rope(qkv[:, :2], coords, rope)).unbind(1)
-            if pages is not None:
-                for page, made in zip(pages[:2], (k, v), strict=True):
-                    page.index_copy_(0, pages[2], made)
-        elif pages is not None:
+        if pages is not None:
             q, k = qk_norm_rope_cache(*given, *pages, backend=self.backend)
         elif qkv.requires_grad:  # a v of its own costs a copy, the backward of the view several
             q, k, v = qk_norm_rope(*given, return_v=True, backend=self.backend)

@@ -29,7 +29,7 @@ OPERATORS = (
     Operator("scatter_tokens", "ops.token_rows", ("cuda", "reference"), ("tokens.cu",)),
     Operator("modulate", "ops.adaln", ("cuda", "reference"), ("modulate.cu",)),
     Operator("gated_residual_modulate", "ops.adaln", ("cuda", "reference"), ("modulate.cu",)),
-    Operator("qk_norm_rope", "ops.rope", ("cuda", "reference"), ("qk_norm_rope.cu",)),
+    Operator("qk_norm_rope", "ops.rope", ("cuda", "reference"), ("qk_norm_rope.cu", "qk_rope.cu")),
     Operator("bias_gelu", "ops.gelu", ("cuda", "reference"), ("gelu.cu",)),
     Operator("weighted_squared_error", "ops.losses", ("cuda", "reference"), ("losses.cu",)),
     Operator("guided_step", "ops.guidance", ("triton", "reference")),

@@ -40,6 +40,9 @@ LIMITS = {
     r"squared_error_(bwd_)?kernel": 64,
     r"qk_norm_rope_fwd_kernel": 128,
     r"qk_norm_rope_bwd_kernel": 128,
+    r"qk_rope_fwd_kernel<(half_t|bfloat_t),": 128,
+    r"qk_rope_fwd_kernel<float,": 168,
+    r"qk_rope_bwd_kernel": 168,
 }
 
 
@@ -118,10 +121,10 @@ def test_rows_are_written_16_bytes_at_a_time(objects):
     per kernel."""
     seen = set()
     for arch, name, code in dump("-sass", objects, r"Function : (\w+)\n([\s\S]*?)(?=\n\s*Function : |\Z)"):
-        if match := re.search(r"(modulate|qk_norm_rope|bias_gelu)_\w*kernel", name):
+        if match := re.search(r"(modulate|qk_norm_rope|qk_rope|bias_gelu)_\w*kernel", name):
             seen.add((arch, match[0]))
             assert len(re.findall(r"STG\.E ", code)) <= 2 and "STG.E.128 " in code, (arch, name.split("(")[0])
-    assert len(seen) == len(ARCHS) * 5
+    assert len(seen) == len(ARCHS) * 7
 
 
 def test_limits_name_real_kernels(resources):

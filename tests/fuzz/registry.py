@@ -33,6 +33,7 @@ MODULES = (
     "host",
     "cache",
     "gradients",
+    "rope",
     "files",
     "kills",
 )  # of this folder: each registers its fuzzers when it is imported

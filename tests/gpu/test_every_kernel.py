@@ -97,6 +97,18 @@ def test_qk_norm_rope(dtype, heads, head_dim):
     finish(outputs, [qkv, q_weight, k_weight])
 
 
+@pytest.mark.parametrize("norm", ["row", "head", "none"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_qk_norm_rope_of_other_networks(dtype, norm):
+    for interleaved, (heads, kv_heads, head_dim) in ((True, (12, 12, 128)), (False, (5, 2, 72)), (False, (1, 1, 8))):
+        columns = {"row": (heads * head_dim, kv_heads * head_dim), "head": (head_dim, head_dim), "none": ()}[norm]
+        weights = [draw(size, dtype=dtype) for size in columns]
+        q, k = draw(37, heads, head_dim, dtype=dtype), draw(37, kv_heads, head_dim, dtype=dtype)
+        table = draw(37, head_dim // 2, 2)
+        options = {"interleaved": interleaved, "backend": "cuda"}
+        finish(qk_norm_rope((q, k), *(weights or (None, None)), None, table, **options), [q, k, table, *weights])
+
+
 @pytest.mark.parametrize("dim", [3, 72])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tokens_and_loss(dtype, dim):

@@ -239,7 +239,7 @@ def test_operators_are_well_formed_on_the_device():
     torch.library.opcheck(OPS.gather_rows.default, (t["x"], index))
     torch.library.opcheck(OPS.scatter_rows.default, (t["x"][:2], index, 9, t["bias"]))
     weight = t["bias"].detach().requires_grad_()
-    arguments = (random(7, 3, 2, 16).requires_grad_(), weight, weight, None, None, (0, 0, 0), 1e-6, True)
+    arguments = (random(7, 3, 2, 16).requires_grad_(), None, weight, weight, None, None, (0, 0, 0), 1e-6, True, True)
     torch.library.opcheck(OPS.qk_norm_rope.default, arguments)
 
 

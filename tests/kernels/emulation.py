@@ -1,6 +1,7 @@
 """Executes the CUDA kernels of csrc/ on the CPU: compiles them with the host compiler against the block emulator in
 emulate/."""
 
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -159,15 +161,23 @@ class Emulated:
         )
 
 
-@pytest.fixture
-def emulated(monkeypatch):
-    """Inside the test, backend="cuda" serves CPU tensors: the emulated kernels stand in for mimo_kernels._C."""
+@contextlib.contextmanager
+def emulation() -> Iterator[Emulated]:
+    """Inside, backend="cuda" serves CPU tensors: the emulated kernels stand in for mimo_kernels._C."""
     from mimo_kernels.core import backends
 
     kernels = Emulated(module())
-    monkeypatch.setattr(Tensor, "data_ptr", data_ptr)
-    monkeypatch.setattr(backends, "extension", lambda: kernels)
-    monkeypatch.setattr(backends, "cuda_refusals", lambda device: [])
-    yield kernels
-    kernels.set_order(0)
-    kernels.set_asynchrony(0, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "data_ptr", data_ptr)
+        patch.setattr(backends, "extension", lambda: kernels)
+        patch.setattr(backends, "cuda_refusals", lambda device: [])
+        yield kernels
+        kernels.set_order(0)
+        kernels.set_asynchrony(0, 0)
+
+
+@pytest.fixture
+def emulated():
+    """The whole test is an `emulation`."""
+    with emulation() as kernels:
+        yield kernels

@@ -7,8 +7,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from mimo_kernels import AxialRoPE, qk_norm_rope
-from mimo_kernels.ops.rope import apply_rope, qk_norm_rope_cache
+from mimo_kernels.ops.rope import GRAD_BLOCKS, apply_rope, qk_norm_rope_cache
 from mimo_kernels.testing import assert_within_budget, between_nans, poisoned_memory
+
+from .rope_variants import Variant, check_variant, draw_inputs, results
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 OPS = torch.ops.mimo_kernels
@@ -134,19 +136,20 @@ def test_positions_and_slots_out_of_range_stop_the_kernel(emulated):
 def test_operators_are_well_formed(emulated):
     qkv, q_weight, k_weight, coords = sample(5, 2, 16)
     rope = AxialRoPE(16)
-    table = rope._table(torch.device("cpu")).whole
+    table = rope.table(torch.device("cpu")).whole
     for t in (qkv, q_weight, k_weight):
         t.requires_grad_()
     for rotation in ((coords, table, rope.split), (None, None, (0, 0, 0))):
         for return_v in (False, True):
-            torch.library.opcheck(OPS.qk_norm_rope.default, (qkv, q_weight, k_weight, *rotation, 1e-6, return_v))
-    plain = [t.detach() for t in (qkv, q_weight, k_weight)]
+            arguments = (qkv, None, q_weight, k_weight, *rotation, 1e-6, True, return_v)
+            torch.library.opcheck(OPS.qk_norm_rope.default, arguments)
+    qkv, q_weight, k_weight = (t.detach() for t in (qkv, q_weight, k_weight))
     dq, dk, dv = torch.randn(3, 5, 2, 16)
-    rest = (*plain, coords, table, rope.split, 1e-6)
-    torch.library.opcheck(OPS.qk_norm_rope_backward.default, (dq, dk, dv, *rest))
-    torch.library.opcheck(OPS.qk_norm_rope_backward.default, (dq, dk, None, *rest))
+    rest = (q_weight, k_weight, coords, table, rope.split, 1e-6, True)
+    torch.library.opcheck(OPS.qk_norm_rope_backward.default, (dq, dk, dv, qkv, None, *rest, False))
+    torch.library.opcheck(OPS.qk_norm_rope_backward.default, (dq, dk, None, qkv, None, *rest, False))
     cache, slots = torch.zeros(2, 8, 2, 16), torch.arange(5)
-    torch.library.opcheck(OPS.qk_norm_rope_cache.default, (*rest, cache[0].clone(), cache[1].clone(), slots))
+    torch.library.opcheck(OPS.qk_norm_rope_cache.default, (qkv, None, None, *rest, *cache.clone().unbind(), slots))
 
 
 @pytest.mark.parametrize("backend", ["cuda", "reference"])
@@ -167,6 +170,197 @@ def test_compiles_whole_and_under_checkpointing(emulated, backend):
             actual = torch.autograd.grad(variant(*inputs, coords).sin().sum(), inputs)
             for a, b in zip(actual, expected):
                 torch.testing.assert_close(a, b)
+
+
+# Every norm with every rotation and both kinds of pairs, in one of the layouts and dtypes each; heads of an odd number
+# of lanes, of one lane, and more heads than a warp has in flight.
+VARIANTS = [
+    Variant(norm="row", rotation="axes", rows=7, heads=12, kv_heads=12, dim=16),  # Wan
+    Variant(norm="row", rotation="axes", rows=2, heads=5, kv_heads=2, dim=128, sliced=True, dtype=torch.bfloat16),
+    Variant(norm="row", rotation="rows", interleaved=False, heads=4, kv_heads=1, dim=24, return_v=True),
+    Variant(norm="row", rotation="rows", heads=9, kv_heads=9, dim=40, dtype=torch.float16, float_weights=True),
+    Variant(norm="row", rotation="positions", interleaved=False, packed=True, dim=8, return_v=True),
+    Variant(norm="row", rotation="none", packed=True, heads=2, kv_heads=2, dim=72),
+    Variant(norm="head", rotation="axes", heads=6, kv_heads=2, dim=64, sliced=True, return_v=True),
+    Variant(norm="head", rotation="axes", interleaved=False, packed=True, dim=72, dtype=torch.bfloat16),
+    Variant(norm="head", rotation="rows", heads=8, kv_heads=1, dim=8, rows=9),
+    Variant(norm="head", rotation="rows", interleaved=False, packed=True, heads=5, kv_heads=5, dim=40, return_v=True),
+    Variant(norm="head", rotation="positions", heads=2, kv_heads=1, dim=256, dtype=torch.float16),
+    Variant(norm="head", rotation="none", heads=3, kv_heads=2, dim=24, float_weights=True, dtype=torch.bfloat16),
+    Variant(norm="none", rotation="axes", packed=True, heads=4, kv_heads=4, dim=72, return_v=True),
+    Variant(norm="none", rotation="rows", interleaved=False, heads=4, kv_heads=2, dim=128, dtype=torch.float16),
+    Variant(norm="none", rotation="rows", heads=1, kv_heads=1, dim=136, sliced=True),
+    Variant(norm="none", rotation="positions", interleaved=False, heads=2, kv_heads=2, dim=8, dtype=torch.bfloat16),
+    Variant(norm="row", rotation="rows", rows=0, return_v=True),
+]
+
+
+@pytest.mark.parametrize("case", VARIANTS, ids=lambda case: f"{case.norm}-{case.rotation}-{case.dim}")
+def test_variants(emulated, case):
+    check_variant(case, "cuda")
+
+
+@pytest.mark.parametrize(("norm", "rows"), [("row", GRAD_BLOCKS + 2), ("head", 270)])
+def test_variants_with_more_rows_than_the_device_holds(emulated, norm, rows):
+    """Every warp or block takes several rows; where a block has a row, in the backward too."""
+    check_variant(Variant(rows=rows, heads=1, kv_heads=1, dim=8, norm=norm, rotation="rows"), "cuda")
+
+
+@pytest.mark.parametrize("norm", ["row", "head"])
+def test_variants_are_the_same_bits_whoever_runs_first(emulated, norm):
+    case = Variant(rows=9, heads=5, kv_heads=2, dim=24, norm=norm, rotation="rows", dtype=torch.bfloat16)
+    given, first = draw_inputs(case), None
+    for seed in range(4):
+        emulated.set_order(seed)
+        found = results(case, *given, "cuda")
+        first = first or found
+        assert all(torch.equal(found[name], first[name]) for name in first)
+
+
+def test_a_row_is_the_same_bits_beside_any_others(emulated):
+    """One row alone is shared between warps; many go to a warp each."""
+    for norm in ("row", "head", "none"):
+        case = Variant(rows=300, heads=9, kv_heads=4, dim=16, norm=norm, rotation="positions")
+        given, coords, _ = draw_inputs(case)
+        weights = given.get("q_weight"), given.get("k_weight")
+        whole = qk_norm_rope((given["q"], given["k"]), *weights, coords, given["table"], backend="cuda")
+        alone = qk_norm_rope((given["q"][7:8], given["k"][7:8]), *weights, coords[7:8], given["table"], backend="cuda")
+        assert all(torch.equal(a[0], b[7]) for a, b in zip(alone, whole))
+
+
+@pytest.mark.parametrize("backend", ["cuda", "reference"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Variant(heads=4, kv_heads=2, dim=24, norm="row", sliced=True, dtype=torch.bfloat16),
+        Variant(heads=2, kv_heads=2, dim=72, norm="none", packed=True, interleaved=False),
+        Variant(heads=2, kv_heads=2, dim=8, norm="none", packed=True, rotation="none", dtype=torch.float16),
+    ],
+    ids=lambda case: f"{case.norm}-{case.dim}",
+)
+def test_variants_write_keys_and_values_into_pages(emulated, backend, case):
+    tensors, coords, rope = draw_inputs(case)
+    qkv = tensors["qkv"] if case.packed else tuple(tensors[name] for name in "qkv")
+    given = qkv, tensors.get("q_weight"), tensors.get("k_weight"), coords, rope
+    pool = torch.full((2, 16, case.kv_heads, case.dim), float("nan"), dtype=case.dtype)
+    slots = torch.tensor([9, 8, 0, 3, 15])
+    q, k = qk_norm_rope_cache(*given, *pool, slots, interleaved=case.interleaved, backend=backend)
+    expected = qk_norm_rope(*given, interleaved=case.interleaved, return_v=True, backend=backend)
+    assert torch.equal(q, expected[0]) and torch.equal(k, expected[1])
+    assert torch.equal(pool[0, slots], k) and torch.equal(pool[1, slots], expected[2])
+    pool[:, slots] = float("nan")
+    assert pool.isnan().all()  # nothing else was touched
+
+
+def test_variants_compile_whole_and_are_well_formed(emulated):
+    case = Variant(heads=3, kv_heads=1, dim=16, norm="row", rotation="rows", interleaved=False)
+    tensors, *_ = draw_inputs(case)
+    inputs = [tensors[name].requires_grad_() for name in ("q", "k", "q_weight", "k_weight", "table")]
+    arguments = (*inputs[:4], None, inputs[4], (16, 0, 0), 1e-6, False, False)
+    torch.library.opcheck(OPS.qk_norm_rope.default, arguments)
+
+    def project(q, k, q_weight, k_weight, table):
+        outputs = qk_norm_rope((q.sin(), k.sin()), q_weight, k_weight, None, table.sin(), interleaved=False)
+        return torch.cat(outputs, 1)
+
+    expected = torch.autograd.grad(project(*inputs).square().sum(), inputs)
+    compiled = torch.compile(project, fullgraph=True, backend="aot_eager")
+    for function in (compiled, lambda *a: checkpoint(project, *a, use_reentrant=False)):
+        actual = torch.autograd.grad(function(*inputs).square().sum(), inputs)
+        assert all(map(torch.equal, actual, expected))
+
+
+def test_wan_by_its_own_words():
+    """Wan2.1: WanRMSNorm over all channels, then pairs of neighbours as complex numbers in float64, per axis
+    frequencies of theta 10000 from the grid of the latent."""
+    frames, height, width, heads, dim = 2, 3, 2, 2, 16
+    split = (dim - 4 * (dim // 6), 2 * (dim // 6), 2 * (dim // 6))
+    x, weight = torch.randn(frames * height * width, heads * dim), torch.randn(heads * dim)
+    normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * weight
+    turns = []
+    for size in split:
+        frequency = 1.0 / torch.pow(10000, torch.arange(0, size, 2).to(torch.float64).div(size))
+        turns.append(torch.polar(torch.ones(8, size // 2).double(), torch.outer(torch.arange(8).double(), frequency)))
+    t, y, z = (turn[:n] for turn, n in zip(turns, (frames, height, width)))
+    grid = torch.cat(
+        [
+            t.view(frames, 1, 1, -1).expand(frames, height, width, -1),
+            y.view(1, height, 1, -1).expand(frames, height, width, -1),
+            z.view(1, 1, width, -1).expand(frames, height, width, -1),
+        ],
+        dim=-1,
+    ).reshape(-1, 1, dim // 2)
+    pairs = torch.view_as_complex(normed.double().reshape(-1, heads, dim // 2, 2))
+    expected = torch.view_as_real(pairs * grid).flatten(2).float()
+    q = x.unflatten(1, (heads, dim))
+    coords = torch.cartesian_prod(*(torch.arange(n, dtype=torch.int32) for n in (frames, height, width)))
+    by_axes = qk_norm_rope((q, q), weight, weight, coords, AxialRoPE(dim, theta=10000.0, split=split))
+    by_table = qk_norm_rope((q, q), weight, weight, None, torch.view_as_real(grid[:, 0]).float())
+    for actual in (*by_axes, *by_table):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_with_neither_norm_nor_rotation_nothing_is_copied():
+    qkv = torch.randn(4, 3, 2, 16)
+    q, k, v = qk_norm_rope(qkv, None, None, None, None, return_v=True)
+    assert [x.data_ptr() for x in (q, k, v)] == [x.data_ptr() for x in qkv.unbind(1)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"qkv": (torch.zeros(4, 2, 16),)},
+            r"qkv has length 1, expected \(q, k\) or \(q, k, v\), or one packed tensor",
+        ),
+        (
+            {"qkv": (torch.zeros(4, 2, 16), torch.zeros(5, 2, 16))},
+            r"k has shape \[5, 2, 16\], expected \[4, kv_heads, 16\]",
+        ),
+        ({"qkv": (torch.zeros(4, 2, 16), torch.zeros(4, 2, 16).half())}, r"k is torch.float16, .* \(as q\)"),
+        ({"return_v": True}, r"return_v is set but qkv is \(q, k\), expected \(q, k, v\)"),
+        ({"k_weight": None}, "q_weight is given but k_weight is None, expected both or none"),
+        ({"q_weight": torch.ones(64)}, r"k_weight has shape \[16\], expected \[32\]"),
+        ({"q_weight": torch.ones(48)}, r"q_weight has shape \[48\], expected \[16\]"),
+        ({"rope": torch.zeros(9, 8)}, r"rope has shape \[9, 8\], expected \[positions, 8, 2\]"),
+        ({"rope": torch.zeros(9, 8, 2), "coords": None}, r"rope has shape \[9, 8, 2\], expected \[4, 8, 2\]"),
+        ({"rope": torch.zeros(9, 8, 2).double()}, "rope is torch.float64, expected torch.float32"),
+        (
+            {"rope": torch.zeros(9, 8, 2).requires_grad_()},
+            r"rope requires a gradient beside coords, expected .* rope\[coords\]",
+        ),
+        (
+            {"rope": torch.zeros(9, 8, 2), "coords": torch.zeros(4, 3).int()},
+            r"coords has shape \[4, 3\], expected \[4\]",
+        ),
+        ({"rope": torch.zeros(2, 8, 2)}, r"coords holds 3, expected values in \[0, 2\)"),
+    ],
+)
+def test_bad_input_of_variants(change, message):
+    arguments = {
+        "qkv": (torch.zeros(4, 4, 16), torch.zeros(4, 2, 16)),
+        "q_weight": torch.ones(16),
+        "k_weight": torch.ones(16),
+        "coords": torch.arange(4, dtype=torch.int32),
+        "rope": torch.zeros(9, 8, 2),
+    }
+    with pytest.raises(ValueError, match=f"^qk_norm_rope: {message}"):
+        qk_norm_rope(**{**arguments, **change})
+
+
+def test_a_row_too_wide_for_the_kernel_is_the_references(emulated):
+    q, weight = torch.randn(2, 48, 256), torch.ones(48 * 256)
+    with pytest.raises(ValueError, match="12288 channels are normalised together, expected at most 12280"):
+        qk_norm_rope((q, q), weight, weight, None, None, backend="cuda")
+    qk_norm_rope((q, q), weight, weight, None, None)
+    check_variant(Variant(rows=2, heads=307, kv_heads=1, dim=40, rotation="none"), "cuda")  # 12280 channels
+
+
+def test_values_that_a_table_cannot_turn_stop_the_kernel(emulated):
+    x = torch.zeros(4, 2, 16)
+    coords = torch.tensor([0, 9, 1, 1], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="a position is negative or beyond the table"):
+        qk_norm_rope((x, x), None, None, coords, torch.zeros(9, 8, 2), backend="cuda")
 
 
 def test_norm_by_hand():

@@ -206,7 +206,7 @@ def test_functions_that_write_are_refused_in_functionalize():
     x, v, *others = sample("guided_step_triton")
     with pytest.raises(NotImplementedError, match="^guided_step writes into its arguments"):
         torch.func.functionalize(lambda x, v: guided_step(x, v, *others, backend="triton"))(x, v)
-    qkv, q_weight, k_weight, *_, k_cache, v_cache, rows = sample("qk_norm_rope_cache")
+    qkv, _, _, q_weight, k_weight, *_, k_cache, v_cache, rows = sample("qk_norm_rope_cache")
     with pytest.raises(NotImplementedError, match="^qk_norm_rope_cache writes into its arguments"):
         torch.func.functionalize(
             lambda x: qk_norm_rope_cache(x, q_weight, k_weight, None, None, k_cache, v_cache, rows, backend="cuda")
