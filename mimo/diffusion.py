@@ -170,11 +170,13 @@ class EpsilonSchedule(_Schedule):
 
         beta_t = min(1 - f(t + 1) / f(t), 0.999),  f(t) = cos^2(pi / 2 (t / num_timesteps + 0.008) / 1.008)
         abar_t = prod_{s <= t} (1 - beta_s),  alpha_t = sqrt(abar_t),  sigma_t = sqrt(1 - abar_t)
-        `steps` sampling steps visit `steps` timesteps from num_timesteps - 1 down to 0, evenly spaced and rounded
+        `steps` sampling steps visit the middle of each of `steps` equal parts of the timesteps, the last part first
         x' = (x - (1 - a) / sigma_t eps) / sqrt(a) + temperature sqrt((1 - abar') / (1 - abar) (1 - a)) noise
         with a = abar / abar', of the timestep visited and of the one visited next (abar' = 1 after the last)
 
     The variance of a step is that of q(x' | x, x_0), which nothing learns: the loss is the squared error of eps alone.
+    iDDPM's spacing begins at the very last timestep, where alpha is 5e-5: there an error of eps comes back 300 times as
+    large in the first of 100 steps. In the middle of the last part alpha is 0.008, and it comes back 3 times as large.
 
     Timesteps are int64, 0..num_timesteps - 1. Sources: Nichol and Dhariwal 2021 (cosine, respaced steps); Ho et al.
     2020, Algorithm 2; Li et al. 2024 (MAR), Eq. 2 and 3 and Sec. 3.2 (temperature).
@@ -208,7 +210,8 @@ class EpsilonSchedule(_Schedule):
         """int64 [steps]; from here on `step` takes one of these `steps` steps."""
         if not 1 <= steps <= self.num_timesteps:
             raise ValueError(f"steps={steps}: expected 1..{self.num_timesteps}")
-        visited = torch.linspace(self.num_timesteps - 1, 0, steps, dtype=torch.float64).round().long()
+        part = torch.arange(steps - 1, -1, -1)
+        visited = (2 * part + 1) * self.num_timesteps // (2 * steps)
         here = self._signal[visited]
         there = torch.cat([here[1:], torch.ones(1, dtype=torch.float64)])
         ratio = here / there

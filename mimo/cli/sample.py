@@ -29,14 +29,17 @@ class Sample:
         frames: frames of the result, context included.
         count: number of videos.
         seed: of the noise; the same seed gives the same video.
-        sampler: "ddim" for v-prediction, "euler" for flow.
-        steps: denoising steps per frame.
+        sampler: "ddim" for v-prediction, "euler" for flow, "ddpm" for a token head.
+        steps: denoising steps per frame; of a model with a token head per token.
+        mask_steps: of a model with a token head: in how many steps the tokens of a frame are predicted.
         history_guidance: 1 is none.
         class_guidance: of class or actions; 1 is none.
         window: latent frames that a frame sees, the latest, itself included: long videos in constant memory.
         sink: the first frames, which stay visible beside the window.
         temperature: factor on the noise that the first and the last frame start from, linear in between; 1 is none. Not
-            VideoMAR's, which scales noise inside its token diffusion.
+            VideoMAR's, which is --token-temperature, and not for a model with a token head.
+        token_temperature: of a model with a token head: factor on the noise that its steps add, at the first frame and
+            at late ones: last + (first - last) 10^-t. "1 0.9" is VideoMAR's.
         history_noise: standard deviation of the noise on the first and the last frame as the history of later ones; 0
             is none. A network that was trained with --model.noise-levels (MAGI) is told the nearest level.
         interpolate: the frames of a video longer than those of training stand at times between those of training
@@ -64,13 +67,15 @@ class Sample:
     frames: int | None = None
     count: int = 1
     seed: int = 0
-    sampler: Literal["ddim", "euler"] | None = None
+    sampler: Literal["ddim", "euler", "ddpm"] | None = None
     steps: int | None = None
+    mask_steps: int | None = None
     history_guidance: float | None = None
     class_guidance: float | None = None
     window: int | None = None
     sink: int | None = None
     temperature: tuple[float, float] | None = None
+    token_temperature: tuple[float, float] | None = None
     history_noise: tuple[float, float] | None = None
     interpolate: bool | None = None
     weights: Literal["ema", "model"] = "ema"
@@ -99,17 +104,22 @@ class Sample:
         options = (
             "sampler",
             "steps",
+            "mask_steps",
             "history_guidance",
             "class_guidance",
             "window",
             "sink",
             "temperature",
+            "token_temperature",
             "history_noise",
             "interpolate",
         )
         chosen = {name: getattr(self, name) for name in options if getattr(self, name) is not None}
         if chosen.get("class_guidance", 1) != 1 and self.label is None and not loaded.model.config.num_actions:
             raise InputError(f"--class-guidance {self.class_guidance:g}: expected a --class to guide to")
+        for name in ("mask_steps", "token_temperature"):
+            if name in chosen and not loaded.model.config.token_depth:
+                raise InputError(f"--{name.replace('_', '-')} {chosen[name]}: this model has no token head")
         config = changed(loaded.sample_config, **chosen)
         request = Request(**{field.name: getattr(self, field.name) for field in fields(Request)})
         try:

@@ -67,7 +67,10 @@ class CrossAttention(nn.Module):
 
 
 def _normed(x: Tensor, weight: Tensor | None) -> Tensor:
-    return x.contiguous() if weight is None else F.rms_norm(x.float(), x.shape[-1:], weight.float(), 1e-6).to(x.dtype)
+    if weight is None:
+        return x.contiguous()
+    precise = torch.promote_types(x.dtype, torch.float32)
+    return F.rms_norm(x.to(precise), x.shape[-1:], weight.to(precise), 1e-6).to(x.dtype)
 
 
 class Across(NamedTuple):

@@ -1,0 +1,355 @@
+"""VideoMAR: what a masked token depends on, sampling against the forward of training, the loss against loops, gradients
+by finite differences, and that one clip can be learnt."""
+
+import math
+
+import pytest
+import torch
+
+from mimo import MiMo, MiMoConfig
+from mimo.config import SampleConfig, TrainConfig
+from mimo.diffusion import EpsilonSchedule
+from mimo.network.frames import Asked, FrameBatch
+from mimo.network.network import MiMoOutput
+from mimo.recipes import build_recipe, recipe_type
+from mimo.recipes.base import Draws, HistoryPolicy, step_generator
+from mimo.recipes.masked_tokens import masked_count
+from mimo.recipes.videomar import next_frames
+from mimo.sampling.frame_run import frame_generator
+from mimo.sampling.masked import frame_temperature, mask_counts
+from mimo.sampling.sampler import Sampler
+
+CLASSES, TOKENS, CHANNELS, FRAMES = 3, 6, 5, 4
+SMALL = {"recipe": "videomar", "depth": 2, "dim": 32, "heads": 2, "frames": FRAMES, "height": 2, "width": 3}
+SMALL |= {"channels": CHANNELS, "token_depth": 1, "token_width": 16, "parameterization": "epsilon"}
+SMALL |= {"mask_weight": 0.0, "mask_ratio": (0.4, 0.7), "decoder_layer": 1}
+CLASS = {"num_classes": CLASSES, "cross_attention": True}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors this small only wait for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def network(**changes) -> MiMo:
+    """A small network in which nothing is zero, whose head is no more than a part of what it is given: a token that is
+    drawn stays of the size of the data."""
+    torch.manual_seed(0)
+    model = MiMo(MiMoConfig(**SMALL | changes)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_((0.01 if name.startswith("head.out") else 0.15) * torch.randn_like(parameter))
+    return model
+
+
+def clips(count: int = 2, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, FRAMES, 2, 3, CHANNELS, generator=torch.Generator().manual_seed(seed))
+
+
+def drawn(recipe, count: int = 3, step: int = 0, **conditions):
+    given = {"labels": None, "actions": None, "intervals": None} | conditions
+    return recipe.frames(clips(count).flatten(2, 3), given, Draws(step_generator(0, step, "cpu"), count), step)
+
+
+# The frames and the loss ----------------------------------------------------------------------------------------------
+
+
+def test_a_clip_ends_with_the_frame_that_is_masked():
+    """Earlier frames whole, later ones left out; the frame is any of the clip, and tokens are as in the data."""
+    recipe, x = build_recipe(MiMoConfig(**SMALL)), clips(8).flatten(2, 3)
+    seen, places = set(), set()
+    for step in range(12):
+        batch = drawn(recipe, 8, step).batch
+        counts = [len(clip) - 1 for clip in batch.frames.clips]
+        seen |= set(counts)
+        assert batch.frames is next_frames(tuple(counts), TOKENS) and batch.frames.sees == "block_causal"
+        latents, masked = iter(batch.latents), iter(batch.masked.view(-1, TOKENS))
+        ratio = masked_count(TOKENS, (0.4, 0.7), torch.rand((), generator=step_generator(0, step, "cpu")).item())
+        for clip, count in enumerate(counts):
+            for t in range(count + 1):
+                assert torch.equal(next(latents), x[clip, t])
+                hidden = next(masked)
+                assert batch.frames.clips[clip][t].kind == ("masked" if t == count else "clean")
+                assert hidden.sum() == (len(batch.asked.rows) // 8 if t == count else 0)
+                places |= set(hidden.nonzero()[:, 0].tolist())
+        assert 3 <= len(batch.asked.rows) // 8 <= 5 and ratio >= 3  # of 6 tokens, 0.4 to 0.7
+        assert batch.timestep is None and next(latents, None) is None
+    assert seen == set(range(FRAMES)) and places == set(range(TOKENS))
+
+
+class Answer(torch.nn.Module):
+    """A network whose eps are given."""
+
+    def forward(self, batch, *, reconstruct):
+        self.batch = batch
+        self.eps = torch.randn(batch.asked.noisy.shape, generator=torch.Generator().manual_seed(9))
+        return MiMoOutput(self.eps, {}, {})
+
+
+def test_the_loss_against_a_loop():
+    """Squared error of eps over masked tokens and draws alone; eps is read back from what the head is given."""
+    recipe, answer, x, abar = build_recipe(MiMoConfig(**SMALL)), Answer(), clips(3).flatten(2, 3), [1.0]
+    for t in range(1000):
+        now, then = (math.cos(((t + k) / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for k in (0, 1))
+        abar.append(abar[-1] * (1 - min(1 - then / now, 0.999)))
+    loss = recipe.loss(answer, clips(3), generator=step_generator(0, 5, "cpu"))
+    batch, errors = answer.batch, []
+    counts = [len(clip) - 1 for clip in batch.frames.clips]
+    assert batch.asked.noisy.shape == (4, len(batch.asked.rows), CHANNELS)
+    for draw in range(4):
+        for n, row in enumerate(batch.asked.rows.tolist()):
+            clip, token = divmod(row, TOKENS)
+            first = sum(count + 1 for count in counts[:clip]) + counts[clip]  # the frame in the list
+            assert batch.masked.view(-1, TOKENS)[first, token]
+            here = abar[int(batch.asked.timestep[draw, n]) + 1]
+            clean = x[clip, counts[clip], token]
+            eps = (batch.asked.noisy[draw, n] - math.sqrt(here) * clean) / math.sqrt(1 - here)
+            errors.append((answer.eps[draw, n] - eps).square().mean())
+    assert loss.total.item() == pytest.approx(torch.stack(errors).mean().item(), rel=1e-3)
+    assert batch.asked.timestep.unique().numel() > 0.9 * batch.asked.timestep.numel()
+
+
+def test_a_part_of_a_batch_draws_what_the_whole_draws_for_it():
+    recipe = build_recipe(MiMoConfig(**SMALL | CLASS, label_dropout=0.5))
+    x, labels, found = clips(6).flatten(2, 3), torch.arange(6) % CLASSES, []
+    for first, count in ((0, 6), (0, 2), (2, 4)):
+        ours = slice(first, first + count)
+        given = {"labels": labels[ours], "actions": None, "intervals": None}
+        batch = recipe.frames(x[ours], given, Draws(step_generator(0, 3, "cpu"), count, first, 6), 0).batch
+        found.append((batch.latents, batch.masked, batch.labels, *(t.transpose(0, 1) for t in batch.asked[1:])))
+    for whole, one, other in zip(*found, strict=True):
+        assert torch.equal(whole, torch.cat([one, other]))
+    assert {CLASSES} < set(found[0][2].tolist())
+
+
+@pytest.mark.parametrize("changes", [{}, CLASS])
+def test_gradients_are_exactly_zero_where_nothing_is_seen(changes):
+    """eps of a token depends on all earlier frames of its clip and on the tokens of its frame that are not masked."""
+    model, recipe = network(**changes), build_recipe(MiMoConfig(**SMALL | changes))
+    prepared = drawn(recipe, 4, labels=torch.tensor([0, 1, 2, 0]) if changes else None)
+    batch = prepared.batch
+    batch.latents = batch.latents.clone().requires_grad_()
+    eps, rows = model(batch).velocity, 0
+    each = len(batch.asked.rows) // 4
+    for clip, frames in enumerate(batch.frames.clips):
+        for n in range(clip * each, (clip + 1) * each):
+            (gradient,) = torch.autograd.grad(eps[:, n].square().sum(), batch.latents, retain_graph=True)
+            expected = torch.zeros_like(batch.masked)
+            expected[rows : rows + len(frames) * TOKENS] = True
+            assert torch.equal((gradient != 0).any(-1).flatten(), expected & ~batch.masked), (clip, n)
+        rows += len(frames) * TOKENS
+
+
+def test_every_parameter_learns():
+    model = network(**CLASS)
+    loss = build_recipe(model.config).loss(
+        model, clips(), labels=torch.tensor([0, 2]), generator=step_generator(0, 1, "cpu")
+    )
+    loss.total.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0 and parameter.grad.isfinite().all(), name
+
+
+def dense_attention(q, k, v, mask, *, backend):
+    """frame_attention in float64, which it refuses itself: a row without keys gives 0."""
+    seen = mask.to_dense()
+    scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(q.shape[-1])
+    weights = scores.masked_fill(~seen, -1e9).softmax(-1) * seen
+    return torch.einsum("hqk,khd->qhd", weights, v)
+
+
+def test_gradients_by_finite_differences(monkeypatch):
+    """The derivative of the loss along a random direction of every parameter, in float64."""
+    monkeypatch.setattr("mimo.network.network.frame_attention", dense_attention)
+    monkeypatch.setattr("mimo.network.cross.frame_attention", dense_attention)
+    model = MiMo(network(**CLASS).config, backend="reference").double()
+    model.load_state_dict(network(**CLASS).state_dict())
+    recipe = build_recipe(model.config, backend="reference")
+
+    def loss() -> torch.Tensor:
+        generator = step_generator(0, 1, "cpu")
+        given = {"labels": torch.tensor([0, 2]), "actions": None, "intervals": None}
+        prepared = recipe.frames(clips().double().flatten(2, 3), given, Draws(generator, 2), None)
+        error = model(prepared.batch).velocity - prepared.target
+        return (error.square() * prepared.weight[..., None].double()).sum()
+
+    loss().backward()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        direction, start = torch.randn(parameter.shape, generator=generator).double(), parameter.detach().clone()
+        sides = []
+        for step in (1e-5, -1e-5):
+            with torch.no_grad():
+                parameter.copy_(start + step * direction)
+                sides.append(loss().item())
+                parameter.copy_(start)
+        expected, found = (sides[0] - sides[1]) / 2e-5, (parameter.grad * direction).sum().item()
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-7), name
+
+
+def test_overfitting_one_clip_removes_most_of_the_loss():
+    """Of the loss of a fresh head, which predicts no noise at all and so begins at 1."""
+    c = MiMoConfig(**SMALL | {"token_width": 48})
+    torch.manual_seed(0)
+    model, recipe, steps = MiMo(c), build_recipe(c), 200
+    clip = clips(1).expand(12, -1, -1, -1, -1)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, steps)
+    curve = []
+    for step in range(steps):
+        loss = recipe.loss(model, clip, generator=step_generator(0, step, "cpu"))
+        optimizer.zero_grad()
+        loss.total.backward()
+        optimizer.step()
+        rate.step()
+        curve.append(loss.total.item())
+    assert sum(curve[:3]) / 3 > 0.8 and sum(curve[-20:]) / 20 < 0.25
+
+
+# Sampling -------------------------------------------------------------------------------------------------------------
+
+
+def told_eps(model, done, x, masked, tokens, noisy, t, labels):
+    """eps of noisy tokens [S, n, C] at timestep t, from the forward of training over all frames."""
+    counts, size = (len(done),) * len(x), len(x)
+    frames = torch.stack([*done, x], 1).flatten(0, 1)
+    hidden = torch.zeros(size, len(done) + 1, TOKENS, dtype=torch.bool)
+    hidden[:, -1] = masked
+    rows = (torch.arange(size)[:, None] * TOKENS + tokens).flatten()
+    asked = Asked(rows, noisy.flatten(0, 1)[None], torch.full((1, rows.numel()), float(t)))
+    batch = FrameBatch(next_frames(counts, TOKENS), frames, labels=labels, masked=hidden.flatten(), asked=asked)
+    return model(batch).velocity[0].view_as(noisy)
+
+
+@torch.no_grad()
+def by_the_forward_of_training(model, context, seed, steps, mask_steps, weight, labels, temperature):
+    schedule, done, size = EpsilonSchedule(), list(context.unbind(1)), len(context)
+    visited = schedule.sampling_timesteps(steps).tolist()
+    for t in range(len(done), FRAMES):
+        x, masked = torch.zeros(size, TOKENS, CHANNELS), torch.ones(size, TOKENS, dtype=torch.bool)
+        turns = torch.stack(
+            [torch.randperm(TOKENS, generator=frame_generator(seed, s, t, "order")) for s in range(size)]
+        )
+        starts, noise = torch.empty(size, TOKENS, CHANNELS), torch.empty(size, steps, TOKENS, CHANNELS)
+        for s in range(size):
+            starts[s].normal_(generator=frame_generator(seed, s, t, "start"))
+            noise[s].normal_(generator=frame_generator(seed, s, t, "steps"))
+        for tokens in turns.split(mask_counts(TOKENS, mask_steps), 1):
+            index = tokens[..., None].expand(-1, -1, CHANNELS)
+            y = starts.gather(1, index)
+            for i, at in enumerate(visited):
+                eps = told_eps(model, done, x, masked, tokens, y, at, labels)
+                if weight != 1:
+                    null = None if labels is None else torch.full_like(labels, CLASSES)
+                    without = told_eps(model, done, x, masked, tokens, y, at, null)
+                    eps = without + weight * (eps - without)
+                scaled = temperature(t) * noise[:, i].gather(1, index)
+                y = schedule.step(eps, y, i, scaled)
+            x = x.scatter(1, index, y)
+            masked = masked.scatter(1, tokens, False)
+        done.append(x)
+    return torch.stack(done, 1)
+
+
+@pytest.mark.parametrize(("told", "weight"), [(False, 1.0), (True, 1.0), (True, 3.0)])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_sampling_is_the_forward_of_training(monkeypatch, told, weight, use_cache):
+    """With a null branch that is told nothing in any frame, and VideoMAR's temperature."""
+    model, labels = network(**CLASS if told else {}), torch.tensor([0, 2]) if told else None
+    sampling = {"steps": 3, "mask_steps": 3, "class_guidance": weight, "token_temperature": (1.0, 0.9)}
+    sampler = Sampler(model, SampleConfig(sampler="ddpm", num_frames=FRAMES, **sampling), use_cache=use_cache)
+    context, seeds = clips(seed=5)[:, :1].flatten(2, 3), []
+    original = Sampler._noise
+
+    def noted(self, seed, *rest):
+        seeds.append(seed)
+        return original(self, seed, *rest)
+
+    monkeypatch.setattr(Sampler, "_noise", noted)
+    video = sampler.sample(context, FRAMES, labels=labels, generator=torch.Generator().manual_seed(3))
+    paper = lambda t: 0.9 + 10.0 ** -(t + 1)  # noqa: E731 (App. B)
+    expected = by_the_forward_of_training(model, context, seeds[0], 3, 3, weight, labels, paper)
+    assert video.abs().max() < 100
+    torch.testing.assert_close(video, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_temperature_of_a_frame_is_the_papers():
+    for t in range(7):
+        assert frame_temperature((1.0, 0.9), t) == pytest.approx(0.9 + 10 ** -(t + 1))
+        assert frame_temperature((0.9, 0.9), t) == 0.9 and frame_temperature((1.0, 1.0), t) == 1.0
+
+
+def test_a_sequence_is_the_same_alone_and_an_interrupted_run_goes_on(tmp_path):
+    from mimo.sampling.saving import Saving
+
+    config = SampleConfig(sampler="ddpm", steps=2, mask_steps=2, num_frames=FRAMES, token_temperature=(1.0, 0.9))
+    sampler = Sampler(network(**CLASS), config)
+    options = {"labels": torch.tensor([1, 2]), "ids": [4, 7]}
+    whole = list(sampler.stream(None, FRAMES, generator=torch.Generator().manual_seed(1), **options))
+    alone = list(
+        sampler.stream(None, FRAMES, labels=torch.tensor([2]), ids=[7], generator=torch.Generator().manual_seed(1))
+    )
+    for frame, one in zip(whole, alone, strict=True):
+        torch.testing.assert_close(frame[1:], one, rtol=1e-5, atol=1e-5)
+    saving = Saving(tmp_path / "unfinished", every=1)
+    stream = sampler.stream(None, FRAMES, generator=torch.Generator().manual_seed(1), saving=saving, **options)
+    made = [next(stream), next(stream)]
+    stream.close()
+    made += list(sampler.resume(saving))
+    assert all(torch.equal(one, other) for one, other in zip(made, whole, strict=True))
+
+
+def test_what_it_cannot_serve_is_refused():
+    assert recipe_type(MiMoConfig(**SMALL)).history_policy(MiMoConfig(**SMALL | CLASS)) == HistoryPolicy(
+        None, frozenset({"labels"})
+    )
+    for changes, message in (
+        ({"num_actions": 4}, "num_actions=4: expected 0 with recipe='videomar'"),
+        ({"history_dropout": 0.1}, "history_dropout=0.1: expected 0.0"),
+        ({"token_depth": 0, "parameterization": "flow"}, "token_depth=0: expected a token head with recipe='videomar'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_recipe(MiMoConfig(**SMALL | changes))
+    with pytest.raises(ValueError, match="unmasked_steps: expected 0, as the recipe 'videomar' predicts"):
+        build_recipe(MiMoConfig(**SMALL), unmasked_from=3)
+    model = network()
+    for changes, message in (
+        (
+            {"temperature": (1.0, 0.9)},
+            r"temperature=\(1.0, 0.9\): expected \(1.0, 1.0\), as the network has a token head",
+        ),
+        ({"sampler": "euler"}, "sampler='euler': a 'epsilon' network is sampled by 'ddpm'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Sampler(model, SampleConfig(**{"sampler": "ddpm", "steps": 2, "num_frames": FRAMES} | changes))
+    batch = drawn(build_recipe(MiMoConfig(**SMALL))).batch
+    batch.masked = None
+    with pytest.raises(ValueError, match="masked rows: expected them with a token head"):
+        model(batch)
+
+
+# The presets ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "video", "compression", "tokens"),
+    [("videomar-256", (25, 256, 256), (4, 8, 8), 1024), ("videomar-480", (49, 480, 768), (8, 16, 16), 1440)],
+)
+def test_presets_hold_the_papers_numbers(name, video, compression, tokens):
+    """Sec. 5.1, and of its Table 2 the tokens and the six frames that are made, of Table 3 the parameters."""
+    config, training, sampling = (kind.from_preset(name) for kind in (MiMoConfig, TrainConfig, SampleConfig))
+    assert (config.depth, config.dim, config.token_depth, config.token_width) == (36, 1536, 3, 1280)
+    assert (config.video_shape, config.compression, config.tokens, config.frames) == (video, compression, tokens, 7)
+    assert (config.mask_ratio, config.positions, config.text_dim) == ((0.7, 1.0), "rope", 1536)
+    assert config.cross_attention and config.recipe == "videomar"
+    assert (training.betas, training.weight_decay, training.lr) == ((0.9, 0.95), 0.02, 1e-4)
+    assert (sampling.steps, sampling.mask_steps, sampling.class_guidance) == (100, 64, 3.0)
+    assert (sampling.context_frames, sampling.num_frames) == (1, 7)
+    assert [round(frame_temperature(sampling.token_temperature, t), 4) for t in range(3)] == [1.0, 0.91, 0.901]
+    with torch.device("meta"):
+        model = MiMo(config)
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e8) == 14
