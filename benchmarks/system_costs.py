@@ -91,26 +91,32 @@ def _paged(q: Tensor, cache, *, view, self_mask=None, **_) -> float:
 
 
 def _meta(value):
-    return value.to("meta") if isinstance(value, Tensor) else value
+    """Without values; tuples and what has names in them likewise."""
+    if isinstance(value, Tensor):
+        return value.to("meta")
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_meta, value))
+    return value
 
 
-def of_training(config: MiMoConfig) -> dict[str, float]:
-    """Of one clip in a training step: `tokens` of the clip, `rows` of its frames, `pairs` of query and key over all
-    layers, GFLOP of matrix products and of attention. A ratio of masking lies in the middle of its range, and no frame
-    loses its history."""
+def of_training(config: MiMoConfig, clips: int = 8) -> dict[str, float]:
+    """Of a clip in a training step, the mean of `clips` for systems that draw their frames: `tokens` of the clip,
+    `rows` of its frames, `pairs` of query and key over all layers, GFLOP of matrix products and of attention. A ratio
+    of masking lies in the middle of its range, and no frame loses its history."""
     middle = sum(config.mask_ratio) / 2
     config = replace(config, mask_ratio=(middle, middle), history_dropout=0.0)
     recipe, work = build_recipe(config, backend="reference"), Work()
     with torch.device("meta"):
         model = MiMo(config)
-    given = conditions(config, 1, config.frames, torch.device("cpu"))
+    given = conditions(config, clips, config.frames, torch.device("cpu"))
     if config.repa_weight > 0:
-        given["features"] = torch.empty(1, *config.latent_shape[:3], config.repa_channels, device="meta")
-    latents, generator = torch.randn(1, *config.latent_shape), step_generator(0, 0, "cpu")
+        given["features"] = torch.empty(clips, *config.latent_shape[:3], config.repa_channels, device="meta")
+    latents, generator = torch.randn(clips, *config.latent_shape), step_generator(0, 0, "cpu")
     with _without_values(recipe, model) as rows, work.counting(trained=True):
         recipe.loss(model, latents, generator=generator, **given).total.backward()
-    found = {"tokens": config.frames * config.tokens, "rows": sum(rows), "pairs": work.pairs}
-    return found | {"matmul_gflop": work.products / 1e9, "attention_gflop": work.attention / 1e9}
+    found = {"rows": sum(rows), "pairs": work.pairs}
+    found |= {"matmul_gflop": work.products / 1e9, "attention_gflop": work.attention / 1e9}
+    return {"tokens": config.frames * config.tokens} | {name: value / clips for name, value in found.items()}
 
 
 @contextlib.contextmanager

@@ -161,9 +161,13 @@ def test_the_work_of_a_step_without_values_is_that_of_one_with(modules, system):
 
 
 def test_every_system_has_its_costs(modules, tmp_path):
-    """Of two of them, the others alike; and the tables beside the papers' figures, here of small networks."""
+    """Counted for all of them, timed for two; and the tables beside the papers' figures, here of small networks."""
     costs, train_bench, common = modules["system_costs"], modules["train_bench"], modules["common"]
-    assert set(costs.systems(torch.device("cpu"))) == set(costs.TINY_SYSTEMS)
+    presets = costs.systems(torch.device("cpu"))
+    assert set(presets) == set(costs.TINY_SYSTEMS)
+    for preset in presets.values():
+        found = costs.of_training(MiMoConfig.from_preset(preset), clips=2)
+        assert all(value > 0 for value in found.values()), preset
     assert costs.systems(torch.device("cuda"))["mimo"] == "mimo-xl-k600" and costs.family("far-b-k600") == "far"
     rows = train_bench.system_rows(torch.device("cpu"), {"acdit": "acdit-tiny", "video-dit": "video-dit-tiny"}, 0.01)
     assert not any("note" in row for row in rows), rows
