@@ -1,13 +1,19 @@
-"""How the operators are judged: error budgets against an exact result, and memory poisoned with NaN."""
+"""How operators and models are judged: error budgets against an exact result, memory poisoned with NaN, and a model
+with a cache against the same model under its whole mask."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from mimo_kernels.attention import FrameCache, FrameMask, frame_attention, paged_frame_attention
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q, k, v) -> out
 
 
 def assert_within_budget(
@@ -93,3 +99,145 @@ def between_nans(x: Tensor, margin: int = 256) -> Tensor:
     view = buffer[margin : margin + x.numel()].view(x.shape)
     view.copy_(x.detach())
     return view.requires_grad_(x.requires_grad)
+
+
+class RowsModel(Protocol):
+    """What `assert_cached_equals_masked` asks of a model: any function that runs some rows of a sequence.
+
+    ``model(rows, attend)``: `rows` is a slice of the packed sequence that the mask is about, a whole frame or all of
+    it. The model makes these rows of its inputs (tokens, positions, timesteps: whatever it adds to them is its own
+    affair, and has to depend on the place in the sequence alone), runs its layers, and calls in each
+
+        out = attend(layer, q, k, v)
+
+    with layer counted from 0, q ``[rows, heads, head_dim]`` and k, v ``[rows, kv_heads, head_dim]`` as attention takes
+    them, after norm and rotation. `out` is shaped as q. It returns a tensor ``[rows, ...]``.
+    """
+
+    def __call__(self, rows: slice, attend: Attend, /) -> Tensor: ...
+
+
+class _Group(NamedTuple):
+    """Rows of a clip that see the same keys: themselves and the whole groups of these numbers."""
+
+    clip: int
+    rows: slice
+    seen: tuple[int, ...]
+
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def assert_cached_equals_masked(
+    model: RowsModel,
+    mask: FrameMask,
+    *,
+    tolerance: float | None = None,
+    page_size: int = 16,
+    backend: str = "auto",
+) -> None:
+    """A model that runs frame after frame, with the frames before in a `FrameCache`, has to give what it gives for the
+    whole sequence at once under `mask`: else it samples from another distribution than it was trained on.
+
+    model: see `RowsModel`. It is called once with all rows and `frame_attention` under the mask, then once per group of
+        rows that see the same keys, in an order in which what they see is there before them, with
+        `paged_frame_attention`. Without gradients, in the dtype and on the device of what it makes.
+    mask: any FrameMask whose rows see themselves and whole groups of others, and not each other in a circle:
+        block causal with windows and sinks, teacher forcing with dropped history.
+    tolerance: largest difference, relative to the largest output; default 1e-5 (float32), 1e-2 (float16), 5e-2
+        (bfloat16).
+    page_size: of the cache. backend: of both operators.
+
+    AssertionError that names the rows where the outputs differ. ValueError for a mask that no cache can serve, and for
+    a model that does not keep to the protocol.
+    """
+    groups = _groups_of(mask)
+    shapes: dict[int, Tensor] = {}  # of every layer, its keys
+
+    def masked(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        shapes[layer] = k
+        return frame_attention(q, k, v, mask, backend=backend)
+
+    with torch.no_grad():
+        expected = _run(model, slice(0, mask.num_tokens), masked)
+        cache = _cache_for(shapes, groups, page_size)
+        seqs = [cache.new_sequence() for _ in range(mask.num_clips)]
+        limit = TOLERANCE.get(expected.dtype, 1e-5) if tolerance is None else tolerance
+        scale = expected.abs().max().item() if expected.numel() else 0.0
+        times: dict[int, int] = {}  # of the groups in the cache
+        while len(times) < len(groups):
+            ready = [i for i, group in enumerate(groups) if i not in times and all(j in times for j in group.seen)]
+            if not ready:
+                left = min(set(range(len(groups))) - set(times))
+                _refuse_mask(groups[left].rows, "see rows that see them in turn", "an order of frames")
+            for number in ready:
+                clip, rows, seen = groups[number]
+                times[number] = cache.position(seqs[clip])
+                actual = _run_cached(model, rows, cache, seqs[clip], [times[j] for j in seen], backend)
+                worst = (actual.float() - expected[rows].float()).abs().max().item()
+                if not worst <= limit * scale:
+                    raise AssertionError(
+                        f"rows {rows.start}..{rows.stop} of clip {clip}: cached and masked outputs differ by "
+                        f"{worst:.3e}, more than {limit:.1e} of the largest output, {scale:.3e}"
+                    )
+
+
+def _run(model: RowsModel, rows: slice, attend: Attend) -> Tensor:
+    out = model(rows, attend)
+    if not isinstance(out, Tensor) or out.ndim < 1 or out.shape[0] != rows.stop - rows.start:
+        found = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(f"the model returned {found} for {rows.stop - rows.start} rows, expected [rows, ...]")
+    return out
+
+
+def _run_cached(model: RowsModel, rows: slice, cache: FrameCache, seq: int, seen: list[int], backend: str) -> Tensor:
+    """The rows as one more frame of the sequence, which sees the frames of these times."""
+    view, slot = cache.view([seq], seen), cache.begin_frame([seq], rows.stop - rows.start)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache.write(slot, layer, k[None], v[None])
+        return paged_frame_attention(q[None], k[None], v[None], cache, layer=layer, view=view, backend=backend)[0]
+
+    out = _run(model, rows, attend)
+    cache.commit(slot)
+    return out
+
+
+def _cache_for(shapes: dict[int, Tensor], groups: list[_Group], page_size: int) -> FrameCache:
+    layers, keys = sorted(shapes), [(*k.shape[1:], k.dtype, k.device) for k in shapes.values()]
+    if layers != list(range(len(layers))) or not layers or len(set(keys)) != 1:
+        found = ", ".join(f"{layer}: {list(shapes[layer].shape)} {shapes[layer].dtype}" for layer in layers)
+        raise ValueError(
+            f"the model called attend for layers {found or 'none'}, expected 0, 1, ... with keys of one shape and dtype"
+        )
+    pages = sum(-(-(rows.stop - rows.start) // page_size) for _, rows, _ in groups)
+    heads, head_dim, dtype, device = keys[0]
+    return FrameCache(
+        len(layers), heads, head_dim, num_pages=max(1, pages), page_size=page_size, dtype=dtype, device=device
+    )
+
+
+def _groups_of(mask: FrameMask) -> list[_Group]:
+    """Neighbouring rows that see the same keys."""
+    dense, ranges, start = mask.to_dense(), [], 0
+    clips = [clip for clip, length in enumerate(mask.clip_lens) for _ in range(length)]
+    for _, same in groupby(zip(clips, map(bytes, dense.to(torch.uint8).numpy()), strict=True)):
+        end = start + len(list(same))
+        ranges.append(slice(start, end))
+        start = end
+    groups = []
+    for number, rows in enumerate(ranges):
+        keys = dense[rows.start]
+        counts = [int(keys[other].sum()) for other in ranges]
+        seen = [other for other, count in enumerate(counts) if count]
+        if number not in seen:
+            _refuse_mask(rows, "do not see themselves", "rows that do")
+        if partly := [i for i in seen if counts[i] != ranges[i].stop - ranges[i].start]:
+            other = ranges[partly[0]]
+            _refuse_mask(rows, f"see a part of rows {other.start}..{other.stop}", "all or none of what is one frame")
+        groups.append(_Group(clips[rows.start], rows, tuple(i for i in seen if i != number)))
+    return groups
+
+
+def _refuse_mask(rows: slice, found: str, expected: str) -> None:
+    raise ValueError(f"assert_cached_equals_masked: rows {rows.start}..{rows.stop} {found}, expected {expected}")
