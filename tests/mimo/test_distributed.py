@@ -150,11 +150,22 @@ def one_thread():
 ALIGNED = {"repa_weight": 0.5, "repa_layer": 1, "repa_encoder": "hog", "repa_channels": 28, "repa_hidden": 8} | {
     "compression": (1, 4, 4)
 }
+MASKED = {
+    "recipe": "magi",
+    "attention": "factorized",
+    "positions": "sincos",
+    "learned_places": True,
+    "qk_norm": False,
+} | {
+    **{"parameterization": "epsilon", "token_depth": 1, "token_width": 16, "noise_levels": 3, "history_dropout": 0.0},
+    **{"mask_weight": 0.0, "mask_ratio": (0.5, 0.9), "cross_attention": True},
+}
 VARIANTS = {
     "plain": ({}, {}),
     "interleaved": ({"interleaved": True}, {}),
     "unmasked": ({"positions": "learned", "separate_ln": False}, {"unmasked_steps": 2}),
     "aligned": (ALIGNED, {}),
+    "magi": (MASKED, {}),
 }
 PARTS = ("diffusion", "mask", "alignment", "grad_norm")
 
@@ -207,7 +218,8 @@ def test_two_ranks_train_what_one_trains(tmp_path):
             records.append(train(trainer))
             sharded = [isinstance(t, DTensor) for t in (*trainer.model.parameters(), *trainer.ema.tensors.values())]
             assert all(sharded) if strategy == "fsdp" else not any(sharded)
-            assert strategy == "ddp" or len(trainer.model.head.weight.to_local()) == 6
+            head = trainer.model.head.out if trainer.model_config.token_depth else trainer.model.head
+            assert strategy == "ddp" or len(head.weight.to_local()) == 6
             state = whole_state(trainer)
             averaged = trainer.averaged()
             assert (averaged is not None) == world.leads

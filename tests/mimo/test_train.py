@@ -32,6 +32,16 @@ NETWORK = {
 ALIGNED = {"repa_weight": 0.5, "repa_layer": 1, "repa_encoder": "hog", "repa_channels": 28, "repa_hidden": 8} | {
     "compression": (1, 4, 4)
 }
+MASKED = {
+    "recipe": "magi",
+    "attention": "factorized",
+    "positions": "sincos",
+    "learned_places": True,
+    "qk_norm": False,
+} | {
+    **{"parameterization": "epsilon", "token_depth": 1, "token_width": 16, "noise_levels": 3, "history_dropout": 0.0},
+    **{"mask_weight": 0.0, "mask_ratio": (0.5, 0.9)},
+}
 OPTIMISATION = {
     **{"batch_size": 4, "steps": 6, "lr": 1e-2, "warmup": 2, "precision": "fp32", "ema_decay": 0.9},
     **{"workers": 0, "log_every": 2, "save_every": 100, "preview_every": 0},
@@ -88,6 +98,7 @@ class NanAt:
         ({"parameterization": "v", "min_snr_gamma": 5.0, "min_snr_decay": 0.96}, {"unmasked_steps": 2}, ()),
         ({}, {"max_skipped": 2}, (0, 2, 3)),
         (ALIGNED, {}, ()),
+        (MASKED, {"accumulate": 2}, ()),
     ],
 )
 def test_resumed_training_is_bitwise_undisturbed_training(tmp_path, model, options, bad):
