@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ class Frame:
     pages: tuple[int, ...]
     num_tokens: int
     coarse: bool = False
+    # Keys before their rotation, [num_tokens, layers, heads, head_dim], of a frame that can be rotated again.
+    unrotated: Tensor | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass
@@ -202,9 +204,10 @@ class Book:
         """Takes over the content of a book of the same size."""
         vars(self).update(vars(other))
 
-    def restored(self, state: dict[str, Tensor], saved_pages: int) -> "Book":
-        """A book of this size with a saved state; ValueError, before anything is made, for one that no cache can have
-        saved. It counts on from this one's changes: no view of before is taken for current."""
+    def restored(self, state: dict[str, Tensor], saved_pages: int, unrotated: dict[int, Tensor]) -> "Book":
+        """A book of this size with a saved state and the unrotated keys of some frames, by first page; ValueError,
+        before anything is made, for what no cache can have saved. It counts on from this one's changes: no view of
+        before is taken for current."""
         sequences, frames, numbers, (next_id,) = (
             _numbers(state, key, *shape)
             for key, *shape in (("sequences", 2), ("frames", 4), ("frame_pages",), ("next_id",))
@@ -232,7 +235,10 @@ class Book:
             if num_tokens < 1 or book.pages_of(num_tokens) > saved_pages:
                 raise ValueError(f"{what}: expected 1 to {saved_pages * self.page_size} tokens")
             pages = tuple(next(left, -1) for _ in range(book.pages_of(num_tokens)))
-            frame = Frame(index, pages, num_tokens, bool(coarse))
+            keys = unrotated.get(pages[0])
+            if keys is not None and len(keys) != num_tokens:
+                raise ValueError(f"{what}: {len(keys)} rows of unrotated keys, expected {num_tokens}")
+            frame = Frame(index, pages, num_tokens, bool(coarse), keys)
             others = {owners.setdefault(page, frame) for page in pages}
             if len(set(pages)) < len(pages) or not all(0 <= page < saved_pages for page in pages) or others != {frame}:
                 raise ValueError(
@@ -244,6 +250,8 @@ class Book:
             raise ValueError(
                 f"saved cache: {len(owners)} of {saved_pages} pages belong to frames, expected all of them"
             )
+        if lost := unrotated.keys() - {frame.pages[0] for frame in owners.values()}:
+            raise ValueError(f"saved cache: unrotated keys for page {min(lost)}, with which no frame begins")
         for sequence in book.sequences.values():
             book.acquire(sequence.frames)
             sequence.table = book.table_of(sequence.frames)

@@ -13,7 +13,7 @@ rows that a new frame is written to (``FrameSlot``). Nothing is ever read back f
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class FrameSlot:
     """Pages reserved for one more frame in each of some sequences, until `FrameCache.commit` or `FrameCache.cancel`.
 
     ``rows`` (int64 ``[sequences * num_tokens]``, on the device) are the pool rows of the frame's tokens. They go over
-    to the slot that reuses this one.
+    to the slot that reuses this one, and so does the memory of ``unrotated``.
     """
 
     seqs: tuple[int, ...]
@@ -42,12 +42,14 @@ class FrameSlot:
     pages: list[tuple[int, ...]] = field(default_factory=list)
     open: bool = True
     reused: bool = False
+    unrotated: Tensor | None = None  # [sequences, num_tokens, layers, heads, head_dim], of frames to be rotated again
 
 
 class FrameCache:
     """Keys and values of finished frames, in pages shared between sequences.
 
-    Keys are stored as attention uses them: after QK-norm and RoPE at absolute positions.
+    Keys are stored as attention uses them: after QK-norm and RoPE at absolute positions. Frames that are `rotatable`
+    keep them from before RoPE as well, outside of the pool, and `rotate` gives such a frame another position.
 
     Args:
         num_layers, num_kv_heads, head_dim: of the network's keys and values (queries may have more heads); head_dim is
@@ -175,8 +177,12 @@ class FrameCache:
 
     # Writing
 
-    def begin_frame(self, seqs: Sequence[int], num_tokens: int, *, reuse: FrameSlot | None = None) -> FrameSlot:
+    def begin_frame(
+        self, seqs: Sequence[int], num_tokens: int, *, reuse: FrameSlot | None = None, rotatable: bool = False
+    ) -> FrameSlot:
         """Reserve pages for one more frame of `num_tokens` tokens in each of `seqs`: in all of them or in none.
+
+        `rotatable`: keep the frame's keys as they were before RoPE too, beside the pool, for `rotate`.
 
         `reuse`: a slot of the same size that is no longer open; its ``rows`` keep their address, so that a captured
         CUDA graph writes the new frame. A slot is reused once: its rows are the new slot's from then on.
@@ -191,10 +197,12 @@ class FrameCache:
             self._book.closed(seq, "begin another")
         if reuse is not None:
             self._own(reuse)
-            if reuse.open or reuse.reused or reuse.rows.numel() != len(seqs) * num_tokens:
+            alike = reuse.rows.numel() == len(seqs) * num_tokens and (reuse.unrotated is not None) == rotatable
+            if reuse.open or reuse.reused or not alike:
                 raise ValueError(
                     f"cannot reuse a slot of {len(reuse.seqs)} x {reuse.num_tokens} tokens, open: {reuse.open}, "
-                    f"reused before: {reuse.reused}, for {len(seqs)} x {num_tokens} tokens"
+                    f"reused before: {reuse.reused}, rotatable: {reuse.unrotated is not None}, for {len(seqs)} x "
+                    f"{num_tokens} tokens, rotatable: {rotatable}"
                 )
         pages = self._reserve(len(seqs), num_tokens)
         rows = upload(self._book.rows_of(pages, num_tokens), self.device, None if reuse is None else reuse.rows)
@@ -202,17 +210,31 @@ class FrameCache:
             self._book.sequences[seq].open = True
         if reuse is not None:
             reuse.reused = True
-        return FrameSlot(seqs, num_tokens, rows, self._book, pages)
+        unrotated = None
+        if rotatable:
+            shape = len(seqs), num_tokens, self.num_layers, self.num_kv_heads, self.head_dim
+            memory = torch.zeros(shape, dtype=self.dtype, device=self.device) if reuse is None else reuse.unrotated
+            unrotated = memory.view(shape)
+        return FrameSlot(seqs, num_tokens, rows, self._book, pages, unrotated=unrotated)
 
-    def write(self, slot: FrameSlot, layer: int, k: Tensor, v: Tensor) -> None:
-        """Store one layer's keys and values of the frame: k, v ``[sequences, num_tokens, heads, head_dim]``."""
+    def write(self, slot: FrameSlot, layer: int, k: Tensor, v: Tensor, unrotated: Tensor | None = None) -> None:
+        """Store one layer's keys and values of the frame: k, v ``[sequences, num_tokens, heads, head_dim]``.
+
+        unrotated: the keys before RoPE, of k's shape; of a rotatable frame, and of no other.
+        """
         op = "FrameCache.write"
-        for name, x in (("k", k), ("v", v)):
-            checks.expect_shape(op, name, x, len(slot.seqs), slot.num_tokens, self.num_kv_heads, self.head_dim)
-            checks.expect_dtype(op, name, x, self.dtype, why="as the cache")
-            _constant(op, name, x)
-        checks.expect_device(op, self.pool, k=k, v=v)
+        if (unrotated is None) != (slot.unrotated is None):
+            found, expected = ("is missing", "the keys before RoPE") if unrotated is None else ("is given", "None")
+            checks.refuse(op, "unrotated", found, f"{expected}: the slot's rotatable is {slot.unrotated is not None}")
+        for name, x in (("k", k), ("v", v), ("unrotated", unrotated)):
+            if x is not None:
+                checks.expect_shape(op, name, x, len(slot.seqs), slot.num_tokens, self.num_kv_heads, self.head_dim)
+                checks.expect_dtype(op, name, x, self.dtype, why="as the cache")
+                _constant(op, name, x)
+        checks.expect_device(op, self.pool, k=k, v=v, unrotated=unrotated)
         keys, values, rows = self.place(slot, layer)
+        if slot.unrotated is not None:
+            slot.unrotated[:, :, layer].copy_(unrotated)
         keys.index_copy_(0, rows, k.flatten(0, 1))
         values.index_copy_(0, rows, v.flatten(0, 1))
 
@@ -229,9 +251,10 @@ class FrameCache:
     def commit(self, slot: FrameSlot) -> None:
         """Make the frame visible to views that are refreshed from now on."""
         self._opened(slot)
-        for seq, pages in zip(slot.seqs, slot.pages, strict=True):
+        for place, (seq, pages) in enumerate(zip(slot.seqs, slot.pages, strict=True)):
             sequence = self._book.sequences[seq]
-            self._book.append(seq, Frame(sequence.appended, pages, slot.num_tokens))
+            own = None if slot.unrotated is None else slot.unrotated[place].clone()  # the slot's memory is used again
+            self._book.append(seq, Frame(sequence.appended, pages, slot.num_tokens, unrotated=own))
             sequence.open = False
         slot.open = False
 
@@ -243,15 +266,23 @@ class FrameCache:
         self._book.give_back(slot.pages)
         slot.open = False
 
-    def append(self, seqs: Sequence[int], k_layers: Sequence[Tensor], v_layers: Sequence[Tensor]) -> None:
-        """`begin_frame`, `write` every layer and `commit`. k_layers, v_layers: per layer [S, N, heads, head_dim]."""
-        for name, layers in (("k_layers", k_layers), ("v_layers", v_layers)):
-            if len(layers) != self.num_layers:
+    def append(
+        self,
+        seqs: Sequence[int],
+        k_layers: Sequence[Tensor],
+        v_layers: Sequence[Tensor],
+        unrotated: Sequence[Tensor] | None = None,
+    ) -> None:
+        """`begin_frame`, `write` every layer and `commit`. k_layers, v_layers and, for frames that can be rotated
+        again, unrotated: per layer [S, N, heads, head_dim]."""
+        for name, layers in (("k_layers", k_layers), ("v_layers", v_layers), ("unrotated", unrotated)):
+            if layers is not None and len(layers) != self.num_layers:
                 checks.refuse("FrameCache.append", name, f"has {len(layers)} layers", f"{self.num_layers}")
-        slot = self.begin_frame(seqs, k_layers[0].shape[1] if k_layers[0].ndim == 4 else 1)
+        num_tokens = k_layers[0].shape[1] if k_layers[0].ndim == 4 else 1
+        slot = self.begin_frame(seqs, num_tokens, rotatable=unrotated is not None)
         try:
             for layer, (k, v) in enumerate(zip(k_layers, v_layers, strict=True)):
-                self.write(slot, layer, k, v)
+                self.write(slot, layer, k, v, None if unrotated is None else unrotated[layer])
         except Exception:
             self.cancel(slot)
             raise
@@ -302,6 +333,57 @@ class FrameCache:
         pages = upload(torch.tensor(frame.pages), self.device)
         k, v = self.pool[:, :, pages].flatten(2, 3)[:, :, : frame.num_tokens].unbind(1)
         return k, v
+
+    # Rotation
+
+    def rotate(self, seqs: Sequence[int], index: int, turn: Callable[[Tensor], Tensor]) -> None:
+        """Give the frame of time `index` in each of `seqs` keys of another position: those that it was appended with
+        before RoPE, turned anew. However often, they are exactly what one rotation makes of them.
+
+        turn: keys ``[num_tokens, layers, heads, head_dim]`` -> the same, rotated; ``lambda k: apply_rope(k, coords,
+            rope)`` with the coords of the frame's tokens.
+
+        The frame keeps its time in `frame_indices`; views have to be refreshed. Frames that forked sequences share are
+        turned once and stay shared. Pages are written once, so the frame moves to new ones, which have to be free: who
+        still sees the old ones, a pinned view or a backward, sees what was there.
+        """
+        op = "FrameCache.rotate"
+        for seq in seqs:
+            self._book.closed(seq, "have a frame rotated")
+        frames = list(dict.fromkeys(self._frame(seq, index) for seq in seqs))
+        for frame in frames:
+            if frame.unrotated is None:
+                checks.refuse(op, f"frame {index}", "was appended without its unrotated keys", "a rotatable one")
+        turned: dict[Frame, Frame] = {}
+        try:
+            for frame in frames:
+                turned[frame] = self._store_turned(frame, turn(frame.unrotated))
+        except Exception:
+            self._book.give_back([frame.pages for frame in turned.values()])
+            raise
+        for seq in dict.fromkeys(seqs):
+            now = [turned.get(frame, frame) for frame in self._book.sequence(seq).frames]
+            self._book.set_frames(seq, now)
+
+    def _store_turned(self, frame: Frame, keys: Tensor) -> Frame:
+        """The frame in pages of its own that belong to nobody yet, with these keys and its values."""
+        op = "FrameCache.rotate"
+        checks.expect_shape(op, "what turn returns", keys, *frame.unrotated.shape)
+        checks.expect_dtype(op, "what turn returns", keys, frame.unrotated.dtype, why="as the unrotated keys")
+        checks.expect_device(op, self.pool, **{"what turn returns": keys})
+        _constant(op, "what turn returns", keys)
+        pages = self._reserve(1, frame.num_tokens)
+        try:
+            before, after = (
+                upload(self._book.rows_of(some, frame.num_tokens), self.device) for some in ([frame.pages], pages)
+            )
+            own, values = self.pool.flatten(2, 3).unbind(1)
+            own.index_copy_(1, after, keys.transpose(0, 1))
+            values.index_copy_(1, after, values.index_select(1, before))
+        except Exception:
+            self._book.give_back(pages)
+            raise
+        return replace(frame, pages=pages[0])
 
     # Multi-level policy
 
@@ -366,6 +448,7 @@ class FrameCache:
         """All sequences and the pages that they use, as contiguous tensors on the host (for safetensors)."""
         self._book.all_closed("be saved")
         used, state = self._book.state()
+        state |= self._unrotated_state(used)
         numbers = torch.tensor(used, dtype=torch.int64, device="cpu").to(self.device)
         # Layer by layer: what is in use may be most of the device's memory.
         return {"pages": torch.stack([layer[:, numbers].cpu() for layer in self.pool])} | state
@@ -390,10 +473,42 @@ class FrameCache:
         checks.expect_dtype("saved cache", "pages", pages, self.dtype, why="as this cache")
         if pages.shape[2] > self.num_pages:
             raise ValueError(f"the saved cache has {pages.shape[2]} pages, this one only {self.num_pages}")
-        book = self._book.restored(state, pages.shape[2])
+        book = self._book.restored(state, pages.shape[2], self._saved_unrotated(state))
         for layer, saved in zip(self.pool, pages, strict=True):
             layer[:, : pages.shape[2]] = saved.to(self.device)
         self._book.become(book)
+
+    def _unrotated_state(self, used: list[int]) -> dict[str, Tensor]:
+        """Of every rotatable frame its first page, numbered as saved, and the keys before RoPE, frame after frame."""
+        frames = {
+            used.index(frame.pages[0]): frame.unrotated
+            for seq in self._book.sequences
+            for frame in self._book.frames(seq)
+            if frame.unrotated is not None
+        }
+        if not frames:
+            return {}
+        keys = torch.cat([keys.cpu() for keys in frames.values()])
+        lengths = [len(keys) for keys in frames.values()]
+        return {
+            "unrotated": keys,
+            "unrotated_frames": torch.tensor([list(frames), lengths], device="cpu").T.contiguous(),
+        }
+
+    def _saved_unrotated(self, state: dict[str, Tensor]) -> dict[int, Tensor]:
+        """Keys before RoPE by the first page of their frame, from a saved state; empty where it has none."""
+        if "unrotated_frames" not in state:
+            return {}
+        table, keys = state["unrotated_frames"], state.get("unrotated")
+        checks.expect_shape("saved cache", "unrotated_frames", table, "n", 2)
+        checks.expect_dtype("saved cache", "unrotated_frames", table, torch.int64)
+        pages, lengths = table.T.tolist()
+        if min(lengths, default=0) < 0:
+            checks.refuse("saved cache", "unrotated_frames", f"has a frame of {min(lengths)} tokens", "1 or more")
+        shape = sum(lengths), self.num_layers, self.num_kv_heads, self.head_dim
+        checks.expect_shape("saved cache", "unrotated", keys, *shape)
+        checks.expect_dtype("saved cache", "unrotated", keys, self.dtype, why="as this cache")
+        return dict(zip(pages, keys.to(self.device).split(lengths), strict=True))
 
     # Bookkeeping
 
