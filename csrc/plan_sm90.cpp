@@ -83,8 +83,13 @@ struct Tile {
 
 class Planner {
 public:
-    Planner(const Group* groups, int count, int block, int band_rows, bool keys)
-        : groups_(groups), count_(count), rows_(count ? groups[count - 1].row_end : 0), block_(block), keys_(keys) {
+    Planner(const mimo::LentTable& table, int block, int band_rows, bool keys)
+        : table_(static_cast<const int32_t*>(table.info.ptr)),
+          groups_(table.groups.begin()),
+          count_(table.count),
+          rows_(table.rows),
+          block_(block),
+          keys_(keys) {
         find_clips();
         int band = 0, band_start = 0;
         for (size_t c = 0; c + 1 < clips_.size(); ++c) {
@@ -109,8 +114,7 @@ public:
             place += runs * kRunColumns;
             pairs += tile.work * kTileRows;
         }
-        const auto* table = reinterpret_cast<const int32_t*>(groups_);
-        cells.insert(cells.end(), table, table + size_t{kGroupCells} * count_);
+        cells.insert(cells.end(), table_, table_ + size_t{kGroupCells} * count_);
         for (const Tile& tile : tiles_) {
             for (const Run& run : tile.runs) cells.insert(cells.end(), {run.start, run.blocks, run.states, run.group});
         }
@@ -123,7 +127,7 @@ private:
     void find_clips() {
         std::vector<int> first_key(count_ + 1, rows_);
         for (int g = count_ - 1; g >= 0; --g) {
-            first_key[g] = std::min(first_key[g + 1], groups_[g].empty() ? rows_ : groups_[g].keys[0].start);
+            first_key[g] = std::min(first_key[g + 1], groups_[g].empty() ? rows_ : groups_[g].first_key->start);
         }
         int last_key = 0;
         for (int g = 0; g < count_; ++g) {
@@ -280,7 +284,8 @@ private:
         }
     }
 
-    const Group* groups_;
+    const int32_t* const table_;
+    const Group* const groups_;
     const int count_, rows_, block_;
     const bool keys_;
     std::vector<int> clips_;
@@ -294,8 +299,11 @@ py::tuple plan(const py::buffer& frames, int block, int band_rows, bool keys) {
         mimo::fail("a schedule with blocks of " + std::to_string(block) + " and bands of " + std::to_string(band_rows) +
                    " rows; expected blocks of 64 or 128 and a positive number");
     }
-    const mimo::LentTable lent(frames);
-    return Planner(lent.groups, lent.count, block, band_rows, keys).result();
+    const mimo::LentTable table(frames, -1);
+    if (table.info.shape[1] != kGroupCells)
+        mimo::fail("a row sees " + std::to_string(table.most) + " intervals of keys; the Hopper kernels read at most " +
+                   std::to_string(mimo::schedule::kIntervals));
+    return Planner(table, block, band_rows, keys).result();
 }
 
 void bind(py::module_& m) {

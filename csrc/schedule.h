@@ -7,7 +7,8 @@
 
 namespace mimo::schedule {
 
-// A group of rows: first and end row, then start and end of the key intervals it sees; unused ones are 0, 0.
+// A group of a frame table: first and end row, then start and end of the key intervals it sees; unused ones are 0, 0.
+// A table has cells for at least kIntervals of them in every group, and for more where a group has more.
 constexpr int kIntervals = 3;
 constexpr int kGroupKeys = 2;
 constexpr int kGroupCells = kGroupKeys + 2 * kIntervals;
@@ -16,12 +17,15 @@ constexpr int kGroupCells = kGroupKeys + 2 * kIntervals;
 constexpr int kTileStart = 0, kTileEnd = 1, kTileSegments = 2, kTileBareBlocks = 3;
 constexpr int kTileCells = 4;
 
-// A bare segment, and a masked one of plan_rows: start, end.
+// A bare segment: start, end. A masked one of plan_rows: start, end, number of bounds; then the bounds: from a row on,
+// up to the row of the next ones, the keys of the segment that rows see.
 constexpr int kSegmentCells = 2;
+constexpr int kKeySegmentBounds = 2, kKeySegmentCells = 3;
+constexpr int kBoundsRow = 0, kBoundsStart = 1, kBoundsEnd = 2, kBoundsCells = 3;
 
-// Between the bare and the masked segments of a tile: masked steps, first group, end group, nothing.
-constexpr int kHeaderSteps = 0, kHeaderFirstGroup = 1, kHeaderEndGroup = 2;
-constexpr int kHeaderCells = 4;
+// Between the bare and the masked segments of a tile: masked steps.
+constexpr int kHeaderSteps = 0;
+constexpr int kHeaderCells = 1;
 
 // A masked segment of plan_keys: start, end; where the groups after its first begin; nothing; keys that each group
 // sees.

@@ -33,16 +33,18 @@ def frame_attention(
         lse[i] = log sum_j exp(scale * q[i] . k[j])
 
     Args:
-        q: [tokens, heads, head_dim], or [batch, tokens, heads, head_dim] with a mask of one clip that every batch entry
-            shares. fp32, fp16 or bf16; head_dim any multiple of 8 up to 256. Strides are free.
-        k, v: as q, but for the heads: [tokens, kv_heads, head_dim], where kv_heads divides heads. Query head i takes
+        q: [queries, heads, head_dim], or [batch, queries, heads, head_dim] with a mask of one clip that every batch
+            entry shares. fp32, fp16 or bf16; head_dim any multiple of 8 up to 256. Strides are free.
+        k, v: [keys, kv_heads, head_dim], or with the batch of q, where kv_heads divides heads. Query head i takes
             key head i // (heads / kv_heads): grouped-query attention, with kv_heads = 1 multi-query attention. Nothing
             is expanded; dk and dv are sums over the query heads that share them.
-        mask: a FrameMask over `tokens` rows; lengths, clips and masks may change from call to call without recompiling.
+        mask: a FrameMask of so many queries and keys; lengths, clips and masks may change from call to call without
+            recompiling.
         scale: factor on the scores; None: head_dim ** -0.5.
         backend: "auto" takes the fastest that serves (Triton on a GPU, else the reference); "triton", "cuda" (Hopper
-            alone, head_dim 64, 72, 80 or 128, fp16 or bf16) and "reference" insist on one.
-        return_lse: also return lse, fp32 [heads, tokens] or [batch, heads, tokens], in natural log.
+            alone, head_dim 64, 72, 80 or 128, fp16 or bf16, as many keys as queries, at most three intervals of keys
+            per row) and "reference" insist on one.
+        return_lse: also return lse, fp32 [heads, queries] or [batch, heads, queries], in natural log.
 
     Returns:
         out, shaped and typed as q; with return_lse (out, lse). A row that sees no key gives 0, and lse -inf. Both are
@@ -64,6 +66,8 @@ def frame_attention(
     _check(q, k, v, mask)
     scale = q.shape[-1] ** -0.5 if scale is None else finite("frame_attention", scale)
     backend = _serving_backend(backend, q.device, q.dtype, q.shape[-1])
+    if backend == "cuda" and (reasons := sm90.mask_refusals(mask)):
+        backends.choose("frame_attention", backend, {backend: reasons})
     batched = q.dim() == 4
     if not batched:
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
@@ -105,22 +109,22 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask) -> None:
     head_dim = q.shape[-1]
     if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
         checks.refuse(op, "head_dim", f"is {head_dim}", f"a multiple of 8 from 8 to {MAX_HEAD_DIM}")
-    heads, kv_heads = q.shape[-2], k.shape[-2] if k.dim() == q.dim() else 0
-    checks.expect_shape(op, "k", k, *q.shape[:-2], "kv_heads", head_dim)
-    checks.expect_like(op, "k", k, v=v)
-    if heads != kv_heads and (not heads or not kv_heads or heads % kv_heads):
-        checks.refuse(op, "k", f"has {kv_heads} heads", f"a number that divides the {heads} heads of q")
-    if q.shape[-3] != mask.num_tokens:
-        expected = f"{mask.num_tokens} as the mask has, or a mask made for this sequence{_hint(q, mask)}"
+    if q.shape[-3] != mask.num_queries:
+        expected = f"{mask.num_queries} as the mask has, or a mask made for this sequence{_hint(q, mask)}"
         checks.refuse(op, "q", f"has {q.shape[-3]} tokens", expected)
     if q.dim() == 4 and mask.num_clips != 1:
         found = f"is a batch of {q.shape[0]} sequences and the mask has {mask.num_clips} clips"
         expected = "a mask of one clip for batched input, or all clips packed into [tokens, heads, head_dim]"
         checks.refuse(op, "q", found, expected)
+    heads, kv_heads = q.shape[-2], k.shape[-2] if k.dim() == q.dim() else 0
+    checks.expect_shape(op, "k", k, *q.shape[:-3], mask.num_keys, "kv_heads", head_dim)
+    checks.expect_like(op, "k", k, v=v)
+    if heads != kv_heads and (not heads or not kv_heads or heads % kv_heads):
+        checks.refuse(op, "k", f"has {kv_heads} heads", f"a number that divides the {heads} heads of q")
 
 
 def _hint(q: Tensor, mask: FrameMask) -> str:
-    if q.shape[-2] != mask.num_tokens:
+    if q.shape[-2] != mask.num_queries:
         return ""
     axes = "batch, heads, tokens, head_dim" if q.dim() == 4 else "heads, tokens, head_dim"
     return (

@@ -5,53 +5,57 @@ import operator
 import sys
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 
 from mimo_kernels.core import torch_private
 from mimo_kernels.core.backends import extension, extension_reason
 
-INTERVALS = 3  # key intervals a row can have: sinks, the latest frames, its own future frame
-COLUMNS = 2 + 2 * INTERVALS
+INTERVALS = 3  # key intervals that frames need: sinks, the latest ones, their own; others may need more
+KEYS = 2  # cells of a group before those of its intervals: row_start, row_end
+COLUMNS = KEYS + 2 * INTERVALS
 DRAWN_FRAMES = 10  # a drawing shows at most so many frames of each copy
 DRAWN_CLIPS = 2
 MARKS = {"■": "#", "▒": "+", "·": ".", "…": "~"}  # of a drawing, and what stands for them in ASCII
 
 Lens = Sequence[Sequence[int]] | torch.Tensor
+Block = tuple[str, int, int] | None  # of a drawing: name, first row or key, end; None: some that are not shown
 
 
 class FrameMask:
     """The attention mask of a batch of clips, packed one after another without padding.
 
-    A clip is a list of frames, a frame is a number of tokens, and every row of a frame sees the same keys: at most
-    three contiguous intervals of rows. The mask holds those, never a matrix, so it costs O(frames) to make and to keep.
+    A clip is a list of frames, a frame is a number of tokens, and every row of a frame sees the same keys: a few
+    contiguous intervals of them. The mask holds those, never a matrix, so it costs O(frames) to make and to keep.
     Build one per batch and pass it to every layer; the kernels' schedules are made once per device and stay with it.
     Masks compare by identity.
 
-    Make one with `teacher_forcing`, `block_causal`, `bidirectional` or, for anything else that is intervals,
+    Make one with `teacher_forcing`, `block_causal`, `bidirectional` or, for anything else, `from_slices` and
     `from_table`.
 
     Attributes:
-        num_tokens: rows of the packed sequence, all clips together.
+        num_queries, num_keys: rows and keys, all clips together. num_tokens: where both are the same, else ValueError.
         num_pairs: allowed (query, key) pairs.
-        num_clips, clip_lens: the clips, and the rows of each.
+        num_clips, clip_lens, key_lens: the clips, and the rows and the keys of each.
         history_lens, future_lens: token counts [clips][frames]. A mask with one copy of the frames has empty future
         clips.
         frames: int32 host tensor [groups, 8]: row_start, row_end and three times key_start, key_end; ascending,
-            disjoint, adjacent ones merged, unused ones (0, 0). Only frames with tokens, in row order; together they
-            cover every row. A bidirectional clip is one group. Not to be written to: attention refuses a mask whose
-            table was.
-        uniform: (clips, rows per clip) when all clips have the same table, counted from their own first row, else None.
+            disjoint, adjacent ones merged, unused ones (0, 0). Where a group sees more than three intervals, all groups
+            have cells for as many. Only frames with tokens, in row order; together they cover every row. A
+            bidirectional clip is one group. Not to be written to: attention refuses a mask whose table was.
+        uniform: (clips, rows per clip) when all clips have as many keys and the same table, counted from their own
+            first row and key, else None.
         pattern, repeats: the same mask with alike clips told once: a table as `frames`, and how many such clips follow
         one another.
     """
 
     @torch.inference_mode(False)  # a table made in it could not serve training later
-    def __init__(self, kind: str, table: tuple, window: int | None = None, sink: int = 0):
-        cells, self.num_pairs, self.clip_lens, alike, *self._lens = table
-        self.kind, self.window, self.sink = kind, window, sink
-        self.num_tokens = sum(self.clip_lens)
+    def __init__(self, kind: str, table: tuple, options: dict | None = None):
+        cells, columns, self.num_pairs, self.clip_lens, key_lens, alike, *self._lens = table
+        self.kind, self._options = kind, options or {}
+        self.key_lens = self.clip_lens if key_lens is None else key_lens
+        self.num_queries, self.num_keys = sum(self.clip_lens), sum(self.key_lens)
         self.num_clips = len(self.clip_lens)
         self.uniform = (self.num_clips, self.clip_lens[0]) if alike else None
         self.repeats = self.num_clips if alike else 1
@@ -60,8 +64,17 @@ class FrameMask:
             torch.device("cpu"),
         ):  # numbers, also where a mode makes all tensors fake ones
             frames = torch.frombuffer(cells, dtype=torch.int32) if cells else torch.empty(0, dtype=torch.int32)
-            self.frames = frames.view(-1, COLUMNS)
+            self.frames = frames.view(-1, columns)
             self.pattern = self.frames if self.repeats == 1 else self.frames[: len(self.frames) // self.repeats]
+
+    @property
+    def num_tokens(self) -> int:
+        if self.num_queries != self.num_keys:
+            raise ValueError(
+                f"num_tokens: this mask has {self.num_queries} queries and {self.num_keys} keys; expected as many of both"
+                " (num_queries and num_keys tell them apart)"
+            )
+        return self.num_queries
 
     @functools.cached_property
     def history_lens(self) -> list[list[int]]:
@@ -81,7 +94,9 @@ class FrameMask:
         *,
         drop_history: Sequence | torch.Tensor | None = None,
         window: int | None = None,
+        window_tokens: int | None = None,
         sink: int = 0,
+        future_first: bool = False,
     ) -> "FrameMask":
         """Clean history beside noisy future: MiMo, ACDiT, Self-Forcing's teacher forcing (MiMo, Sec. 3.3); MAGI in
         its temporal layers only.
@@ -105,12 +120,27 @@ class FrameMask:
                 guidance).
             window: how many of the latest frames a frame sees, itself included; None: all. Future frame t sees itself
                 and history t-window+1 .. t-1.
+            window_tokens: instead of `window`, for frames that differ: how many of the latest tokens a frame sees, its
+                own included; it sees itself whole, and may see the last tokens alone of a frame before.
             sink: the first `sink` frames stay visible to the frames after them.
+            future_first: another token order: in a clip all future frames, then all history frames.
         """
-        return _make(cls, "teacher_forcing", history_lens, future_lens, drop_history, window=window, sink=sink)
+        reach = {"window": window, "sink": sink, "window_tokens": window_tokens}
+        if not isinstance(future_first, bool):
+            raise ValueError(f"future_first is {future_first!r}; expected a bool")
+        options = {"future_first": future_first}
+        return _make(cls, "teacher_forcing", history_lens, future_lens, drop_history, reach=reach, options=options)
 
     @classmethod
-    def block_causal(cls, frame_lens: Lens, *, window: int | None = None, sink: int = 0) -> "FrameMask":
+    def block_causal(
+        cls,
+        frame_lens: Lens,
+        *,
+        window: int | None = None,
+        window_tokens: int | None = None,
+        sink: int = 0,
+        queries: slice | None = None,
+    ) -> "FrameMask":
         """One copy of the frames; frame t sees frames <= t of its clip: FAR, DFoT, VideoMAR, autoregressive inference.
 
             keys  0  1  2
@@ -120,9 +150,13 @@ class FrameMask:
 
         Args:
             frame_lens: token counts, a list (clips) of lists (frames) or an int tensor [clips, frames]; 0 is legal.
-            window, sink: as in `teacher_forcing`: frame t sees frames t-window+1 .. t and the first `sink` ones.
+            window, window_tokens, sink: as in `teacher_forcing`: frame t sees frames t-window+1 .. t, or the
+                `window_tokens` tokens up to its last one, and the first `sink` frames.
+            queries: the frames of every clip that ask, slice(-3, None) for the last three; None: all. The keys stay
+                those of all frames.
         """
-        return _make(cls, "block_causal", frame_lens, window=window, sink=sink)
+        reach = {"window": window, "sink": sink, "window_tokens": window_tokens}
+        return _make(cls, "block_causal", frame_lens, reach=reach, options={"queries": queries})
 
     @classmethod
     def bidirectional(cls, lens: Lens) -> "FrameMask":
@@ -131,17 +165,48 @@ class FrameMask:
         return _make(cls, "bidirectional", lens)
 
     @classmethod
-    def from_table(cls, frames: torch.Tensor, *, clip_lens: Sequence[int] | None = None) -> "FrameMask":
-        """A mask from its interval table: int [groups, 8] in the form of the attribute `frames`. A group may see no
-        keys at all.
+    def from_slices(
+        cls,
+        q_ranges: Sequence[Sequence[int]] | torch.Tensor,
+        k_ranges: Sequence[Sequence[int]] | torch.Tensor,
+        *,
+        num_queries: int,
+        num_keys: int | None = None,
+    ) -> "FrameMask":
+        """Any mask that is rectangles: the queries of q_ranges[i] see the keys of k_ranges[i].
+
+        The mask is the union of the slices: a query in several of them sees the keys of all, a pair in several counts
+        once. So key ranges may touch, overlap or repeat, a row has any number of intervals, and a row in no slice sees
+        nothing. Sequences of different samples are one clip here.
+
+        Args:
+            q_ranges, k_ranges: as many (start, end) of both, lists or int tensors [slices, 2]; end is not included, and
+                start == end is an empty range.
+            num_queries, num_keys: rows and keys there are; num_keys=None: as many keys as rows.
+        """
+        return _make(cls, "from_slices", q_ranges, k_ranges, num_queries, num_keys)
+
+    @classmethod
+    def from_table(
+        cls,
+        frames: torch.Tensor,
+        *,
+        clip_lens: Sequence[int] | None = None,
+        key_lens: Sequence[int] | None = None,
+    ) -> "FrameMask":
+        """A mask from its interval table: int [groups, 8], or more columns for more intervals, in the form of the
+        attribute `frames`. A group may see no keys at all.
 
         clip_lens: rows per clip; keys lie inside their clip. None: everything is one clip.
+        key_lens: keys per clip; None: as many as rows.
         """
-        if frames.dim() != 2 or frames.shape[1] != COLUMNS or frames.dtype not in (torch.int32, torch.int64):
+        columns = frames.shape[1] if frames.dim() == 2 else 0
+        if columns < COLUMNS or columns % 2 or frames.dtype not in (torch.int32, torch.int64):
             raise ValueError(
-                f"frames is {frames.dtype} of shape {list(frames.shape)}; expected int32 or int64 [groups, {COLUMNS}]"
+                f"frames is {frames.dtype} of shape {list(frames.shape)}; expected int32 or int64 [groups, {COLUMNS}],"
+                " or with two columns more for every further interval"
             )
-        return _make(cls, "from_table", frames, clip_lens)
+        return _make(cls, "from_table", frames, clip_lens, key_lens)
 
     def pattern_for(self, x: torch.Tensor) -> torch.Tensor:
         """`pattern` for an operator on x: where x has no numbers, a table without numbers."""
@@ -156,9 +221,9 @@ class FrameMask:
             raise ValueError("the mask's table `frames` was written to; expected a mask as it was made: make a new one")
 
     def to_dense(self) -> torch.Tensor:
-        """bool [num_tokens, num_tokens], True where the row may see the column. For tests and small sizes: O(tokens^2)
+        """bool [num_queries, num_keys], True where the row may see the column. For tests and small sizes: O(tokens^2)
         memory."""
-        dense = torch.zeros(self.num_tokens, self.num_tokens, dtype=torch.bool)
+        dense = torch.zeros(self.num_queries, self.num_keys, dtype=torch.bool)
         for row_start, row_end, *keys in self.frames.tolist():
             for start, end in zip(keys[::2], keys[1::2]):
                 dense[row_start:row_end, start:end] = True
@@ -168,11 +233,11 @@ class FrameMask:
         """The same rule as a `mask_mod(b, h, q_idx, kv_idx)` of torch.nn.attention.flex_attention, for its create_mask
         and create_block_mask.
 
-        It reads int32 tensors [num_tokens] on `device`, two per key interval in use.
+        It reads int32 tensors [num_queries] on `device`, two per key interval in use.
         """
-        used = max(1, int((self.frames[:, 3::2] > 0).any(0).sum()))
+        used = max(1, int((self.frames[:, KEYS + 1 :: 2] > 0).any(0).sum()))
         group = torch.repeat_interleave(self.frames[:, 1] - self.frames[:, 0])
-        bounds = [column.contiguous() for column in self.frames[group, 2 : 2 + 2 * used].to(device).unbind(1)]
+        bounds = [column.contiguous() for column in self.frames[group, KEYS : KEYS + 2 * used].to(device).unbind(1)]
 
         def mask_mod(b, h, q_idx, kv_idx):
             seen = (kv_idx >= bounds[0][q_idx]) & (kv_idx < bounds[1][q_idx])
@@ -192,11 +257,14 @@ class FrameMask:
         return drawing
 
     def __repr__(self) -> str:
-        share = f" ({self.num_pairs / self.num_tokens**2:.1%} of all)" if self.num_tokens else ""
-        options = (f", window={self.window}" if self.window else "") + (f", sink={self.sink}" if self.sink else "")
+        possible = self.num_queries * self.num_keys
+        share = f" ({self.num_pairs / possible:.1%} of all)" if possible else ""
+        options = "".join(f", {name}={value}" for name, value in self._options.items() if value)
         clips = f"{self.num_clips} clip{'s' * (self.num_clips != 1)}"
-        size = f"{self.num_tokens:,} tokens, {self.num_pairs:,} pairs"
-        lines = [f"FrameMask.{self.kind}: {clips}, {size}{share}{options}"]
+        tokens = f"{self.num_queries:,} tokens"
+        if self.num_queries != self.num_keys:
+            tokens = f"{self.num_queries:,} queries, {self.num_keys:,} keys"
+        lines = [f"FrameMask.{self.kind}: {clips}, {tokens}, {self.num_pairs:,} pairs{share}{options}"]
         table = self.frames.tolist()
         shown = min(1 if self.uniform else DRAWN_CLIPS, self.num_clips)
         for clip in range(shown):
@@ -208,34 +276,63 @@ class FrameMask:
 
     def _draw(self, clip: int, table: list[list[int]]) -> list[str]:
         """Frames as blocks: ■ all keys of the frame are seen, ▒ some, · none. Frames without tokens are left out."""
-        row = sum(self.clip_lens[:clip])
-        blocks: list[tuple[str, int, int] | None] = []  # (name, first row, end row), None: frames that are not shown
-        for letter, lens in zip(
-            "hf" if self.future_lens[clip] else " ", (self.history_lens[clip], self.future_lens[clip])
-        ):
-            copy = []
-            for frame, count in enumerate(lens):
-                if count:
-                    copy.append((f"{letter}{frame}".strip(), row, row + count))
-                row += count
-            hidden = len(copy) - DRAWN_FRAMES
-            shown = DRAWN_FRAMES // 2
-            blocks += copy if hidden <= 0 else [*copy[:shown], None, *copy[-shown:]]
-
+        rows, columns = self._blocks(clip, table)
         starts = [group[0] for group in table]
-        width = max((len(block[0]) for block in blocks if block), default=0)
-        rows = max((len(f"{block[2] - block[1]:,}") for block in blocks if block), default=0)
-        cells = [block[0] if block else "…" for block in blocks]
-        lines = [" " * (width + rows + 5) + " ".join(f"{cell:<{width}}" for cell in cells)]
-        for block in blocks:
+        width = max((len(block[0]) for block in rows + columns if block), default=0)
+        counts = max((len(f"{block[2] - block[1]:,}") for block in rows if block), default=0)
+        cells = [block[0] if block else "…" for block in columns]
+        lines = [" " * (width + counts + 5) + " ".join(f"{cell:<{width}}" for cell in cells)]
+        for block in rows:
             if block is None:
                 lines.append(f"  {'…':>{width}}")
                 continue
             name, first, end = block
-            keys = table[bisect_right(starts, first) - 1][2:]
-            marks = ["…" if other is None else _mark(other, keys) for other in blocks]
-            lines.append(f"  {name:>{width}}  {end - first:>{rows},} " + " ".join(f"{mark:<{width}}" for mark in marks))
+            keys = table[bisect_right(starts, first) - 1][KEYS:]
+            marks = ["…" if other is None else _mark(other, keys) for other in columns]
+            seen = " ".join(f"{mark:<{width}}" for mark in marks)
+            lines.append(f"  {name:>{width}}  {end - first:>{counts},} {seen}")
         return [line.rstrip() for line in lines]
+
+    def _blocks(self, clip: int, table: list[list[int]]) -> tuple[list[Block], list[Block]]:
+        """The rows and the columns of a drawing."""
+        row, key = sum(self.clip_lens[:clip]), sum(self.key_lens[:clip])
+        history, future = self.history_lens[clip], self.future_lens[clip]
+        if self.kind in ("from_slices", "from_table"):
+            rows = _named("", history, row)
+            if self.kind == "from_table" and row == key and self.clip_lens[clip] == self.key_lens[clip]:
+                return _abbreviated(rows), _abbreviated(rows)
+            # No frames are known of the keys: what is seen alike is a block.
+            stop = key + self.key_lens[clip]
+            places = {place for group in table for place in group[KEYS:] if key < place < stop} | {key, stop}
+            columns = [(f"k{i}", *ends) for i, ends in enumerate(pairwise(sorted(places)))]
+            return _abbreviated([(f"q{name}", *ends) for name, *ends in rows]), _abbreviated(columns)
+        copies = [("h", history), ("f", future)] if future else [("", history)]
+        if self._options.get("future_first"):
+            copies.reverse()
+        columns, asking = [], []
+        for letter, lens in copies:
+            frames = _named(letter, lens, key)
+            columns += _abbreviated(frames)
+            key += sum(lens)
+            if not self._options.get("queries"):
+                asking = columns
+                continue
+            chosen = range(*self._options["queries"].indices(len(lens)))
+            mine = [(f"{letter}{t}", lens[t]) for t in chosen if lens[t]]
+            ends = list(accumulate((count for _, count in mine), initial=row))
+            asking = _abbreviated([(name, *ends[i : i + 2]) for i, (name, _) in enumerate(mine)])
+        return asking, columns
+
+
+def _named(letter: str, lens: list[int], first: int) -> list[Block]:
+    """The frames that have tokens, which begin at a row or key."""
+    ends = list(accumulate(lens, initial=first))
+    return [(f"{letter}{frame}", *ends[frame : frame + 2]) for frame, count in enumerate(lens) if count]
+
+
+def _abbreviated(blocks: list[Block]) -> list[Block]:
+    shown = DRAWN_FRAMES // 2
+    return blocks if len(blocks) <= DRAWN_FRAMES else [*blocks[:shown], None, *blocks[-shown:]]
 
 
 def _mark(block: tuple[str, int, int], keys: list[int]) -> str:
@@ -249,12 +346,16 @@ def _by_clip(counts: bytearray, frames: list[int]) -> list[list[int]]:
     return [numbers[end - count : end] for count, end in zip(frames, accumulate(frames))]
 
 
-def _check_window(window: int | None, sink: int) -> tuple[int | None, int]:
-    if window is not None and (not _is_int(window) or window < 1):
-        raise ValueError(f"window is {window!r}; expected a number of frames >= 1, or None for all")
+def _check_reach(window: int | None, sink: int, window_tokens: int | None) -> dict[str, int | None]:
+    for name, value, unit in (("window", window, "frames"), ("window_tokens", window_tokens, "tokens")):
+        if value is not None and (not _is_int(value) or value < 1):
+            raise ValueError(f"{name} is {value!r}; expected a number of {unit} >= 1, or None for all")
+    if window is not None and window_tokens is not None:
+        raise ValueError(f"window is {window} and window_tokens is {window_tokens}; expected one of them")
     if not _is_int(sink) or sink < 0:
         raise ValueError(f"sink is {sink!r}; expected a number of frames >= 0")
-    return None if window is None else operator.index(window), operator.index(sink)
+    reach = {"window": window, "sink": sink, "window_tokens": window_tokens}
+    return {name: None if value is None else operator.index(value) for name, value in reach.items()}
 
 
 def _is_int(value: object) -> bool:
@@ -262,14 +363,18 @@ def _is_int(value: object) -> bool:
 
 
 @torch.compiler.disable(reason="a FrameMask is built on the host from numbers")
-def _make(cls: type[FrameMask], kind: str, *numbers, window: int | None = None, sink: int = 0) -> FrameMask:
+def _make(
+    cls: type[FrameMask], kind: str, *numbers, reach: dict | None = None, options: dict | None = None
+) -> FrameMask:
     """What csrc/frame_mask.cpp makes of the numbers in lists, arrays and tensors."""
     module = extension()
     if module is None:
         raise ImportError(f"FrameMask needs the compiled module mimo_kernels._C: {extension_reason()}")
-    window, sink = _check_window(window, sink)
-    if kind in ("teacher_forcing", "block_causal"):
-        numbers = (*numbers, window or 0, sink)
+    options = options or {}
+    if reach is not None:
+        reach = _check_reach(**reach)
+        numbers = (*numbers, *(value or 0 for value in reach.values()), *options.values())
+        options = reach | options
     try:
         table = getattr(module, f"frame_table_{kind}")(*numbers)
     except RuntimeError as error:  # of torch: tensors that stand for others
@@ -278,4 +383,4 @@ def _make(cls: type[FrameMask], kind: str, *numbers, window: int | None = None, 
             f"a FrameMask is built from numbers, and a tensor here has none to read ({type(error).__name__}: {reason})"
             "; build it outside of FakeTensorMode and of torch.func's transforms"
         ) from None
-    return cls(kind, table, window, sink)
+    return cls(kind, table, options)

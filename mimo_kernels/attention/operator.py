@@ -16,7 +16,7 @@ def register_attention(
 ) -> Callable:
     """Registers `mimo_kernels::{name}` and `mimo_kernels::{name}_backward` and returns the first.
 
-    forward(q, k, v, frames, repeats, scale) -> (out, lse);  q, out [B, L, h, d], k, v [B, L, h_kv, d], h_kv a divisor
+    forward(q, k, v, frames, repeats, scale) -> (out, lse);  q, out [B, L, h, d], k, v [B, M, h_kv, d], h_kv a divisor
     of h, lse fp32 [B, h, L];
     backward(dout, dlse or None, q, k, v, out, lse, frames, repeats, scale) -> (dq, dk, dv).
     frames is a mask's host table of one clip, which `repeats` clips share. dtype, head_dim: of tensors that it serves.

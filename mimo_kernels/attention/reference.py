@@ -38,7 +38,7 @@ def refusals(device: torch.device) -> list[str]:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask, scale: float) -> tuple[Tensor, Tensor]:
-    """q [B, L, h, d], k, v [B, L, h_kv, d] -> out [B, L, h, d], lse fp32 [B, h, L]; both differentiable. B is 1 unless
+    """q [B, L, h, d], k, v [B, M, h_kv, d] -> out [B, L, h, d], lse fp32 [B, h, L]; both differentiable. B is 1 unless
     the mask has one clip."""
     return _operator(q, k, v, mask.pattern_for(q), mask.repeats, scale)
 

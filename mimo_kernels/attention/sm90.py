@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mimo_kernels.attention.mask import INTERVALS, KEYS
 from mimo_kernels.attention.operator import register_attention
 from mimo_kernels.core import backends
 from mimo_kernels.core.backends import extension
@@ -45,6 +46,17 @@ def input_refusals(dtype: torch.dtype, head_dim: int) -> list[str]:
         reasons.append(f"q, k and v are {dtype}, expected float16 or bfloat16")
     if head_dim not in HEAD_DIMS:
         reasons.append(f"head_dim is {head_dim}, expected one of {', '.join(map(str, HEAD_DIMS))}")
+    return reasons
+
+
+def mask_refusals(mask) -> list[str]:
+    """Why the kernels cannot serve a mask."""
+    reasons = []
+    if mask.num_queries != mask.num_keys or mask.clip_lens != mask.key_lens:
+        reasons.append(f"the mask has {mask.num_queries} queries and {mask.num_keys} keys, expected as many in each clip")
+    intervals = (mask.frames.shape[1] - KEYS) // 2
+    if intervals > INTERVALS:
+        reasons.append(f"a row of the mask sees {intervals} intervals of keys, expected at most {INTERVALS}")
     return reasons
 
 

@@ -6,12 +6,16 @@ from hypothesis import strategies as st
 
 from mimo_kernels.attention import FrameMask, frame_attention
 
-from ..kernels.frame_masks import cases, tables
+from ..kernels.frame_masks import cases, slices, tables
 from ..kernels.test_frame_attention import compare, gradients, tensors
 from ..kernels.test_paged_attention import follow_a_cache
 from .registry import batch, check_examples, fuzzer
 
-MASKS = st.one_of(cases(max_clips=2).map(lambda case: case.mask), tables().map(FrameMask.from_table))
+MASKS = st.one_of(
+    cases(max_clips=2).map(lambda case: case.mask),
+    slices().map(lambda case: case.mask),
+    tables().map(FrameMask.from_table),
+)
 SCALES = st.sampled_from([None, None, 1.5, 0.0, -0.3])
 
 

@@ -18,8 +18,10 @@ from pathlib import Path
 from .registry import fuzzer
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("bindings.cpp", "frame_mask.cpp", "plan.cpp", "plan_sm90.cpp")
-HEADERS = ("arrays.h", "attention_sm90.h", "bindings.h", "frame_table.h", "schedule.h")
+MASKS = ("frame_mask.cpp", "frame_mask_given.cpp")
+PLANNERS = ("plan.cpp", "plan_rows.cpp", "plan_keys.cpp", "plan_sm90.cpp")
+SOURCES = ("bindings.cpp", *MASKS, *PLANNERS)
+HEADERS = ("arrays.h", "attention_sm90.h", "bindings.h", "frame_mask.h", "frame_table.h", "plan.h", "schedule.h")
 FLAGS = (
     "-std=c++17",
     "-O1",

@@ -11,57 +11,86 @@ from mimo_kernels.attention import FrameMask
 @dataclass
 class Case:
     mask: FrameMask
-    dense: torch.Tensor  # bool [tokens, tokens]
+    dense: torch.Tensor  # bool [queries, keys]
     clip_lens: list[int]
+    key_lens: list[int]
     alone: list[FrameMask]  # a mask of every clip by itself
 
 
-def _within(query_frame: int, key_frame: int, window: int | None, sink: int) -> bool:
-    return window is None or query_frame - key_frame < window or key_frame < sink
+@dataclass
+class Reach:
+    """The options of a mask that say how far back a frame sees."""
+
+    window: int | None = None
+    window_tokens: int | None = None
+    sink: int = 0
+
+    def within(self, frames: int, tokens: int, key_frame: int) -> bool:
+        """Of a key so many frames before the query's, and whose token is the `tokens`-th one, counted back from the end
+        of what the query's frame sees (its own tokens among them)."""
+        near = self.window is None or frames < self.window
+        return (near and (self.window_tokens is None or tokens <= self.window_tokens)) or key_frame < self.sink
 
 
-def teacher_forcing_sees(query, key, drop, window, sink) -> bool:
-    """query and key are (clip, "h" or "f", frame)."""
-    (clip, copy, t), (key_clip, key_copy, key_t) = query, key
+def _left(lens: list[int], t: int, frame: int, token: int) -> int:
+    """The number of a token of a frame, counted back from the end of frame t."""
+    return sum(lens[frame : t + 1]) - token
+
+
+def teacher_forcing_sees(query, key, history, future, drop, reach: Reach) -> bool:
+    """query and key are (clip, "h" or "f", frame, token in it)."""
+    (clip, copy, t, _), (key_clip, key_copy, key_t, token) = query, key
     if clip != key_clip:
         return False
     if copy == "h":
-        return key_copy == "h" and key_t <= t and _within(t, key_t, window, sink)
+        seen = key_t == t or reach.within(t - key_t, _left(history[clip], t, key_t, token), key_t)
+        return key_copy == "h" and key_t <= t and seen
     if key_copy == "f":
         return key_t == t
-    return key_t < t and _within(t, key_t, window, sink) and not (drop and drop[clip][t])
+    left = future[clip][t] + _left(history[clip], t - 1, key_t, token)
+    return key_t < t and reach.within(t - key_t, left, key_t) and not (drop and drop[clip][t])
 
 
-def teacher_forcing(history, future, drop=None, window=None, sink=0) -> Case:
-    tokens = []
-    for clip, (history_clip, future_clip) in enumerate(zip(history, future)):
-        for copy, lens in (("h", history_clip), ("f", future_clip)):
-            tokens += [(clip, copy, frame) for frame, count in enumerate(lens) for _ in range(count)]
-    dense = [[teacher_forcing_sees(query, key, drop, window, sink) for key in tokens] for query in tokens]
-    mask = FrameMask.teacher_forcing(history, future, drop_history=drop, window=window, sink=sink)
-    alone = [
-        FrameMask.teacher_forcing([h], [f], drop_history=drop and [drop[clip]], window=window, sink=sink)
-        for clip, (h, f) in enumerate(zip(history, future))
-    ]
-    return Case(mask, _matrix(dense), [sum(h) + sum(f) for h, f in zip(history, future)], alone)
+def teacher_forcing(history, future, drop=None, window=None, sink=0, window_tokens=None, future_first=False) -> Case:
+    reach, tokens = Reach(window, window_tokens, sink), []
+    for clip, copies in enumerate(zip(history, future)):
+        both = list(zip("hf", copies))
+        for copy, lens in both[::-1] if future_first else both:
+            tokens += [(clip, copy, frame, i) for frame, count in enumerate(lens) for i in range(count)]
+    dense = [[teacher_forcing_sees(query, key, history, future, drop, reach) for key in tokens] for query in tokens]
+
+    def mask(history, future, drop):
+        options = vars(reach) | {"drop_history": drop, "future_first": future_first}
+        return FrameMask.teacher_forcing(history, future, **options)
+
+    alone = [mask([h], [f], drop and [drop[clip]]) for clip, (h, f) in enumerate(zip(history, future))]
+    lens = [sum(h) + sum(f) for h, f in zip(history, future)]
+    return Case(mask(history, future, drop), _matrix(dense, len(tokens)), lens, lens, alone)
 
 
-def one_copy(lens, causal, window=None, sink=0) -> Case:
-    tokens = [
-        (clip, frame) for clip, counts in enumerate(lens) for frame, count in enumerate(counts) for _ in range(count)
-    ]
-    dense = [
-        [c == kc and (not causal or (kt <= t and _within(t, kt, window, sink))) for kc, kt in tokens] for c, t in tokens
-    ]
+def one_copy(lens, causal, window=None, sink=0, window_tokens=None, queries=None) -> Case:
+    """queries: of every clip the frames that ask."""
+    reach = Reach(window, window_tokens, sink)
+    tokens = [(clip, t, i) for clip, counts in enumerate(lens) for t, count in enumerate(counts) for i in range(count)]
+    asking = [(clip, t, i) for clip, t, i in tokens if queries is None or t in range(len(lens[clip]))[queries]]
+
+    def sees(query, key) -> bool:
+        (clip, t, _), (key_clip, key_t, token) = query, key
+        past = key_t == t or (key_t < t and reach.within(t - key_t, _left(lens[clip], t, key_t, token), key_t))
+        return clip == key_clip and (not causal or past)
 
     def mask(clips):
-        return FrameMask.block_causal(clips, window=window, sink=sink) if causal else FrameMask.bidirectional(clips)
+        options = vars(reach) | {"queries": queries}
+        return FrameMask.block_causal(clips, **options) if causal else FrameMask.bidirectional(clips)
 
-    return Case(mask(lens), _matrix(dense), [sum(counts) for counts in lens], [mask([counts]) for counts in lens])
+    dense = [[sees(query, key) for key in tokens] for query in asking]
+    rows = [sum(query[0] == clip for query in asking) for clip in range(len(lens))]
+    alone = [mask([counts]) for counts in lens]
+    return Case(mask(lens), _matrix(dense, len(tokens)), rows, [sum(counts) for counts in lens], alone)
 
 
-def _matrix(rows: list[list[bool]]) -> torch.Tensor:
-    return torch.tensor(rows, dtype=torch.bool).view(len(rows), len(rows))
+def _matrix(rows: list[list[bool]], keys: int) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.bool).view(len(rows), keys)
 
 
 COUNTS = st.sampled_from([0, 1, 1, 2, 3, 5, 8])
@@ -70,7 +99,7 @@ COUNTS = st.sampled_from([0, 1, 1, 2, 3, 5, 8])
 @st.composite
 def cases(draw, max_clips: int = 3) -> Case:
     """Teacher forcing, block causal or bidirectional: ragged or repeated clips, empty frames, single tokens, drops,
-    windows, sinks."""
+    windows in frames or tokens, sinks, either order of the copies, frames that do not ask."""
     clips = draw(st.integers(1, max_clips))
     if draw(st.booleans()):
         frames = [draw(st.integers(0, 4))] * clips
@@ -83,13 +112,40 @@ def cases(draw, max_clips: int = 3) -> Case:
         return [list(drawn[0]) for _ in drawn] if alike else drawn
 
     kind = draw(st.sampled_from(["teacher_forcing", "block_causal", "bidirectional"]))
-    window, sink = draw(st.none() | st.integers(1, 5)), draw(st.integers(0, 3))
+    reach = {"sink": draw(st.integers(0, 3))}
+    limit = draw(st.sampled_from([None, "window", "window_tokens"]))
+    if limit:
+        reach[limit] = draw(st.integers(1, 5 if limit == "window" else 20))
     if kind == "teacher_forcing":
         drop = lens(st.booleans()) if draw(st.booleans()) else None
-        return teacher_forcing(lens(COUNTS), lens(COUNTS), drop, window, sink)
+        return teacher_forcing(lens(COUNTS), lens(COUNTS), drop, **reach, future_first=draw(st.booleans()))
     if kind == "block_causal":
-        return one_copy(lens(COUNTS), True, window, sink)
+        return one_copy(lens(COUNTS), True, **reach, queries=draw(st.none() | SLICES))
     return one_copy(lens(COUNTS), False)
+
+
+SLICES = st.builds(slice, *[st.none() | st.integers(-5, 5)] * 2)
+
+
+@st.composite
+def slices(draw) -> Case:
+    """Any ranges of queries beside any ranges of keys: empty ones, ones that overlap or are there twice, rows with many
+    intervals or none, no rows or keys at all."""
+    queries, keys = draw(st.integers(0, 24)), draw(st.integers(0, 24))
+
+    def ranges(size, longest):
+        start = draw(st.integers(0, size))
+        return start, min(size, start + draw(st.integers(0, longest)))
+
+    longest = draw(st.sampled_from([1, 2, 24]))
+    count = draw(st.integers(0, 12))
+    q_ranges = [(0, queries) if draw(st.booleans()) else ranges(queries, 24) for _ in range(count)]
+    k_ranges = [ranges(keys, longest) for _ in range(count)]
+    dense = torch.zeros(queries, keys, dtype=torch.bool)
+    for (q_start, q_end), (k_start, k_end) in zip(q_ranges, k_ranges):
+        dense[q_start:q_end, k_start:k_end] = True
+    mask = FrameMask.from_slices(q_ranges, k_ranges, num_queries=queries, num_keys=keys)
+    return Case(mask, dense, [queries], [keys], [mask])
 
 
 @st.composite
@@ -97,10 +153,11 @@ def tables(draw) -> torch.Tensor:
     """Any interval table of one clip, with groups that see nothing."""
     counts = draw(st.lists(st.integers(1, 6), min_size=1, max_size=5))
     tokens, row, groups = sum(counts), 0, []
-    for count in counts:
-        cuts = sorted(draw(st.sets(st.integers(0, tokens), max_size=6)))
+    drawn = [sorted(draw(st.sets(st.integers(0, tokens), max_size=12))) for _ in counts]
+    room = max(6, *(len(cuts) // 2 * 2 for cuts in drawn))
+    for count, cuts in zip(counts, drawn):
         cuts = cuts[: len(cuts) // 2 * 2]
-        groups.append([row, row + count, *cuts, *[0] * (6 - len(cuts))])
+        groups.append([row, row + count, *cuts, *[0] * (room - len(cuts))])
         row += count
     return torch.tensor(groups, dtype=torch.int32)
 
@@ -111,5 +168,5 @@ def dense_of_table(table: torch.Tensor) -> torch.Tensor:
     for start, end, *keys in table.tolist():
         for row in range(start, end):
             for column in range(tokens):
-                dense[row, column] = any(keys[i] <= column < keys[i + 1] for i in (0, 2, 4))
+                dense[row, column] = any(a <= column < b for a, b in zip(keys[::2], keys[1::2]))
     return dense

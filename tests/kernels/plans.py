@@ -9,45 +9,46 @@ from mimo_kernels.attention.triton.schedule import BAND_ROWS
 from mimo_kernels.core import backends
 
 LAYOUT = backends.extension().schedule_layout
-TILE_COLUMNS, GROUP_COLUMNS = LAYOUT["TILE_CELLS"], LAYOUT["GROUP_CELLS"]
-MASKED_ROWS, MASKED_KEYS = LAYOUT["SEGMENT_CELLS"], LAYOUT["ROW_SEGMENT_CELLS"]
+TILE_COLUMNS, SEGMENT, MASKED_KEYS = LAYOUT["TILE_CELLS"], LAYOUT["SEGMENT_CELLS"], LAYOUT["ROW_SEGMENT_CELLS"]
+HEADER, KEY_SEGMENT, BOUNDS = LAYOUT["HEADER_CELLS"], LAYOUT["KEY_SEGMENT_CELLS"], LAYOUT["BOUNDS_CELLS"]
 
 
 def schedule(name: str, mask: FrameMask, tile: int, block: int, band_rows: int = BAND_ROWS):
-    frames = mask.frames
-    cells, num_tiles, executed, rows = getattr(backends.extension(), f"plan_{name}")(
-        frames.numpy(), tile, block, band_rows
+    cells, num_tiles, executed, covered = getattr(backends.extension(), f"plan_{name}")(
+        mask.frames.numpy(), tile, block, band_rows, mask.num_keys
     )
-    assert rows == mask.num_tokens
+    assert covered == (mask.num_queries if name == "rows" else mask.num_keys)
     cells = torch.frombuffer(cells, dtype=torch.int32).tolist() if cells else []
     tiles = [cells[TILE_COLUMNS * i : TILE_COLUMNS * (i + 1)] for i in range(num_tiles)]
-    groups = torch.tensor(cells[TILE_COLUMNS * num_tiles :][: frames.numel()], dtype=torch.int32).view(
-        -1, GROUP_COLUMNS
-    )
-    assert torch.equal(groups, frames)
     return cells, tiles, executed
 
 
-def read_tile(cells: list[int], place: int, bare_blocks: int, block: int, width: int):
-    """Bare segments, masked segments, groups of the tile and its bounds, read as a kernel does."""
+def read_tile(name: str, cells: list[int], place: int, bare_blocks: int, block: int):
+    """Bare segments, masked segments and the bounds of the tile, read as a kernel does. A masked segment of "rows" is
+    (start, end, bounds), the bounds being (row, first key, end key)."""
     bare, masked, left = [], [], bare_blocks
     while left:
-        start, end = cells[place : place + 2]
+        start, end = cells[place : place + SEGMENT]
         assert end > start and (end - start) % block == 0
         bare.append((start, end))
         left -= (end - start) // block
-        place += 2
+        place += SEGMENT
     assert left == 0
-    steps, first_group, end_group, _ = cells[place : place + 4]
-    place += 4
+    steps = cells[place]
+    place += HEADER
     while steps > 0:
-        segment = cells[place : place + width]
+        if name == "rows":
+            start, end, count = cells[place : place + KEY_SEGMENT]
+            place += KEY_SEGMENT
+            segment = start, end, [cells[place + BOUNDS * i : place + BOUNDS * (i + 1)] for i in range(count)]
+            place, steps = place + BOUNDS * count, steps - 1
+        else:
+            segment = cells[place : place + MASKED_KEYS]
+            place, steps = place + MASKED_KEYS, steps - blocks(*segment[:2], block)
         assert segment[1] > segment[0]
         masked.append(segment)
-        steps -= 1 if width == MASKED_ROWS else -(-(segment[1] - segment[0]) // block)
-        place += width
     assert steps == 0
-    return bare, masked, (first_group, end_group), tuple(cells[place : place + 2])
+    return bare, masked, tuple(cells[place : place + SEGMENT])
 
 
 def blocks(start: int, end: int, block: int) -> int:
@@ -57,32 +58,24 @@ def blocks(start: int, end: int, block: int) -> int:
 def check_rows(mask: FrameMask, tile: int, block: int) -> None:
     cells, tiles, executed = schedule("rows", mask, tile, block)
     dense = mask.to_dense()
-    covered = torch.zeros(mask.num_tokens, mask.num_tokens, dtype=torch.int32)
-    rows = torch.zeros(mask.num_tokens, dtype=torch.int32)
+    covered = torch.zeros(dense.shape, dtype=torch.int32)
+    rows = torch.zeros(mask.num_queries, dtype=torch.int32)
     computed = 0
     for start, end, place, bare_blocks in tiles:
         assert 0 < end - start <= tile
         rows[start:end] += 1
-        bare, masked, (first, last), bounds = read_tile(cells, place, bare_blocks, block, MASKED_ROWS)
-        assert bounds == (start, end)
-        assert (
-            mask.frames[first, 0] <= start < mask.frames[first, 1]
-            and mask.frames[last - 1, 0] < end <= mask.frames[last - 1, 1]
-        )
+        bare, masked, ends = read_tile("rows", cells, place, bare_blocks, block)
+        assert ends == (start, end)
         for key_start, key_end in bare:
             assert dense[start:end, key_start:key_end].all()
             covered[start:end, key_start:key_end] += 1
             computed += (key_end - key_start) // block
-        for key_start, key_end in masked:
-            for row_start, row_end, *keys in mask.frames[first:last].tolist():
-                seen = [
-                    (max(a, key_start), min(b, key_end))
-                    for a, b in zip(keys[::2], keys[1::2])
-                    if a < key_end and b > key_start
-                ]
-                assert len(seen) <= 1, "a row sees two intervals of a masked segment"
-                for lo, hi in seen:
-                    covered[max(row_start, start) : min(row_end, end), lo:hi] += 1
+        for key_start, key_end, bounds in masked:
+            begins = [row for row, _, _ in bounds]
+            assert begins == sorted(set(begins)) and begins[0] <= start and begins[-1] < end
+            for (row, lo, hi), row_end in zip(bounds, [*begins[1:], end]):
+                assert key_start <= lo <= hi <= key_end or lo == hi
+                covered[max(row, start) : row_end, lo:hi] += 1
             computed += blocks(key_start, key_end, block)
     assert torch.equal(rows, torch.ones_like(rows))
     assert torch.equal(covered, dense.int())
@@ -92,14 +85,14 @@ def check_rows(mask: FrameMask, tile: int, block: int) -> None:
 def check_keys(mask: FrameMask, tile: int, block: int) -> None:
     cells, tiles, executed = schedule("keys", mask, tile, block)
     dense = mask.to_dense()
-    covered = torch.zeros(mask.num_tokens, mask.num_tokens, dtype=torch.int32)
-    keys = torch.zeros(mask.num_tokens, dtype=torch.int32)
+    covered = torch.zeros(dense.shape, dtype=torch.int32)
+    keys = torch.zeros(mask.num_keys, dtype=torch.int32)
     computed = 0
     for start, end, place, bare_blocks in tiles:
         assert 0 < end - start <= tile
         keys[start:end] += 1
-        bare, masked, _, bounds = read_tile(cells, place, bare_blocks, block, MASKED_KEYS)
-        assert bounds == (start, end)
+        bare, masked, ends = read_tile("keys", cells, place, bare_blocks, block)
+        assert ends == (start, end)
         for row_start, row_end in bare:
             assert dense[row_start:row_end, start:end].all()
             covered[row_start:row_end, start:end] += 1
@@ -119,22 +112,49 @@ def check_keys(mask: FrameMask, tile: int, block: int) -> None:
     assert executed == computed * tile * block >= mask.num_pairs
 
 
+SLICES = st.builds(slice, *[st.none() | st.integers(-6, 6)] * 2)
+
+
+@st.composite
+def slices(draw, tokens: int, most: int) -> FrameMask:
+    """Up to so many slices of up to so many queries and keys; short ones make rows of many intervals."""
+    sizes = draw(st.integers(0, tokens)), draw(st.integers(0, tokens))
+    longest = draw(st.sampled_from([3, 20, tokens]))
+
+    def ranges(size):
+        start = draw(st.integers(0, size))
+        return start, min(size, start + draw(st.integers(0, longest)))
+
+    count = draw(st.integers(0, most))
+    wide = draw(st.booleans())  # all queries: then a row has all intervals
+    queries = [(0, sizes[0]) if wide else ranges(sizes[0]) for _ in range(count)]
+    keys = [ranges(sizes[1]) for _ in range(count)]
+    return FrameMask.from_slices(queries, keys, num_queries=sizes[0], num_keys=sizes[1])
+
+
 @st.composite
 def masks(draw) -> FrameMask:
-    kind = draw(st.sampled_from(["teacher_forcing", "block_causal", "bidirectional", "from_table"]))
+    """Of every kind, frames between 0 and 70 tokens; one kind in two has as many keys as queries at most by chance."""
+    kind = draw(st.sampled_from(["teacher_forcing", "block_causal", "bidirectional", "from_table", "from_slices"]))
     length = st.one_of(st.integers(0, 3), st.sampled_from([8, 16, 32, 33]), st.integers(0, 70))
     clips = draw(st.integers(1, 3))
     frames = [draw(st.integers(1, 5)) for _ in range(clips)]
     lens = [draw(st.lists(length, min_size=n, max_size=n)) for n in frames]
-    limits = {"window": draw(st.none() | st.integers(1, 3)), "sink": draw(st.integers(0, 2))}
+    limits = {"sink": draw(st.integers(0, 2))}
+    limits |= draw(st.fixed_dictionaries({}, optional={"window": st.integers(1, 3)}))
+    if "window" not in limits:
+        limits["window_tokens"] = draw(st.none() | st.integers(1, 100))
     if kind == "bidirectional":
         return FrameMask.bidirectional(lens)
     if kind == "block_causal":
-        return FrameMask.block_causal(lens, **limits)
+        return FrameMask.block_causal(lens, **limits, queries=draw(st.none() | SLICES))
     if kind == "teacher_forcing":
         future = [draw(st.lists(length, min_size=n, max_size=n)) for n in frames]
         drop = [draw(st.lists(st.booleans(), min_size=n, max_size=n)) for n in frames]
-        return FrameMask.teacher_forcing(lens, future, drop_history=draw(st.sampled_from([None, drop])), **limits)
+        limits |= {"drop_history": draw(st.sampled_from([None, drop])), "future_first": draw(st.booleans())}
+        return FrameMask.teacher_forcing(lens, future, **limits)
+    if kind == "from_slices":
+        return draw(slices(200, 20))
     # Any intervals at all, also ones that end inside a group, look ahead, or are missing.
     ends = sorted(draw(st.sets(st.integers(1, 150), min_size=1, max_size=12)))
     rows = []

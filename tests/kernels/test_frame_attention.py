@@ -20,7 +20,7 @@ from mimo_kernels.attention import frame as frame_module
 from mimo_kernels.core import torch_private
 from mimo_kernels.testing import assert_within_budget, between_nans, poisoned_memory
 
-from .frame_masks import cases, tables
+from .frame_masks import cases, slices, tables
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MASK = FrameMask.teacher_forcing([[3, 0, 5], [3, 0, 5]], [[6, 1, 4], [6, 1, 4]])
@@ -30,9 +30,9 @@ RAGGED = FrameMask.teacher_forcing([[3, 4], [5]], [[2, 6], [1]], drop_history=[[
 def tensors(mask, heads=2, head_dim=16, dtype=torch.float32, batch=None, seed=0, kv_heads=None):
     """q, k, v."""
     generator = torch.Generator().manual_seed(seed)
-    made = []
-    for count in (heads, kv_heads or heads, kv_heads or heads):
-        shape = (mask.num_tokens, count, head_dim) if batch is None else (batch, mask.num_tokens, count, head_dim)
+    lead, kv_heads, made = () if batch is None else (batch,), kv_heads or heads, []
+    for tokens, count in ((mask.num_queries, heads), (mask.num_keys, kv_heads), (mask.num_keys, kv_heads)):
+        shape = (*lead, tokens, count, head_dim)
         made.append(torch.randn(shape, generator=generator).to(DEVICE, dtype).requires_grad_())
     return made
 
@@ -94,7 +94,7 @@ def check(mask, heads=2, head_dim=16, dtype=torch.float32, batch=None, scale=Non
 
 @settings(max_examples=40, deadline=None)
 @given(
-    cases(),
+    st.one_of(cases(), slices()),
     st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     st.sampled_from([8, 24, 72]),
     st.sampled_from([1, 2, 5]),
@@ -111,7 +111,7 @@ def test_rows_without_keys_and_batches(table, batch, dtype):
 
 @settings(max_examples=15, deadline=None)
 @given(
-    cases(max_clips=2),
+    st.one_of(cases(max_clips=2), slices()),
     st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     st.sampled_from([(2, 1), (6, 2), (4, 1), (3, 1)]),
 )

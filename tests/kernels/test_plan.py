@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from mimo_kernels.attention import FrameMask
 from mimo_kernels.core import backends
 
-from .plans import MASKED_KEYS, MASKED_ROWS, SIZES, blocks, check_keys, check_rows, masks, read_tile, schedule
+from .plans import SIZES, blocks, check_keys, check_rows, masks, read_tile, schedule
 
 
 def test_same_table_gives_the_same_bytes():
@@ -30,10 +30,9 @@ def test_every_pair_is_in_one_tile_of_keys(mask, sizes):
 
 def work(mask: FrameMask, name: str, tile: int, block: int) -> list[int]:
     cells, tiles, _ = schedule(name, mask, tile, block)
-    width = MASKED_ROWS if name == "rows" else MASKED_KEYS
     totals = []
     for _, _, place, bare_blocks in tiles:
-        masked = read_tile(cells, place, bare_blocks, block, width)[1]
+        masked = read_tile(name, cells, place, bare_blocks, block)[1]
         totals.append(bare_blocks + sum(blocks(segment[0], segment[1], block) for segment in masked))
     return totals
 

@@ -17,7 +17,7 @@ from mimo_kernels.attention.triton.schedule import Config, configs
 from mimo_kernels.attention.triton.tiles import split_head_dim
 from mimo_kernels.testing import between_nans, poisoned_memory
 
-from .frame_masks import cases, tables
+from .frame_masks import cases, slices, tables
 from .test_frame_attention import DEVICE, compare, gradients, tensors
 
 attend = functools.partial(frame_attention, backend="triton")
@@ -40,7 +40,7 @@ def check(mask, heads=1, head_dim=16, dtype=torch.float32, batch=None, scale=Non
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-@given(cases(max_clips=2), st.sampled_from([torch.float32, torch.float16]))
+@given(st.one_of(cases(max_clips=2), slices()), st.sampled_from([torch.float32, torch.float16]))
 def test_equals_dense_attention(case, dtype):
     check(case.mask, dtype=dtype)
 

@@ -26,8 +26,6 @@ from mimo_kernels.attention.triton.forward import (
 )
 from mimo_kernels.attention.triton.layout import (
     HEADER_CELLS,
-    HEADER_END_GROUP,
-    HEADER_FIRST_GROUP,
     ROW_SEGMENT_BEGINS,
     ROW_SEGMENT_CELLS,
     ROW_SEGMENT_GROUPS,
@@ -64,14 +62,14 @@ def unpack_row(b_row):
     return b_row.to(tl.int32).to(tl.float32, bitcast=True), (b_row >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_heads", "stride_b_dout", "stride_m_dout", "stride_h_dout"])
+@triton.jit(do_not_specialize=["num_queries", "num_heads", "stride_b_dout", "stride_m_dout", "stride_h_dout"])
 def frame_attention_rows_kernel(
     p_out,  # [B, L, H, D]
     p_dout,
     p_lse,  # fp32 [B, H, L]
     p_dlse,  # fp32 [B, H, L], or not used
     p_rows,  # int64 [B, H, L]: lse in base 2, +inf for rows that see no key; and delta
-    num_tokens,
+    num_queries,
     num_heads,
     stride_b_dout: tl.int64,
     stride_m_dout,
@@ -85,17 +83,17 @@ def frame_attention_rows_kernel(
     batch = tl.program_id(1).to(tl.int64)
     row = (pid // num_heads).to(tl.int64) * BM
     o_m = tl.arange(0, BM)
-    m_m = row + o_m < num_tokens
+    m_m = row + o_m < num_queries
     stride_m_dout *= 8
     stride_out = num_heads * D
     o_d = tl.arange(0, triton.next_power_of_2(D))
     m_x = m_m[:, None] & (o_d < D)[None, :]
-    p_out += (batch * num_tokens + row) * stride_out + head * D
+    p_out += (batch * num_queries + row) * stride_out + head * D
     b_out = tl.load(p_out + (o_m[:, None] * stride_out + o_d[None, :]), mask=m_x, other=0.0)
     p_dout += (batch * stride_b_dout + head * stride_h_dout) * 8 + row * stride_m_dout
     b_dout = tl.load(p_dout + (o_m[:, None] * stride_m_dout + o_d[None, :]), mask=m_x, other=0.0)
     b_delta = tl.sum(b_out.to(tl.float32) * b_dout.to(tl.float32), 1)
-    o_lse = (batch * num_heads + head) * num_tokens + row + o_m
+    o_lse = (batch * num_heads + head) * num_queries + row + o_m
     if HAS_DLSE:
         b_delta -= tl.load(p_dlse + o_lse, mask=m_m, other=0.0)
     b_lse = tl.load(p_lse + o_lse, mask=m_m, other=0.0)
@@ -113,7 +111,8 @@ def frame_attention_dq_kernel(
     p_dq,  # [B, L, H, D]
     p_plan,
     scale,
-    num_tokens,
+    num_queries,
+    num_keys,
     num_heads,
     num_tiles,
     repeats,
@@ -138,10 +137,10 @@ def frame_attention_dq_kernel(
     PRECISION: tl.constexpr,
 ):
     head, p_tile, clip = find_tile(p_plan, num_heads, num_tiles, repeats, band)
-    p_groups = p_plan + num_tiles * TILE_CELLS
     kv_head = head // HEADS_PER_KV
     batch = tl.program_id(1).to(tl.int64)
-    clip_row = clip.to(tl.int64) * (num_tokens // repeats)
+    clip_row = clip.to(tl.int64) * (num_queries // repeats)
+    clip_key = clip.to(tl.int64) * (num_keys // repeats)
     row_start = tl.load(p_tile)
     row_end = tl.load(p_tile + TILE_END)
 
@@ -150,10 +149,10 @@ def frame_attention_dq_kernel(
     stride_m_v *= 8
     stride_m_dout *= 8
     p_q += (batch * stride_b_q + head * stride_h_q) * 8 + (clip_row + row_start) * stride_m_q
-    p_k += (batch * stride_b_k + kv_head * stride_h_k) * 8 + clip_row * stride_m_k
-    p_v += (batch * stride_b_v + kv_head * stride_h_v) * 8 + clip_row * stride_m_v
+    p_k += (batch * stride_b_k + kv_head * stride_h_k) * 8 + clip_key * stride_m_k
+    p_v += (batch * stride_b_v + kv_head * stride_h_v) * 8 + clip_key * stride_m_v
     p_dout += (batch * stride_b_dout + head * stride_h_dout) * 8 + (clip_row + row_start) * stride_m_dout
-    p_rows += (batch * num_heads + head) * num_tokens + clip_row + row_start
+    p_rows += (batch * num_heads + head) * num_queries + clip_row + row_start
 
     o_m = tl.arange(0, BM)
     o_n = tl.arange(0, BN)
@@ -178,15 +177,12 @@ def frame_attention_dq_kernel(
         p_segment, start, end = next_block(p_segment, start, end, BN, SEGMENT_CELLS)
 
     # The masked segments follow the bare ones.
-    first_group = tl.load(p_segment + HEADER_FIRST_GROUP)
-    end_group = tl.load(p_segment + HEADER_END_GROUP)
     num_segments = tl.load(p_segment)
     p_segment += HEADER_CELLS
     for _ in range(num_segments):
         segment_start = tl.load(p_segment)
         segment_end = tl.load(p_segment + 1)
-        p_segment += SEGMENT_CELLS
-        b_lo, b_hi = row_bounds(p_groups, first_group, end_group, row_start + o_m, segment_start, segment_end)
+        b_lo, b_hi, p_segment = row_bounds(p_segment, row_start + o_m)
         for block in tl.range(segment_start, segment_end, BN, num_stages=2):
             o_key = block + o_n
             m_n = o_key < segment_end
@@ -202,7 +198,7 @@ def frame_attention_dq_kernel(
     row_start = tl.load(p_segment)
     m_m = row_start + o_m < tl.load(p_segment + 1)
     stride_dq = num_heads * D
-    p_dq += (batch * num_tokens + clip_row + row_start) * stride_dq + head * D
+    p_dq += (batch * num_queries + clip_row + row_start) * stride_dq + head * D
     store_parts(p_dq, o_m, stride_dq, m_m, b_dq, scale, PARTS, D)
 
 
@@ -225,11 +221,12 @@ def frame_attention_dkv_kernel(
     p_v,
     p_dout,
     p_rows,  # int64 [B, H, L]
-    p_dk,  # [B, L, H / HEADS_PER_KV, D]
+    p_dk,  # [B, M, H / HEADS_PER_KV, D]
     p_dv,
     p_plan,
     scale,
-    num_tokens,
+    num_queries,
+    num_keys,
     num_heads,
     num_tiles,
     repeats,
@@ -257,7 +254,8 @@ def frame_attention_dkv_kernel(
     kv_head, p_tile, clip = find_tile(p_plan, num_kv_heads, num_tiles, repeats, band)
     head = kv_head * HEADS_PER_KV  # the first of those that share it
     batch = tl.program_id(1).to(tl.int64)
-    clip_row = clip.to(tl.int64) * (num_tokens // repeats)
+    clip_row = clip.to(tl.int64) * (num_queries // repeats)
+    clip_key = clip.to(tl.int64) * (num_keys // repeats)
     key_start = tl.load(p_tile)
     key_end = tl.load(p_tile + TILE_END)
 
@@ -266,10 +264,10 @@ def frame_attention_dkv_kernel(
     stride_m_v *= 8
     stride_m_dout *= 8
     p_q += (batch * stride_b_q + head * stride_h_q) * 8 + clip_row * stride_m_q
-    p_k += (batch * stride_b_k + kv_head * stride_h_k) * 8 + (clip_row + key_start) * stride_m_k
-    p_v += (batch * stride_b_v + kv_head * stride_h_v) * 8 + (clip_row + key_start) * stride_m_v
+    p_k += (batch * stride_b_k + kv_head * stride_h_k) * 8 + (clip_key + key_start) * stride_m_k
+    p_v += (batch * stride_b_v + kv_head * stride_h_v) * 8 + (clip_key + key_start) * stride_m_v
     p_dout += (batch * stride_b_dout + head * stride_h_dout) * 8 + clip_row * stride_m_dout
-    p_rows += (batch * num_heads + head) * num_tokens + clip_row
+    p_rows += (batch * num_heads + head) * num_queries + clip_row
 
     o_m = tl.arange(0, BM)
     o_n = tl.arange(0, BN)
@@ -323,12 +321,12 @@ def frame_attention_dkv_kernel(
             p_segment, start, end = next_block(p_segment, start, end, BM, ROW_SEGMENT_CELLS)
         p_q += stride_h_q.to(tl.int64) * 8
         p_dout += stride_h_dout.to(tl.int64) * 8
-        p_rows += num_tokens
+        p_rows += num_queries
 
     key_start = tl.load(p_segment)
     m_n = key_start + o_n < tl.load(p_segment + 1)
     stride_dk = num_kv_heads * D
-    row = (batch * num_tokens + clip_row + key_start) * stride_dk + kv_head * D
+    row = (batch * num_keys + clip_key + key_start) * stride_dk + kv_head * D
     store_parts(p_dk + row, o_n, stride_dk, m_n, b_dk, scale, PARTS, D)
     store_parts(p_dv + row, o_n, stride_dk, m_n, b_dv, 1.0, PARTS, D)
 
@@ -350,15 +348,15 @@ def backward(
 ) -> None:
     """Inputs as for `forward`, dout strided like them, dlse fp32 [B, H, L] contiguous; writes dq, dk, dv like q, k, v,
     contiguous."""
-    batch, tokens, heads, dim = q.shape
-    rows = lse.new_empty((batch, heads, tokens), dtype=torch.int64)
-    frame_attention_rows_kernel[(triton.cdiv(tokens, DELTA_ROWS) * heads, batch)](
+    batch, queries, heads, dim = q.shape
+    rows = lse.new_empty((batch, heads, queries), dtype=torch.int64)
+    frame_attention_rows_kernel[(triton.cdiv(queries, DELTA_ROWS) * heads, batch)](
         out,
         dout,
         lse,
         lse if dlse is None else dlse,
         rows,
-        tokens,
+        queries,
         heads,
         *strides(dout),
         D=dim,
@@ -371,6 +369,8 @@ def backward(
         (frame_attention_dkv_kernel, key_plan, (dk, dv), "BN", "BM"),
         (frame_attention_dq_kernel, row_plan, (dq,), "BM", "BN"),
     ):
+        if not plan.num_tiles:  # no keys at all
+            continue
         kernel[(plan.num_tiles * plan.repeats * gradients[0].shape[2], batch)](
             q,
             k,
@@ -380,7 +380,8 @@ def backward(
             *gradients,
             plan.data,
             scale,
-            tokens,
+            queries,
+            k.shape[1],
             heads,
             plan.num_tiles,
             plan.repeats,

@@ -4,12 +4,12 @@
 
     j over the keys that row i sees
 
-One program computes one tile of rows of one head. The schedule (csrc/plan.cpp) gives it two lists: *bare* segments,
+One program computes one tile of rows of one head. The schedule (csrc/plan.h) gives it two lists: *bare* segments,
 whole blocks of keys that all its rows see, run in one loop without any test; and *masked* segments, where every row has
 two bounds. Softmax does not care about the order.
 
-Tiles hold the head dimension in parts (tiles.py). Rows, keys and bounds count from the first row of the clip, strides
-in steps of 8 elements (so that the compiler sees that loads are aligned), and addresses are 64 bits wide.
+Tiles hold the head dimension in parts (tiles.py). Rows, keys and bounds count from the first of the clip, strides in
+steps of 8 elements (so that the compiler sees that loads are aligned), and addresses are 64 bits wide.
 """
 
 import torch
@@ -18,12 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from mimo_kernels.attention.triton.layout import (
-    GROUP_CELLS,
-    GROUP_KEYS,
+    BOUNDS_CELLS,
+    BOUNDS_END,
+    BOUNDS_START,
     HEADER_CELLS,
-    HEADER_END_GROUP,
-    HEADER_FIRST_GROUP,
-    INTERVALS,
+    KEY_SEGMENT_BOUNDS,
+    KEY_SEGMENT_CELLS,
     SEGMENT_CELLS,
     TILE_BARE_BLOCKS,
     TILE_CELLS,
@@ -47,7 +47,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 NEVER = tl.constexpr(-1.0e38)
 
 # What changes from call to call: no value of these may compile the kernel anew.
-VARYING = ("num_tokens", "num_heads", "num_tiles", "repeats", "band")
+VARYING = ("num_queries", "num_keys", "num_heads", "num_tiles", "repeats", "band")
 STRIDES = ("stride_b", "stride_m", "stride_h")
 
 
@@ -76,32 +76,19 @@ def next_block(p_segment, start, end, BLOCK: tl.constexpr, SEGMENT: tl.constexpr
 
 
 @triton.jit
-def key_bounds(p_group, start, end):
-    """The one interval of keys that a group sees in [start, end), as (first, end); start == end when it sees none."""
-    lo = start
-    hi = start
-    for j in tl.static_range(INTERVALS):
-        key_start = tl.load(p_group + GROUP_KEYS + 2 * j)
-        key_end = tl.load(p_group + GROUP_KEYS + 2 * j + 1)
-        hit = (key_start < end) & (key_end > start)
-        lo = tl.where(hit, tl.maximum(key_start, start), lo)
-        hi = tl.where(hit, tl.minimum(key_end, end), hi)
-    return lo, hi
-
-
-@triton.jit
-def row_bounds(p_groups, first, last, rows, start, end):
-    """Bounds per row from the groups [first, last) the rows belong to; rows past the last group's end get that
-    group's."""
+def row_bounds(p_segment, rows):
+    """Bounds of the keys that rows see in a masked segment of plan_rows, from those behind it, each for the rows from
+    its first one on; and the pointer to what follows. Rows past the end of the tile get the last ones."""
     lo = tl.zeros_like(rows)
     hi = tl.zeros_like(rows)
-    for group in range(first, last):
-        p_group = p_groups + group * GROUP_CELLS
-        group_lo, group_hi = key_bounds(p_group, start, end)
-        reached = rows >= tl.load(p_group)
-        lo = tl.where(reached, group_lo, lo)
-        hi = tl.where(reached, group_hi, hi)
-    return lo, hi
+    num_bounds = tl.load(p_segment + KEY_SEGMENT_BOUNDS)
+    p_segment += KEY_SEGMENT_CELLS
+    for _ in range(num_bounds):
+        reached = rows >= tl.load(p_segment)
+        lo = tl.where(reached, tl.load(p_segment + BOUNDS_START), lo)
+        hi = tl.where(reached, tl.load(p_segment + BOUNDS_END), hi)
+        p_segment += BOUNDS_CELLS
+    return lo, hi, p_segment
 
 
 @triton.jit
@@ -124,7 +111,8 @@ def frame_attention_fwd_kernel(
     p_lse,  # fp32 [B, H, L]
     p_plan,
     scale_log2,
-    num_tokens,
+    num_queries,
+    num_keys,
     num_heads,
     num_tiles,
     repeats,
@@ -147,10 +135,10 @@ def frame_attention_fwd_kernel(
     AHEAD: tl.constexpr,
 ):
     head, p_tile, clip = find_tile(p_plan, num_heads, num_tiles, repeats, band)
-    p_groups = p_plan + num_tiles * TILE_CELLS
     kv_head = head // HEADS_PER_KV
     batch = tl.program_id(1).to(tl.int64)
-    clip_row = clip.to(tl.int64) * (num_tokens // repeats)
+    clip_row = clip.to(tl.int64) * (num_queries // repeats)
+    clip_key = clip.to(tl.int64) * (num_keys // repeats)
     row_start = tl.load(p_tile)
     row_end = tl.load(p_tile + TILE_END)
 
@@ -158,8 +146,8 @@ def frame_attention_fwd_kernel(
     stride_m_k *= 8
     stride_m_v *= 8
     p_q += (batch * stride_b_q + head * stride_h_q) * 8 + (clip_row + row_start) * stride_m_q
-    p_k += (batch * stride_b_k + kv_head * stride_h_k) * 8 + clip_row * stride_m_k
-    p_v += (batch * stride_b_v + kv_head * stride_h_v) * 8 + clip_row * stride_m_v
+    p_k += (batch * stride_b_k + kv_head * stride_h_k) * 8 + clip_key * stride_m_k
+    p_v += (batch * stride_b_v + kv_head * stride_h_v) * 8 + clip_key * stride_m_v
 
     o_m = tl.arange(0, BM)
     o_n = tl.arange(0, BN)
@@ -203,15 +191,12 @@ def frame_attention_fwd_kernel(
         b_acc, b_max, b_sum = softmax_step(b_s, b_top, b_v, b_acc, b_max, b_sum, scale_log2, PRECISION)
 
     # The masked segments follow the bare ones.
-    first_group = tl.load(p_segment + HEADER_FIRST_GROUP)
-    end_group = tl.load(p_segment + HEADER_END_GROUP)
     num_segments = tl.load(p_segment)
     p_segment += HEADER_CELLS
     for _ in range(num_segments):
         segment_start = tl.load(p_segment)
         segment_end = tl.load(p_segment + 1)
-        p_segment += SEGMENT_CELLS
-        b_lo, b_hi = row_bounds(p_groups, first_group, end_group, row_start + o_m, segment_start, segment_end)
+        b_lo, b_hi, p_segment = row_bounds(p_segment, row_start + o_m)
         for block in tl.range(segment_start, segment_end, BN, num_stages=2):
             o_key = block + o_n
             m_n = o_key < segment_end
@@ -227,10 +212,10 @@ def frame_attention_fwd_kernel(
     m_m = row_start + o_m < tl.load(p_segment + 1)
     b_any = b_sum > 0.0
     b_sum = tl.where(b_any, b_sum, 1.0)
-    row = batch * num_tokens + clip_row + row_start
+    row = batch * num_queries + clip_row + row_start
     stride_out = num_heads * D
     store_parts(p_out + row * stride_out + head * D, o_m, stride_out, m_m, b_acc, (1.0 / b_sum)[:, None], PARTS, D)
-    p_lse += (batch * num_heads + head) * num_tokens + clip_row + row_start
+    p_lse += (batch * num_heads + head) * num_queries + clip_row + row_start
     tl.store(p_lse + o_m, tl.where(b_any, (b_max + tl.log2(b_sum)) * LN2, float("-inf")), mask=m_m)
 
 
@@ -255,9 +240,9 @@ def options(plan: Plan, q: Tensor) -> dict:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan, scale: float) -> None:
-    """q [B, L, H, D], k, v [B, L, H_kv, D] with strides in whole steps of 8 elements; writes out [B, L, H, D] and lse
+    """q [B, L, H, D], k, v [B, M, H_kv, D] with strides in whole steps of 8 elements; writes out [B, L, H, D] and lse
     fp32 [B, H, L], both contiguous."""
-    batch, tokens, heads, dim = q.shape
+    batch, queries, heads, dim = q.shape
     frame_attention_fwd_kernel[(plan.num_tiles * plan.repeats * heads, batch)](
         q,
         k,
@@ -266,7 +251,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Pla
         lse,
         plan.data,
         scale * LOG2E.value,
-        tokens,
+        queries,
+        k.shape[1],
         heads,
         plan.num_tiles,
         plan.repeats,

@@ -28,7 +28,7 @@ def refusals(q: Tensor, k: Tensor, v: Tensor, mask) -> list[str]:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask, scale: float) -> tuple[Tensor, Tensor]:
-    """q [B, L, h, d], k, v [B, L, h_kv, d] -> out [B, L, h, d], lse fp32 [B, h, L]; both differentiable. B is 1 unless
+    """q [B, L, h, d], k, v [B, M, h_kv, d] -> out [B, L, h, d], lse fp32 [B, h, L]; both differentiable. B is 1 unless
     the mask has one clip."""
     if scale <= 0:  # the kernels take the maximum before they scale
         q, scale = q * scale, 1.0
@@ -38,7 +38,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask, scale: float) -> tuple[Tens
 def plans(q: Tensor, mask) -> dict[str, Plan]:
     """The plans that attention over q [.., h, d] with this mask uses, by pass: their tile sizes and the pairs they
     compute."""
-    return {name: plan_for(name, mask.pattern, mask.repeats, q.device, q.dtype, *q.shape[-2:]) for name in PASSES}
+    given = mask.pattern, mask.repeats, q.device, q.dtype, *q.shape[-2:], mask.num_keys
+    return {name: plan_for(name, *given) for name in PASSES}
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, frames: Tensor, repeats: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -51,7 +52,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, frames: Tensor, repeats: int, scal
     if out.numel():
         q, k, v = (_addressable(x) for x in (q, k, v))
         with _on_device(q):
-            plan = plan_for("forward", frames, repeats, q.device, q.dtype, heads, head_dim)
+            plan = plan_for("forward", frames, repeats, q.device, q.dtype, heads, head_dim, k.shape[1])
             triton_fwd.forward(q, k, v, out, lse, plan, scale)
     return out, lse
 
@@ -72,13 +73,15 @@ def _backward(
         inputs = (dout, torch.zeros_like(lse) if dlse is None else dlse, q, k, v, out, lse)
         parts = [_backward(*part, frames, repeats, scale) for part in _in_parts(*inputs)]
         return tuple(torch.cat(results) for results in zip(*parts))
+    if not q.shape[1]:  # nobody asks
+        return tuple(x.new_zeros(x.shape) for x in (q, k, v))
     gradients = tuple(x.new_empty(x.shape) for x in (q, k, v))
     if out.numel():
         dout, q, k, v = (_addressable(x) for x in (dout, q, k, v))
         dlse = None if dlse is None else dlse.contiguous()
         with _on_device(q):
             row_plan, key_plan = (
-                plan_for(name, frames, repeats, q.device, q.dtype, *q.shape[2:]) for name in ("dq", "dkv")
+                plan_for(name, frames, repeats, q.device, q.dtype, *q.shape[2:], k.shape[1]) for name in ("dq", "dkv")
             )
             triton_bwd.backward(
                 dout, dlse, q, k, v, out.contiguous(), lse.contiguous(), *gradients, row_plan, key_plan, scale

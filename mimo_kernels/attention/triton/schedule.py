@@ -130,7 +130,7 @@ def architecture(device: torch.device) -> int:
 class Plan(NamedTuple):
     """A schedule on the device, and what a launch has to say about it.
 
-    data: int32, tiles, groups and segments as csrc/plan.cpp writes them, for one of `repeats` clips that are alike.
+    data: int32, tiles and segments as csrc/plan.cpp writes them, for one of `repeats` clips that are alike.
     executed_pairs: query-key pairs the matrix units compute per head, all clips together, tile padding included.
     """
 
@@ -153,16 +153,18 @@ def plan_for(
     dtype: torch.dtype,
     heads: int,
     head_dim: int,
+    num_keys: int | None = None,
 ) -> Plan:
-    """The plan of a pass for `repeats` clips with this table of groups (FrameMask.pattern). Made and uploaded once per
-    table, device and tile size: it is kept with the table, so that all layers and the backward share it, and goes away
-    with it. How it gets to the device, see core/device_copies.py."""
+    """The plan of a pass for `repeats` clips with this table of groups (FrameMask.pattern) and `num_keys` keys in all;
+    None: as many as rows. Made and uploaded once per table, device and tile size: it is kept with the table, so that
+    all layers and the backward share it, and goes away with it. How it gets to the device, see
+    core/device_copies.py."""
     plans = _plans[frames]
-    key = (name, repeats, device, dtype, heads, head_dim)
+    key = (name, repeats, device, dtype, heads, head_dim, num_keys)
     made = plans.get(key)
     if made is None:
         choices = configs(name, architecture(device), dtype, head_dim)
-        made = plans[key] = make_plan(plans, name, frames, repeats, device, heads, choices)
+        made = plans[key] = make_plan(plans, name, frames, repeats, device, heads, choices, num_keys)
     plan, cells = made
     cells.on(device)  # orders this stream behind the upload
     return plan
@@ -176,19 +178,21 @@ def make_plan(
     device: torch.device,
     heads: int,
     choices: tuple[Config, ...],
+    num_keys: int | None = None,
 ) -> tuple[Plan, DeviceCopies]:
     """The choice that computes the fewest pairs, weighed by their cost. Schedules are kept in `plans` too: passes with
     the same tiles share them."""
     kind = "plan_keys" if name == "dkv" else "plan_rows"
     band_rows, scheduled = max(1, BAND_ROWS // heads), []
+    clip_keys = -1 if num_keys is None else num_keys // repeats
     for config in choices:
-        key = (kind, config.tile, config.block, band_rows)
+        key = (kind, config.tile, config.block, band_rows, num_keys)
         if key not in plans:
-            cells, *facts = getattr(extension(), kind)(frames.numpy(), config.tile, config.block, band_rows)
+            cells, *facts = getattr(extension(), kind)(frames.numpy(), config.tile, config.block, band_rows, clip_keys)
             with torch.inference_mode(False):
                 cells = DeviceCopies("the schedules of this mask", torch.frombuffer(cells, dtype=torch.int32))
             plans[key] = cells, *facts
         scheduled.append((config, plans[key]))
     config, (cells, num_tiles, executed, rows) = min(scheduled, key=lambda choice: choice[0].cost * choice[1][2])
-    band = max(1, min(repeats, band_rows // rows))
+    band = max(1, min(repeats, band_rows // max(1, rows)))
     return Plan(config, *cells.on(device), num_tiles, repeats, band, executed * repeats), cells
