@@ -71,8 +71,8 @@ class FrameMask:
     def num_tokens(self) -> int:
         if self.num_queries != self.num_keys:
             raise ValueError(
-                f"num_tokens: this mask has {self.num_queries} queries and {self.num_keys} keys; expected as many of both"
-                " (num_queries and num_keys tell them apart)"
+                f"num_tokens: this mask has {self.num_queries} queries and {self.num_keys} keys; expected as many of"
+                " both (num_queries and num_keys tell them apart)"
             )
         return self.num_queries
 

@@ -52,8 +52,9 @@ def input_refusals(dtype: torch.dtype, head_dim: int) -> list[str]:
 def mask_refusals(mask) -> list[str]:
     """Why the kernels cannot serve a mask."""
     reasons = []
-    if mask.num_queries != mask.num_keys or mask.clip_lens != mask.key_lens:
-        reasons.append(f"the mask has {mask.num_queries} queries and {mask.num_keys} keys, expected as many in each clip")
+    if mask.clip_lens != mask.key_lens:
+        found = f"{mask.num_queries} queries and {mask.num_keys} keys"
+        reasons.append(f"the mask has {found}, expected as many of both in each clip")
     intervals = (mask.frames.shape[1] - KEYS) // 2
     if intervals > INTERVALS:
         reasons.append(f"a row of the mask sees {intervals} intervals of keys, expected at most {INTERVALS}")

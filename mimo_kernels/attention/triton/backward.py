@@ -32,7 +32,6 @@ from mimo_kernels.attention.triton.layout import (
     ROW_SEGMENT_KEYS,
     SEGMENT_CELLS,
     TILE_BARE_BLOCKS,
-    TILE_CELLS,
     TILE_END,
     TILE_SEGMENTS,
 )
