@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
-from mimo import presets, records
+from mimo import presets, records, stages
 from mimo.recipes import RECIPES
 
 
@@ -346,6 +346,8 @@ class TrainConfig(_Record):
         weight_decay: AdamW's.
         grad_clip: largest global gradient norm.
         ema_decay: decay of the weight average that samples are drawn from, once it is warm (mimo.training.average).
+        stages: a curriculum, a word UNTIL:FRAMESxHEIGHTxWIDTH per stage: until that step clips have this shape in
+            pixels, behind the last stage that of the network (VideoMAR; see mimo.stages).
         unmasked_steps: the last steps of training drop no history tokens (the paper's fine-tuning for high ratios).
         precision: "bf16" (autocast, fp32 weights), "fp32", or "fp8": bf16 with the blocks' projections in float8
             (mimo.network.fp8; ask benchmarks/fp8_check.py before).
@@ -381,6 +383,7 @@ class TrainConfig(_Record):
     weight_decay: float = 0.001
     grad_clip: float = 1.0
     ema_decay: float = 0.999
+    stages: tuple[str, ...] = ()
     unmasked_steps: int = 0
     precision: Literal["bf16", "fp32", "fp8"] = "bf16"
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
@@ -408,6 +411,7 @@ class TrainConfig(_Record):
         sharded = self.strategy == "fsdp" or not self.cpu_offload
         _require(sharded, "cpu_offload", self.cpu_offload, "False unless strategy is 'fsdp'")
         _require(self.ema_decay < 1, "ema_decay", self.ema_decay, "less than 1")
+        stages.parse_stages(self.stages)
         _require_workers(self.workers)
         unit = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         _require(unit, "betas", self.betas, "two numbers in [0, 1)")

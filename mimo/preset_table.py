@@ -10,6 +10,7 @@ import torch
 
 from mimo.config import PRESETS, MiMoConfig, SampleConfig, TrainConfig
 from mimo.network.network import TRAINING_ONLY, MiMo
+from mimo.stages import parse_stages
 
 HEADING = """# Presets
 
@@ -35,6 +36,7 @@ def rows(name: str) -> dict[str, str]:
     if model.num_actions:
         guidance["action"] = guidance.pop("class")
     told = {"classes": model.num_classes, "actions": model.num_actions, "wide text features": model.text_dim}
+    stages = parse_stages(train.stages)
     masks = f", {sample.mask_steps} mask steps" if model.token_depth else ""
     alignment = f"{model.repa_frames}, layer {model.repa_layer}, weight {model.repa_weight:g}, {model.repa_encoder}"
     rope = f"theta {model.rope_theta:g}, {' '.join(map(str, model.rope_split or ['a third each']))}"
@@ -57,6 +59,7 @@ def rows(name: str) -> dict[str, str]:
         "Guidance": ", ".join(f"{kind} {w:g}" for kind, w in guidance.items() if w != 1) or "none",
         "Context, frames": f"{sample.context_frames}, {sample.num_frames}",
         "Training steps": f"{train.steps:,}",
+        "Stages before": ", ".join(f"{s.frames} x {s.height} x {s.width} until {s.until:,}" for s in stages) or "none",
         "Batch size": str(train.batch_size),
         "AdamW betas": "{:g}, {:g}".format(*train.betas),
         "Weight decay": f"{train.weight_decay:g}",

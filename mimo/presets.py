@@ -113,7 +113,8 @@ TINY_TRAINING = {"batch_size": 4, "steps": 1000, "lr": 5e-3, "warmup": 30, "ema_
     "preview_every": 100,
 }
 
-# Steps, batch and warm-up are not said; EMA, clipping and the constant rate are those of MAR's published code.
+# Steps, batch, warm-up and how long a stage takes are not said; EMA, clipping and the constant rate are those of MAR's
+# published code.
 VIDEOMAR_TRAINING = {"batch_size": 256, "steps": 300_000, "lr": 1e-4, "lr_schedule": "constant"} | {
     "betas": (0.9, 0.95),
     "weight_decay": 0.02,
@@ -129,6 +130,8 @@ MAGI_TRAINING = {"lr_schedule": "constant", "betas": (0.9, 0.95), "weight_decay"
 }
 MAGI_K600_TRAINING = MAGI_TRAINING | {"batch_size": 256, "steps": 150 * 480_000 // 256, "lr": 1e-4}
 MAGI_UCF101_TRAINING = MAGI_TRAINING | {"batch_size": 128, "steps": 1400 * 13_320 // 128, "lr": 5e-5}
+
+SHORT_TO_LONG = {"stages": ("100000:5x256x256", "200000:13x256x256")}
 
 K600_SAMPLING = {"sampler": "ddim", "steps": 50, "history_guidance": 1.05, "context_frames": 2, "num_frames": 5}
 UCF101_SAMPLING = {"sampler": "euler", "steps": 50, "num_frames": 16}
@@ -202,7 +205,7 @@ PRESETS: dict[str, tuple[dict[str, Any], ...]] = {  # name: network, training, s
         MAGI_SAMPLING | {"num_frames": 5},
     ),
     "magi-tiny": (TINY | MAGI_TINY, TINY_TRAINING | {"lr": 2e-3}, MAGI_TINY_SAMPLING),
-    "videomar-256": (VIDEOMAR | VIDEOMAR_256, VIDEOMAR_TRAINING, VIDEOMAR_SAMPLING),
+    "videomar-256": (VIDEOMAR | VIDEOMAR_256, VIDEOMAR_TRAINING | SHORT_TO_LONG, VIDEOMAR_SAMPLING),
     "videomar-480": (VIDEOMAR | VIDEOMAR_480, VIDEOMAR_TRAINING, VIDEOMAR_SAMPLING),
     "videomar-tiny": (TINY | VIDEOMAR_TINY, TINY_TRAINING | {"lr": 2e-3}, VIDEOMAR_TINY_SAMPLING),
 }

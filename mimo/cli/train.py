@@ -11,6 +11,7 @@ from mimo.cli.options import Clips, Device, Preset, changed, clip_options, find_
 from mimo.cli.parser import HELP, find_preset, given
 from mimo.config import MiMoConfig, SampleConfig, TrainConfig
 from mimo.errors import InputError, user_input
+from mimo.stages import parse_stages
 
 
 @dataclass(kw_only=True)
@@ -149,6 +150,9 @@ class Train(Clips):
         options = clip_options(config) | {"interval": train_config.interval, "flip": train_config.flip}
         with world.together():
             device, dataset = find_device(self.device), self.open(encoded=True, **options)
+            listed = parse_stages(train_config.stages)
+            shapes = ({"num_frames": s.frames, "height": s.height, "width": s.width} for s in listed)
+            stages = [self.open(**options | shape) for shape in shapes]
         ignore = [name for name in ("labels", "actions") if getattr(self, f"ignore_{name}")]
         trainer = user_input(
             Trainer,
@@ -156,6 +160,7 @@ class Train(Clips):
             train_config,
             self.sample,
             dataset,
+            stages=stages,
             tokenizer_weights=self.tokenizer_weights,
             trust_pickle=self.trust_pickle,
             encoder_weights=self.encoder_weights,

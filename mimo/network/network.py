@@ -132,6 +132,19 @@ class MiMo(nn.Module, Pretrained):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
+    def reshape(self, config: MiMoConfig) -> None:
+        """From here on the same weights for clips of another shape: config.frames, height and width. ValueError where a
+        weight belongs to a place or a time."""
+        fixed = "positions" if config.positions == "learned" else "learned_places" if config.learned_places else None
+        if fixed and config.latent_shape != self.config.latent_shape:
+            found = "{} x {} x {}".format(*config.latent_shape)
+            raise ValueError(
+                f"{fixed}={getattr(config, fixed)!r}: expected no other shape of clips, {found} is asked for"
+            )
+        self.config = config
+        if self.decoder is not None:
+            self.decoder.config = config
+
     def forward(self, batch: FrameBatch, *, reconstruct: bool = True, taps: Sequence[Tap] = ()) -> MiMoOutput:
         """Velocity of every frame that is not clean, the reconstruction of masked clean frames, and features.
 

@@ -14,11 +14,12 @@ from mimo.errors import InputError
 from mimo.network.network import TRAINING_ONLY, MiMo
 from mimo.run_state import KINDS, check_configs, read_run_state
 from mimo.runtime import best_device, config_tokenizer, recorded_tokenizer
+from mimo.stages import stage_at, stage_config
 from mimo.tokenizers.protocols import Tokenizer
 from mimo.tokenizers.weights import checksum
 
-# The folder, its configurations, and its tensors without those of some names.
-Described = tuple[Path, dict[str, Any], Callable[[set[str]], dict[str, Tensor]]]
+# The folder, its configurations, its steps of training, and its tensors without those of some names.
+Described = tuple[Path, dict[str, Any], int | None, Callable[[set[str]], dict[str, Tensor]]]
 
 
 @dataclass
@@ -49,7 +50,7 @@ def load(
             Weights with another checksum than those of training are refused.
         trust_pickle: see `build_tokenizer`.
     """
-    folder, configs, read = _exported(path, weights) if pretrained.is_export(path) else _of_run(path, weights)
+    folder, configs, step, read = _exported(path, weights) if pretrained.is_export(path) else _of_run(path, weights)
     model_config, train_config, sample_config = (kind.from_dict(configs[part]) for part, kind in KINDS.items())
     try:
         with torch.device("meta"):  # drawing weights and throwing them away takes longer than reading them
@@ -63,6 +64,8 @@ def load(
     device = device or best_device()
     recorded = recorded_tokenizer(configs)
     tokenizer = _load_tokenizer(folder, model_config, recorded, tokenizer_weights, trust_pickle)
+    stage = None if step is None else stage_at(train_config, step - 1)  # of the latest step
+    model.reshape(stage_config(model_config, stage, tokenizer))
     return Loaded(
         model.to(device).requires_grad_(False).eval(), tokenizer.to(device), train_config, sample_config, folder
     )
@@ -73,7 +76,12 @@ def _of_run(path: Path, weights: str) -> Described:
     for reason in passed_over:
         print(f"passed over: {reason}")
     state = read_run_state(folder)
-    return folder, state["configs"], lambda skip: checkpoint.read_tensors(folder, weights, state, skip=skip)
+    return (
+        folder,
+        state["configs"],
+        state["step"],
+        lambda skip: checkpoint.read_tensors(folder, weights, state, skip=skip),
+    )
 
 
 def _exported(folder: Path, weights: str) -> Described:
@@ -84,7 +92,7 @@ def _exported(folder: Path, weights: str) -> Described:
         what = "; expected a folder that `mimo export` wrote of a training run"
         raise InputError(f"{source}: configs has no {missing[0]}{what}")
     check_configs(record.configs, str(source))
-    return folder, record.configs, lambda skip: pretrained.read_tensors(folder, skip=skip)
+    return folder, record.configs, record.step, lambda skip: pretrained.read_tensors(folder, skip=skip)
 
 
 def round_weights(model: MiMo) -> None:

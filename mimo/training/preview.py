@@ -34,12 +34,14 @@ class Preview:
 
     def _write(self, trainer: Trainer, averaged: MiMo) -> list[Path]:
         # Another seed, so that the clips are cut differently than in training.
-        batch = next(batches(trainer.dataset, self.batch_size, seed=trainer.config.seed + 1))
+        batch = next(batches(trainer.clips, self.batch_size, seed=trainer.config.seed + 1))
         clips = batch["latents"] if "latents" in batch else batch["video"]
+        frames = trainer.shape.frames  # of the stage that training is in
+        config = replace(self.config, num_frames=frames, context_frames=min(self.config.context_frames, frames - 1))
         videos = generate(
-            Sampler(averaged, self.config),
+            Sampler(averaged, config),
             tokenizer=trainer.tokenizer,
-            context=clips if self.config.context_frames else None,
+            context=clips if config.context_frames else None,
             labels=batch["label"] if trainer.model_config.num_classes else None,
             actions=batch["actions"] if trainer.model_config.num_actions else None,
             intervals=batch["interval"] if trainer.model_config.max_interval else None,

@@ -6,7 +6,7 @@ same numbers and use their own part: how a global batch is split changes nothing
 """
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from mimo.errors import InputError
 from mimo.network.fp8 import use_float8
 from mimo.network.network import MiMo
 from mimo.recipes import build_recipe
-from mimo.recipes.base import Objective, step_generator
+from mimo.recipes.base import Objective, Recipe, step_generator
 from mimo.run_state import read_run_state
 from mimo.runtime import autocast, best_device, config_encoder, config_tokenizer, to_features, to_latents
+from mimo.stages import Stage, parse_stages, stage_at, stage_config
 from mimo.tokenizers.protocols import require_posterior
 from mimo.tokenizers.weights import checksum
 from mimo.training.average import EMA
@@ -38,6 +39,7 @@ class Trainer:
 
     Args:
         dataset: any of mimo.data; its samples have the shape model_config.video_shape, or were encoded from such clips.
+        stages: the datasets of config.stages, which differ from `dataset` in the shape of their samples alone.
         tokenizer_weights, trust_pickle: see `config_tokenizer`. Checkpoints remember where the weights lay, and their
             checksum.
         encoder_weights: the folder of the encoder that a network with repa_weight > 0 is aligned with; not needed where
@@ -56,6 +58,7 @@ class Trainer:
         sample_config: SampleConfig,
         dataset: Clips,
         *,
+        stages: Sequence[Clips] = (),
         tokenizer_weights: str | Path | None = None,
         trust_pickle: bool = False,
         encoder_weights: str | Path | None = None,
@@ -69,6 +72,7 @@ class Trainer:
         with self.world.together():
             check_places(dataset, model_config, ignore)
             self._prepare(tokenizer_weights, trust_pickle, compile)
+            self._prepare_stages(stages)
             self._prepare_encoder(encoder_weights)
         self.configs["told"] = told or {}
         strategy = "ddp" if self.world.size > 1 else "none"
@@ -94,6 +98,7 @@ class Trainer:
             fused=True,  # the one that can leave out a step on the device's word; see `train_step`
         )
         self.step = 0
+        self._enter_stage()
         self.sums = Sums(self.device, self.world, train_config.max_skipped)
         self.waited = 0.0  # seconds in which this process waited for data, since the last record
 
@@ -136,8 +141,36 @@ class Trainer:
         if compile:  # the device's half of the network; the host's half plans each batch
             setattr(self.model, "compute", torch.compile(self.model.compute, fullgraph=True))  # noqa: B010 (a method)
         self.tokenizer.to(self.device)
+        self.recipe = self._build_recipe(model_config)
+
+    def _build_recipe(self, model_config: MiMoConfig) -> Recipe:
+        config = self.config
         unmasked_from = config.steps - config.unmasked_steps if config.unmasked_steps else None
-        self.recipe = build_recipe(model_config, unmasked_from=unmasked_from)
+        return build_recipe(model_config, unmasked_from=unmasked_from)
+
+    def _prepare_stages(self, datasets: Sequence[Clips]) -> None:
+        """The network's configuration and the dataset of every stage, and of what follows them."""
+        listed = parse_stages(self.config.stages)
+        if len(datasets) != len(listed):
+            raise ValueError(f"{len(datasets)} datasets of stages: expected {len(listed)}, as stages has so many words")
+        self.stages: dict[Stage | None, tuple[MiMoConfig, Clips]] = {None: (self.model_config, self.dataset)}
+        for stage, dataset in zip(listed, datasets, strict=True):
+            if isinstance(dataset, LatentShards):
+                raise InputError(f"stages={stage.text!r}: expected videos, {dataset!r} holds latents of one shape")
+            self.stages[stage] = stage_config(self.model_config, stage, self.tokenizer), dataset
+            self.model.reshape(self.stages[stage][0])
+        self.model.reshape(self.model_config)
+        self.stage: Stage | None = None  # of the current step
+        self.shape, self.clips = self.stages[None]
+
+    def _enter_stage(self) -> None:
+        """Network, objective and clips in the shape of the current step."""
+        stage = stage_at(self.config, self.step)
+        if stage == self.stage:
+            return
+        self.stage, (self.shape, self.clips) = stage, self.stages[stage]
+        self.model.reshape(self.shape)
+        self.recipe = self.objective.recipe = self._build_recipe(self.shape)
 
     def _prepare_encoder(self, weights: str | Path | None) -> None:
         """What hidden states are aligned with: features that the dataset holds, or an encoder beside the network."""
@@ -145,6 +178,8 @@ class Trainer:
         if isinstance(dataset, LatentShards) and config.repa_weight > 0:
             stored = dataset.read_features(config.repa_encoder, config.repa_channels)
         self.encoder = None if stored and weights is None else config_encoder(config, weights)
+        for shape, _ in self.stages.values() if self.encoder is not None else ():
+            self.encoder.grid(*shape.video_shape)
         if config.repa_weight == 0:
             return
         sha256 = stored if self.encoder is None else checksum(self.encoder)
@@ -156,9 +191,10 @@ class Trainer:
         self.encoder = None if stored or self.encoder is None else self.encoder.to(self.device)
 
     def start_data(self) -> None:
-        """Begin, or after `load` begin again, at the batch of the current step."""
+        """Begin, or after `load` and in a new stage begin again, at the batch of the current step."""
+        self._enter_stage()
         self.stream = batches(
-            self.dataset,
+            self.clips,
             self.micro_batch,
             seed=self.config.seed,
             start_step=self.step * self.config.accumulate,
@@ -171,6 +207,8 @@ class Trainer:
     def fetch(self) -> list[dict[str, Tensor]]:
         """This rank's micro batches of the step, from the loader; InputError if they do not fit the network."""
         start = time.monotonic()
+        if stage_at(self.config, self.step) != self.stage:
+            self.start_data()
         micro_batches = [next(self.stream) for _ in range(self.config.accumulate)]
         self.waited += time.monotonic() - start
         for batch in micro_batches:
@@ -223,7 +261,7 @@ class Trainer:
         if not self.world.leads:
             return None
         with torch.device("meta"):
-            model = MiMo(self.model_config)
+            model = MiMo(self.shape)
         model.load_state_dict(tensors, assign=True)
         return model.requires_grad_(False).eval()
 
