@@ -198,18 +198,23 @@ def candidates(name: str, arch: int, head_dim: int, given: list[Config] | None) 
     # With the head dimension in parts, ptxas would make every product wait for the one before.
     if name == "forward" and given is None and len(split_head_dim(head_dim)) == 1:
         others += [replace(config, ahead=True) for config in others if config.num_warps == 8]
+    if name == "dkv" and given is None:
+        others += [replace(config, masked_stages=2) for config in others]
     return list(dict.fromkeys([*map(plain, present_choices(name, arch, head_dim)), *others]))
 
 
 def label(config: Config) -> str:
-    return "x".join(map(str, astuple(config)[:4])) + "+ahead" * config.ahead
+    masked = f"+masked{config.masked_stages}" * (config.masked_stages != 1)
+    return "x".join(map(str, astuple(config)[:4])) + "+ahead" * config.ahead + masked
 
 
 def parsed(text: str) -> Config:
-    fields = text.removesuffix("+ahead").split("x")
-    if len(fields) != 4 or not all(field.isdigit() and int(field) > 0 for field in fields):
-        raise argparse.ArgumentTypeError(f"{text!r}; expected TILExBLOCKxWARPSxSTAGES[+ahead], such as 128x64x4x3")
-    return Config(*map(int, fields), ahead=text.endswith("+ahead"))
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)x([1-9]\d*)(\+ahead)?(?:\+masked([1-9]))?", text)
+    if match is None:
+        form = "TILExBLOCKxWARPSxSTAGES[+ahead][+maskedSTAGES]"
+        raise argparse.ArgumentTypeError(f"{text!r}; expected {form}, such as 128x64x4x3")
+    *sizes, ahead, masked = match.groups()
+    return Config(*map(int, sizes), ahead=ahead is not None, masked_stages=int(masked or 1))
 
 
 def suggestion(
@@ -253,7 +258,8 @@ def mean(values) -> float:
 
 def written(choices: tuple[Config, ...]) -> str:
     """As in triton_plan.py."""
-    entries = [
-        f"Config({', '.join(map(str, astuple(c)[: 4 + (c.cost != 1.0)]))}{', ahead=True' * c.ahead})" for c in choices
-    ]
+    entries = []
+    for c in choices:
+        more = ", ahead=True" * c.ahead + f", masked_stages={c.masked_stages}" * (c.masked_stages != 1)
+        entries.append(f"Config({', '.join(map(str, astuple(c)[: 4 + (c.cost != 1.0)]))}{more})")
     return f"({', '.join(entries)}{',' * (len(entries) == 1)})"

@@ -5,12 +5,12 @@ checked, and timed on the shapes that matter.
         [--configs 128x64x4x3] [--minutes 9]
     python benchmarks/attn_tune.py --dry-run [--arch 90]        # no GPU: compiles, and prints what each candidate takes
 
-A candidate is TILExBLOCKxWARPSxSTAGES[+ahead], the fields of a Config. Writes attention_tuning.json and .csv under
---out after every pass of every shape, prints the best candidates of each, and last the table rows it suggests. A head
-dim that no shape has is measured on all of them, in place of theirs. TFLOP/s count what a pass has to multiply for the
-allowed pairs at the true head dim: two products forward, three for dQ, four for dK and dV (the benchmark's five for
-both count S and dP once). Needs a GPU; exits with status 2 without one, with 1 if a configured tile is wrong or does
-not run.
+A candidate is TILExBLOCKxWARPSxSTAGES[+ahead][+maskedSTAGES], the fields of a Config. Writes attention_tuning.json and
+.csv under --out after every pass of every shape, prints the best candidates of each, and last the table rows it
+suggests. A head dim that no shape has is measured on all of them, in place of theirs. TFLOP/s count what a pass has to
+multiply for the allowed pairs at the true head dim: two products forward, three for dQ, four for dK and dV (the
+benchmark's five for both count S and dP once). Needs a GPU; exits with status 2 without one, with 1 if a configured
+tile is wrong or does not run.
 """
 
 import argparse

@@ -202,15 +202,19 @@ def frame_attention_dq_kernel(
 
 
 @triton.jit
-def segment_bounds(p_segment, o_row):
-    """Bounds of the keys that rows see in the tile, from a masked segment of plan_keys: rows of up to four groups."""
-    b_lo = tl.zeros_like(o_row) + tl.load(p_segment + ROW_SEGMENT_KEYS)
-    b_hi = tl.zeros_like(o_row) + tl.load(p_segment + ROW_SEGMENT_KEYS + 1)
-    for group in tl.static_range(1, ROW_SEGMENT_GROUPS):
-        reached = o_row >= tl.load(p_segment + ROW_SEGMENT_BEGINS + group - 1)
-        b_lo = tl.where(reached, tl.load(p_segment + ROW_SEGMENT_KEYS + 2 * group), b_lo)
-        b_hi = tl.where(reached, tl.load(p_segment + ROW_SEGMENT_KEYS + 2 * group + 1), b_hi)
-    return b_lo, b_hi
+def segment_bounds(p_segment, o_row, key_start):
+    """Which keys of the tile rows see, from a masked segment of plan_keys: rows of up to four groups. Both in one word,
+    the first of them and, above it, their number: registers are short."""
+    b_both = tl.zeros_like(o_row)
+    for group in tl.static_range(ROW_SEGMENT_GROUPS):
+        start = tl.load(p_segment + ROW_SEGMENT_KEYS + 2 * group)
+        end = tl.load(p_segment + ROW_SEGMENT_KEYS + 2 * group + 1)
+        both = (start - key_start) & 0xFFFF | (end - start) << 16
+        if group:
+            b_both = tl.where(o_row >= tl.load(p_segment + ROW_SEGMENT_BEGINS + group - 1), both, b_both)
+        else:
+            b_both += both
+    return b_both
 
 
 @triton.jit(do_not_specialize=[*VARYING, *(f"{name}_{x}" for name in STRIDES for x in ("q", "k", "v", "dout"))])
@@ -248,6 +252,7 @@ def frame_attention_dkv_kernel(
     BN: tl.constexpr,  # keys
     BM: tl.constexpr,  # rows
     PRECISION: tl.constexpr,
+    MASKED_STAGES: tl.constexpr,
 ):
     num_kv_heads = num_heads // HEADS_PER_KV
     kv_head, p_tile, clip = find_tile(p_plan, num_kv_heads, num_tiles, repeats, band)
@@ -298,20 +303,19 @@ def frame_attention_dkv_kernel(
             p_segment, start, end = next_block(p_segment, start, end, BM, SEGMENT_CELLS)
 
         # Masked blocks, whose segments follow the bare ones, in the same way.
-        o_key = key_start + o_n
         num_blocks = tl.load(p_segment)
         p_segment += HEADER_CELLS
         start = tl.load(p_segment)
         end = tl.load(p_segment + 1)
-        for _ in tl.range(num_blocks, num_stages=1):
+        for _ in tl.range(num_blocks, num_stages=MASKED_STAGES):
             o_row = start + o_m
             m_m = o_row < end
             b_lse, b_delta = unpack_row(tl.load(p_rows + o_row, mask=m_m, other=NO_ROW))
             b_q = load_parts(p_q + start.to(tl.int64) * stride_m_q, o_m, stride_m_q, m_m, PARTS, D)
             b_do = load_parts(p_dout + start.to(tl.int64) * stride_m_dout, o_m, stride_m_dout, m_m, PARTS, D)
             b_st = dot_parts(b_k, b_q, PRECISION)
-            b_lo, b_hi = segment_bounds(p_segment, o_row)
-            b_seen = (o_key[:, None] - b_lo[None, :]).to(tl.uint32) < (b_hi - b_lo).to(tl.uint32)[None, :]
+            b_both = segment_bounds(p_segment, o_row, key_start)
+            b_seen = (o_n[:, None] - (b_both & 0xFFFF)[None, :]).to(tl.uint32) < (b_both >> 16).to(tl.uint32)[None, :]
             b_pt = tl.where(b_seen, tl.exp2(b_st * scale_log2 - b_lse[None, :]), 0.0)
             b_dpt = dot_parts(b_v, b_do, PRECISION)
             b_dst = b_pt * (b_dpt - b_delta[None, :])
@@ -364,9 +368,9 @@ def backward(
         num_warps=4,
         enable_fp_fusion=True,
     )
-    for kernel, plan, gradients, tile, block in (
-        (frame_attention_dkv_kernel, key_plan, (dk, dv), "BN", "BM"),
-        (frame_attention_dq_kernel, row_plan, (dq,), "BM", "BN"),
+    for kernel, plan, gradients, tile, block, more in (
+        (frame_attention_dkv_kernel, key_plan, (dk, dv), "BN", "BM", {"MASKED_STAGES": key_plan.config.masked_stages}),
+        (frame_attention_dq_kernel, row_plan, (dq,), "BM", "BN", {}),
     ):
         if not plan.num_tiles:  # no keys at all
             continue
@@ -390,5 +394,6 @@ def backward(
             PARTS=split_head_dim(dim),
             HEADS_PER_KV=heads // k.shape[2],
             **{tile: plan.config.tile, block: plan.config.block},
+            **more,
             **options(plan, q),
         )

@@ -20,7 +20,8 @@ BAND_ROWS = 32768
 @dataclass(frozen=True)
 class Config:
     """tile: rows (dK/dV: keys) of a program; block: keys (dK/dV: rows) of one step; cost: time per query-key pair
-    relative to the other choices; ahead: the forward multiplies one block ahead of its softmax."""
+    relative to the other choices; ahead: the forward multiplies one block ahead of its softmax; masked_stages: of the
+    masked blocks of dK/dV, whose loop holds more values than that of the bare ones."""
 
     tile: int
     block: int
@@ -28,6 +29,7 @@ class Config:
     num_stages: int
     cost: float = 1.0
     ahead: bool = False
+    masked_stages: int = 1
 
 
 # Pass -> up to this many channels (the padded head dimension) -> the choices for a mask: the one whose schedule
@@ -73,9 +75,9 @@ SM90 = {
     # Two sums of 64 keys x 256 channels do not fit in registers beside the rest: the last entry does without wgmma,
     # which wants 64 keys.
     "dkv": {
-        80: (Config(128, 64, 8, 3),),
-        128: (Config(128, 32, 8, 3),),
-        192: (Config(64, 16, 8, 2),),
+        80: (Config(128, 64, 8, 3, masked_stages=2),),
+        128: (Config(128, 32, 8, 3, masked_stages=2),),
+        192: (Config(64, 16, 8, 2, masked_stages=2),),
         256: (Config(32, 32, 8, 1),),
     },
 }
