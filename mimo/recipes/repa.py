@@ -62,7 +62,7 @@ class Alignment:
         features: Tensor | None,
         shape: tuple[int, int, int, int],
     ) -> Tensor:
-        """The mean over the kinds of `hidden`, fp32 scalar.
+        """The mean over the kinds of `hidden`, a scalar in fp32, or in fp64 of fp64 rows.
 
         Args:
             projection: [rows, D] -> [rows, E].
@@ -84,11 +84,11 @@ class Alignment:
             kept = keep if kind == "clean" else None
             z = self._placed(projection(rows), kept, shape)
             with torch.autocast(z.device.type, enabled=False):  # a bf16 product would round what is compared
-                z, weight = resized(z.float(), grid), None
+                z, weight = resized(z.to(torch.promote_types(z.dtype, torch.float32)), grid), None
                 if kept is not None:
                     frame = z.new_zeros(shape[0], shape[2] * shape[3]).scatter(1, kept, 1.0)
                     weight = resized(frame.view(shape[0], 1, *shape[2:], 1), (1, *grid[1:])).squeeze(-1)
-                losses.append(cosine_distance(z, features.float(), weight))
+                losses.append(cosine_distance(z, features.to(z.dtype), weight))
         return torch.stack(losses).mean()
 
     def _placed(self, rows: Tensor, keep: Tensor | None, shape: tuple[int, int, int, int]) -> Tensor:
@@ -119,7 +119,7 @@ def resized(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
     """[B, T, H, W, E] -> [B, *grid, E], linearly along each axis."""
     for axis, size in enumerate(grid, start=1):
         if (found := x.shape[axis]) != size:
-            matrix = interpolation(found, size, x.device)
+            matrix = interpolation(found, size, x.device).to(x.dtype)
             x = (matrix @ x.flatten(axis + 1).flatten(0, axis - 1)).view(*x.shape[:axis], size, *x.shape[axis + 1 :])
     return x
 

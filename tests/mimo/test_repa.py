@@ -150,6 +150,37 @@ def test_a_clip_of_which_nothing_is_seen_has_no_loss():
     assert found.item() == 0 and not rows.grad.any()
 
 
+@pytest.mark.parametrize("keep", [None, [[0, 2, 3, 5], [1, 2, 4, 5]]], ids=["whole", "masked"])
+def test_the_gradient_is_that_of_finite_differences(keep):
+    alignment, shape = Alignment(config(repa_channels=3)), (CLIPS, FRAMES, HEIGHT, WIDTH)
+    generator = torch.Generator().manual_seed(0)
+    kept = HEIGHT * WIDTH if keep is None else len(keep[0])
+    sizes = (CLIPS * FRAMES * kept, 3), (CLIPS * FRAMES * HEIGHT * WIDTH, 3)
+    rows = [torch.randn(*size, dtype=torch.float64, generator=generator, requires_grad=True) for size in sizes]
+    y, index = features(channels=3).double(), None if keep is None else torch.tensor(keep)
+
+    def loss(clean, noisy):
+        return alignment.loss(lambda rows: rows, {(2, "clean"): clean, (2, "noisy"): noisy}, index, y, shape)
+
+    assert torch.autograd.gradcheck(loss, rows)
+
+
+def test_one_clip_is_aligned():
+    """With features drawn at random on the latent's own grid, by history, which every step sees alike."""
+    torch.manual_seed(0)
+    c = config(**UNMASKED, recipe="acdit", repa_frames="history", repa_hidden=32)
+    model, x, y = MiMo(c), clips(1), torch.randn(1, FRAMES, HEIGHT, WIDTH, E)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    curve = []
+    for step in range(60):
+        parts = loss_of(model, x, step=step, features=y)
+        optimizer.zero_grad()
+        parts.total.backward()
+        optimizer.step()
+        curve.append(parts.alignment.item())
+    assert curve[-1] < 0.1 * curve[0]
+
+
 @pytest.mark.parametrize("kinds", ["history", "future", "both"])
 def test_the_gradient_reaches_the_tapped_layers_and_nothing_behind_them(kinds):
     model = network(repa_frames=kinds)
