@@ -156,7 +156,7 @@ def assert_cached_equals_masked(
 
     def masked(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         shapes[layer] = k
-        return frame_attention(q, k, v, mask, backend=backend)
+        return frame_attention(q, k, v, mask, backend=backend, return_lse=True)[0]
 
     with torch.no_grad():
         expected = _run(model, slice(0, mask.num_tokens), masked)

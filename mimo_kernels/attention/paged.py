@@ -206,7 +206,10 @@ def paged_attention(
     checks.expect_shape(op, "q", q, "S", "N", "heads", k_pages.shape[3])
     checks.expect_dtype(op, "q", q, k_pages.dtype, why="as k_pages")
     checks.expect_device(op, k_pages, q=q, page_table=page_table, lengths=lengths)
-    if k_self is None and v_self is None:
+    if k_self is None or v_self is None:
+        for name, x in (("k_self", k_self), ("v_self", v_self)):
+            if x is not None:
+                checks.refuse(op, name, "is there alone", "k_self and v_self, or neither of them")
         if self_mask is not None:
             checks.refuse(op, "self_mask", "is there without k_self and v_self", "None")
         k_self, v_self = q.new_empty(2, len(q), 0, *k_pages.shape[2:]).unbind()

@@ -56,8 +56,9 @@ def cached_parts(
 def _tables_on_host(tables: Tensor, lengths: Tensor | None, page_size: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Per sequence: page numbers, rows in use, and which bias belongs to each page."""
     if lengths is None:
-        num_pages, *parts = page_tables.parts_of(tables.cpu())
-        return [tuple(part[s, :n] for part in parts) for s, n in enumerate(num_pages.tolist())]
+        parts = page_tables.parts_of(tables.cpu())
+        counts = enumerate(parts.num_pages.tolist())
+        return [(parts.pages[s, :n], parts.rows[s, :n], parts.frames[s, :n]) for s, n in counts]
     found = []
     places = torch.arange(tables.shape[1], device="cpu")
     for pages, length in zip(tables.cpu(), lengths.tolist(), strict=True):
@@ -95,8 +96,9 @@ def forward(q, k_self, v_self, k_pages, v_pages, tables, lengths, bias, mask, sc
         out = out.float()
     for part in cached_parts(k_pages, v_pages, tables, lengths, bias):
         rows, kv_heads = q[part.sequence], part.keys.shape[1]
-        operands = (_by_head(x, kv_heads)[None] for x in (rows, part.keys, part.values))
-        part_out, part_lse = (_by_token(x[0], len(rows)) for x in reference._attend(*operands, None, scale))
+        q_rows, keys, values = (_by_head(x, kv_heads)[None] for x in (rows, part.keys, part.values))
+        attended = reference._attend(q_rows, keys, values, None, scale)
+        part_out, part_lse = (_by_token(x[0], len(rows)) for x in attended)  # [N, H, ...]
         part_lse = part_lse.T if part.bias is None else part_lse.T + part.bias
         s = part.sequence
         both = torch.logaddexp(lse[s], part_lse)  # [H, N]
@@ -122,7 +124,8 @@ def backward(
         delta = (dout.float() * out.float()).sum(-1).transpose(1, 2)  # [S, H, N]
         delta = delta if dlse is None else delta - dlse
         for part in cached_parts(k_pages, v_pages, tables, lengths, bias):
-            dq[part.sequence] += _dq(*(x[part.sequence] for x in (dout, q, lse, delta)), part, scale)
+            s = part.sequence
+            dq[s] += _dq(dout[s], q[s], lse[s], delta[s], part, scale)
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
 

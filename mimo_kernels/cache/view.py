@@ -245,7 +245,7 @@ def _chosen_times(op: str, frames: Times, count: int) -> list[frozenset[int] | N
     """Per sequence the times of the frames that are shown, None for all of them."""
     if frames is None:
         return [None] * count
-    given = list(frames)
+    given: list[Any] = list(frames)
     if not any(some is None or isinstance(some, (Sequence, Tensor)) for some in given):
         given = [given] * count
     elif len(given) != count:

@@ -22,27 +22,50 @@ class Steps:
 class HostileMachine(Machine):
     def __init__(self):
         super().__init__()
-        self.shown = []  # (view, its sequences, the frames of each when it was refreshed)
+        self.shown = []  # [cache, view, its sequences, the times that it shows, the frames of each at its refresh]
+        self.pinned = []  # (cache, view, the frames that it shows for good)
 
     def frames_of(self, seqs):
         return [None if seq not in self.frames else [id(f[3]) for f in self.frames[seq]] for seq in seqs]
+
+    def pages(self) -> int:
+        """With those that a pinned view holds and no sequence has any more."""
+        frames = {id(f[3]): f[1].shape[1] for frames in self.frames.values() for f in frames}
+        frames |= {id(f[3]): f[1].shape[1] for cache, _, held in self.pinned if cache is self.cache for f in held}
+        return sum(-(-tokens // PAGE) for tokens in frames.values())
 
     def check_invariants(self, *arguments, **options):
         Steps.count += 1
         return super().check_invariants(*arguments, **options)
 
-    @rule(data=st.data())
-    def make_view(self, data):
+    @rule(data=st.data(), chosen=st.booleans())
+    def make_view(self, data, chosen):
         if self.frames and len(self.shown) < 6:
             seqs = data.draw(st.lists(st.sampled_from([None, *self.frames]), max_size=3))
-            view = self.cache.view(seqs, max_pages=self.cache.num_pages)
-            self.shown.append([self.cache, view, seqs, self.frames_of(seqs)])
+            times = None
+            if chosen:
+                times = [self.some_times(data, seq) for seq in seqs]
+            view = self.cache.view(seqs, times, max_pages=self.cache.num_pages)
+            self.shown.append([self.cache, view, seqs, times, self.seen_of(seqs, times)])
+
+    def some_times(self, data, seq):
+        times = [] if seq is None else [f[0] for f in self.frames[seq]]
+        return data.draw(st.none() | st.lists(st.sampled_from(times), unique=True) if times else st.none())
+
+    def seen_of(self, seqs, times):
+        """The frames that a view shows, per sequence; None where they cannot be shown any more."""
+        now = self.frames_of(seqs)
+        for place, seq in enumerate(seqs):
+            if times is not None and times[place] is not None and seq in self.frames:
+                seen = [id(f[3]) for f in self.frames[seq] if f[0] in times[place]]
+                now[place] = seen if len(seen) == len(times[place]) else None
+        return now
 
     @rule()
     def look_at_views(self):
-        for cache, view, seqs, frames in self.shown:
+        for cache, view, seqs, times, frames in self.shown:
             current = cache is self.cache and all(
-                seq is None or now == then for seq, now, then in zip(seqs, self.frames_of(seqs), frames)
+                seq is None or now == then for seq, now, then in zip(seqs, self.seen_of(seqs, times), frames)
             )
             if current:
                 self.cache.check_view(view)
@@ -54,13 +77,31 @@ class HostileMachine(Machine):
     def refresh_views(self):
         self.shown = [entry for entry in self.shown if entry[0] is self.cache]
         for entry in self.shown:
-            _, view, seqs, _ = entry
-            if all(seq is None or seq in self.frames for seq in seqs):
+            _, view, seqs, times, _ = entry
+            seen = self.seen_of(seqs, times)
+            if all(seq is None or now is not None for seq, now in zip(seqs, seen)):
                 self.cache.check_view(view.refresh())
-                entry[3] = self.frames_of(seqs)
+                entry[4] = seen
             else:
-                with pytest.raises(ValueError, match="it was freed"):
+                with pytest.raises(ValueError, match="it was freed|is not resident"):
                     view.refresh()
+
+    @rule(data=st.data())
+    def pin_a_view(self, data):
+        if self.frames and len(self.pinned) < 3:
+            seqs = data.draw(st.lists(st.sampled_from([None, *self.frames]), max_size=2))
+            view = self.cache.view(seqs, pinned=True)
+            held = [f for seq in seqs if seq is not None for f in self.frames[seq]]
+            self.pinned.append((self.cache, view, held))
+
+    @rule()
+    def look_at_pinned_views_and_let_one_go(self):
+        for cache, view, held in self.pinned:
+            cache.check_view(view)
+            seen = cache.pool.flatten(2, 3)[:, :, view.rows()]
+            empty = torch.empty(*seen.shape[:1], 0, *seen.shape[3:])
+            assert all(torch.equal(seen[:, i], torch.cat([empty, *(f[i + 1] for f in held)], 1)) for i in (0, 1))
+        del self.pinned[:1]
 
     @rule(tokens=st.integers(1, 9), again=st.booleans())
     def reuse_a_slot(self, tokens, again):

@@ -9,6 +9,7 @@ from mimo_kernels.attention import FrameMask, frame_attention
 from ..kernels.frame_masks import cases, slices, tables
 from ..kernels.test_frame_attention import compare, gradients, tensors
 from ..kernels.test_paged_attention import follow_a_cache
+from ..kernels.test_paged_gradients import any_call
 from .registry import batch, check_examples, fuzzer
 
 MASKS = st.one_of(
@@ -52,6 +53,22 @@ def on_pages(seed: int) -> int:
         nonlocal count
         count += 1
         follow_a_cache(data)
+
+    every()
+    return count
+
+
+@fuzzer("attention-paged-gradients", ci_seeds=0)  # the test that it is made of runs with the others
+def on_pages_with_gradients(seed: int) -> int:
+    count = 0
+
+    @hypothesis.seed(seed)
+    @batch(10)
+    @hypothesis.given(st.data())
+    def every(data):
+        nonlocal count
+        count += 1
+        any_call(data)
 
     every()
     return count

@@ -89,7 +89,7 @@ def any_call(data, backends=BACKENDS) -> None:
         check_call(run, clips, seqs, q, k, v, 1, bias=bias, mask=mask, **options)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(data=st.data())
 def test_everything_at_once(data):
     any_call(data)
@@ -470,7 +470,7 @@ def test_wrong_use_is_named():
         r"self_mask is there without k_self and v_self, expected None$": {
             "k": None, "v": None, "self_mask": FrameMask.block_causal([[5]])
         },
-        r"v_self is a NoneType, expected a torch.Tensor$": {"v": None},
+        r"k_self is there alone, expected k_self and v_self, or neither of them$": {"v": None},
         r"k_pages requires a gradient, expected a constant": {"keys": keys.clone().requires_grad_()},
         r"q has shape \[1, 5, 1, 8\], expected \[S, N, heads, 16\]$": {
             "keys": torch.zeros(3, 4, 1, 16), "values": torch.zeros(3, 4, 1, 16)

@@ -165,24 +165,27 @@ def paged_dq_sum_kernel(
     tl.store(p_dq + o_x, b_dq.to(p_dq.dtype.element_ty), mask=m_x)
 
 
-# As in paged.py: architecture -> channels -> for long and for short frames.
+# As in paged.py: architecture -> channels -> for long and for short frames. fp32 with more than 128 channels spills a
+# few registers; nothing else does.
 SM80 = {
-    96: (Config(64, 64, 8, 2), Config(64, 32, 4, 2)),
+    64: (Config(64, 64, 8, 2), Config(64, 32, 4, 2)),
     128: (Config(64, 32, 8, 2), Config(64, 32, 4, 2)),
-    176: (Config(32, 32, 8, 1),) * 2,
-    256: (Config(32, 32, 8, 1),) * 2,
+    256: (Config(32, 32, 4, 1),) * 2,
 }
-SM90 = {
-    128: (Config(128, 64, 8, 2), Config(64, 64, 4, 2)),
-    256: (Config(64, 32, 8, 2),) * 2,
-}
+SM90 = {128: (Config(128, 64, 8, 2), Config(64, 64, 4, 2)), 256: (Config(64, 32, 8, 2),) * 2}
 HALF = {80: SM80, 90: SM90, 100: SM90, 120: SM80}
-SINGLE = {64: (Config(32, 16, 4, 1),) * 2, 256: (Config(16, 16, 4, 1),) * 2}
+SINGLE = {64: (Config(32, 16, 4, 1),) * 2, 256: (Config(16, 16, 8, 1),) * 2}
+
+
+def parts_for(head_dim: int) -> tuple[int, ...]:
+    """Above 128 channels one part: q, dout and dq in several do not fit in registers beside the rest."""
+    parts = split_head_dim(head_dim)
+    return parts if sum(parts) <= 128 else (256,)
 
 
 def config_for(head_dim: int, itemsize: int, num_rows: int, capability: int) -> Config:
     """As that of the forward."""
-    width = sum(split_head_dim(head_dim))
+    width = sum(parts_for(head_dim))
     table = SINGLE if itemsize == 4 else HALF[max(known for known in HALF if known <= capability)]
     return next(pair for limit, pair in table.items() if width <= limit)[num_rows <= SHORT]
 
@@ -224,7 +227,7 @@ def backward_q(
         HAS_DLSE=dlse is not None,
         SPLITS=splits,
         **pages.constants(),
-        **options(config, head_dim),
+        **options(config, head_dim) | {"PARTS": parts_for(head_dim)},
     )
     if splits > 1:
         paged_dq_sum_kernel[(triton.cdiv(rows, COMBINE_ROWS),)](
