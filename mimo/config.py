@@ -137,6 +137,10 @@ class MiMoConfig(_Record):
             training.
         history_dropout: probability that a future frame sees no history in training; history guidance needs it.
         clean_context: probability that a training frame is clean and told so (FAR, 0.1 there).
+        coarse_stride: distant frames are coarse: one token stands for coarse_stride x coarse_stride of them, through an
+            embedding and projections of its own (FAR-Long, 4 there); 0: the network has no coarse frames.
+        fine_frames: the latest frames that are not coarse, the one being made included (FAR-Long's short-term context
+            window, 16 there); 0 without coarse frames.
         repa_weight: weight of the alignment of hidden states with the features of a frozen video encoder (REPA; 0.5 in
             MiMo's App. E); 0 is none, a network without a projection.
         repa_frames: which frames are aligned: "history" (clean ones), "future" (all others) or "both".
@@ -195,6 +199,8 @@ class MiMoConfig(_Record):
     label_dropout: float = 0.1
     history_dropout: float = 0.0
     clean_context: float = 0.0
+    coarse_stride: int = 0
+    fine_frames: int = 0
     repa_weight: float = 0.0
     repa_frames: Literal["history", "future", "both"] = "both"
     repa_layer: int = 4
@@ -244,6 +250,11 @@ class MiMoConfig(_Record):
         return self.tokens if self.attention == "factorized" else 1
 
     @property
+    def coarse_tokens(self) -> int:
+        """Tokens per coarse frame; 0 where there are none."""
+        return self.tokens // self.coarse_stride**2 if self.coarse_stride else 0
+
+    @property
     def latent_shape(self) -> tuple[int, int, int, int]:
         """Frames, rows, columns and channels of a clip's latents."""
         return self.frames, self.height, self.width, self.channels
@@ -257,6 +268,7 @@ class MiMoConfig(_Record):
         *("decoder_depth", "mask_weight", "num_classes", "num_actions", "max_interval"),
         *("label_dropout", "history_dropout", "clean_context", "repa_weight", "token_depth", "text_dim"),
         "noise_levels",
+        *("coarse_stride", "fine_frames"),
     )
 
     def _check(self) -> None:
@@ -276,6 +288,13 @@ class MiMoConfig(_Record):
             fits = even and sum(split) == self.head_dim
             _require(fits, "rope_split", split, f"three even numbers with the sum {self.head_dim}, or None")
         _require(self.decoder_layer <= self.depth, "decoder_layer", self.decoder_layer, f"1..depth={self.depth}")
+        if (stride := self.coarse_stride) > 0:
+            divides = stride > 1 and not any(side % stride for side in self.grid)
+            _require(divides, "coarse_stride", stride, f"2 or more, dividing {self.grid[0]} x {self.grid[1]} tokens")
+            fits = 1 <= self.fine_frames <= self.frames
+            _require(fits, "fine_frames", self.fine_frames, f"1..frames={self.frames} with coarse_stride={stride}")
+        else:
+            _require(self.fine_frames == 0, "fine_frames", self.fine_frames, "0 when coarse_stride is 0")
         offsets, ratio = self.mask_offsets, self.mask_ratio
         distinct = set(offsets) <= {0, 1, 2} and len(set(offsets)) == len(offsets)
         _require(distinct, "mask_offsets", offsets, "distinct offsets out of 0, 1, 2")

@@ -68,6 +68,11 @@ def rows(name: str) -> dict[str, str]:
         "LR schedule": f"cosine to {train.lr_end:g}" if train.lr_schedule == "cosine" else "constant",
         "Gradient clipping": f"{train.grad_clip:g}",
         "Clean frames": f"{model.clean_context:g}" if model.clean_context else "none",
+        "Coarse frames": (
+            f"{model.coarse_stride} x {model.coarse_stride} tokens in one, before the latest {model.fine_frames} frames"
+            if model.coarse_stride
+            else "none"
+        ),
         "History dropped": f"{model.history_dropout:g}" if model.history_dropout else "none",
         "lambda": f"{model.mask_weight:g}" if decodes else "none",
         "Mask ratios": "{:g} to {:g}".format(*model.mask_ratio) if model.mask_ratio[1] else "none",

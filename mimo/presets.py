@@ -21,6 +21,7 @@ UCF101 = {"frames": 16, "height": 8, "width": 8, "channels": 32, "compression": 
     "parameterization": "flow"
 }
 MINECRAFT = UCF101 | {"frames": 300, "compression": (1, 16, 16), "video_frames": 300, "num_actions": 4}
+DMLAB = MINECRAFT | {"compression": (1, 8, 8)}
 # 24 of the 192 numbers of an 8x8 patch: a little blurred, and little enough to be learnt by a CPU in minutes. A frame
 # has 36 tokens, and a small shape covers one or two: masks as large as the papers' would often hide it altogether.
 TINY = {"depth": 4, "dim": 96, "heads": 4, "decoder_depth": 1, "decoder_layer": 3, "parameterization": "flow"} | {
@@ -40,6 +41,7 @@ ONE_COPY = UNMASKED | {"separate_ln": False}  # there are no clean frames to hav
 DFOT = ONE_COPY | {"recipe": "dfot"}
 FAR = ONE_COPY | {"recipe": "far", "clean_context": 0.1}
 VIDEO_DIT = ONE_COPY | {"recipe": "video_dit"}
+FAR_LONG = FAR | {"recipe": "far_long", "coarse_stride": 4, "fine_frames": 16}  # FAR's Table 8
 # Sec. 3.2 and Table 3: ACDiT and MiMo, aligned with VideoMAE-L behind layer 4 at weight 0.5.
 REPA = {"repa_weight": 0.5, "repa_layer": 4, "repa_frames": "both", "repa_encoder": "videomae", "repa_channels": 1024}
 REPA_HISTORY, REPA_FUTURE = REPA | {"repa_frames": "history"}, REPA | {"repa_frames": "future"}
@@ -48,6 +50,7 @@ REPA_TINY = REPA | {"repa_layer": 2, "repa_encoder": "hog", "repa_channels": 28,
 # FAR's own experiments: sizes of its Table 1; positions are those of its published code.
 FAR_POSITIONS = {"rope_theta": 10_000.0, "rope_split": (16, 24, 24)}
 FAR_B = {"depth": 12, "dim": 768, "heads": 12} | FAR_POSITIONS
+FAR_M = {"depth": 12, "dim": 1024, "heads": 16} | FAR_POSITIONS
 FAR_L = {"depth": 24, "dim": 1024, "heads": 16} | FAR_POSITIONS
 FAR_XL = {"depth": 28, "dim": 1152, "heads": 18} | FAR_POSITIONS
 
@@ -107,6 +110,7 @@ FAR_TRAINING = {"batch_size": 32, "steps": 400_000, "lr": 1e-4, "lr_schedule": "
     "flip": True,
 }
 FAR_ABLATION_TRAINING = FAR_TRAINING | {"steps": 200_000}  # its App. 7.1: half of the steps
+FAR_LONG_TRAINING = FAR_TRAINING | {"steps": 1_000_000, "warmup": 10_000, "interval": 1, "flip": False}
 TINY_TRAINING = {"batch_size": 4, "steps": 1000, "lr": 5e-3, "warmup": 30, "ema_decay": 0.99, "precision": "fp32"} | {
     "log_every": 20,
     "save_every": 100,
@@ -189,6 +193,11 @@ PRESETS: dict[str, tuple[dict[str, Any], ...]] = {  # name: network, training, s
     "far-l-ucf101-uncond": (FAR_L | UCF101 | FAR, FAR_TRAINING, UCF101_SAMPLING),
     "far-xl-ucf101": (FAR_XL | UCF101 | CLASSES | FAR, FAR_TRAINING, UCF101_CLASS_SAMPLING),
     "far-xl-ucf101-uncond": (FAR_XL | UCF101 | FAR, FAR_TRAINING, UCF101_SAMPLING),
+    # Table 5; its other protocol is sampled with --context-frames 36.
+    "far-long-b-dmlab": (FAR_B | DMLAB | FAR_LONG, FAR_LONG_TRAINING, MINECRAFT_SAMPLING),
+    "far-long-m-minecraft": (FAR_M | MINECRAFT | FAR_LONG, FAR_LONG_TRAINING, MINECRAFT_SAMPLING),
+    # 3 x 3 patches of 6 x 6 tokens: 4 tokens per coarse frame, as there.
+    "far-long-tiny": (TINY | FAR_LONG | {"coarse_stride": 3, "fine_frames": 4}, TINY_TRAINING, TINY_SAMPLING),
     # Its Fig. 5, which does not say the size: B, beside far-b-ucf101-uncond.
     "video-dit-b-ucf101-uncond": (FAR_B | UCF101 | VIDEO_DIT, FAR_ABLATION_TRAINING, UCF101_SAMPLING),
     "video-dit-tiny": (TINY | VIDEO_DIT, TINY_TRAINING, TINY_SAMPLING | {"context_frames": 0}),

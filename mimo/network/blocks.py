@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from mimo.config import MiMoConfig
 from mimo.network.cross import CrossAttention, Told
 from mimo.network.fp8 import Projection
-from mimo.network.frames import Part, Tracks
+from mimo.network.frames import Part, Sizes, Tracks
 from mimo_kernels import (
     AxialRoPE,
     FrameMask,
@@ -50,23 +50,46 @@ def attend_tracks(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask, tracks: Trac
     return gather_tokens(out.flatten(1), tracks.to_frames, backend=backend).view_as(out)
 
 
-class Attention(nn.Module):
-    """Multi-head attention with RMS-normalised (unless config.qk_norm is False), rotated queries and keys."""
+def by_size(x: Tensor, sizes: Sizes | None, fine: nn.Module, coarse: nn.Module | None, backend: str) -> Tensor:
+    """x [R, D] -> [R, D'], the coarse rows through a layer of their own. sizes=None: all rows are fine."""
+    if sizes is None:
+        return fine(x)
+    assert coarse is not None, "this network has no coarse frames"  # MiMo has refused them by name
+    few, many = sizes.split(x)
+    return sizes.join(coarse(few), None if many is None else fine(many), backend)
 
-    def __init__(self, config: MiMoConfig, backend: str) -> None:
+
+class Attention(nn.Module):
+    """Multi-head attention with RMS-normalised (unless config.qk_norm is False), rotated queries and keys.
+
+    Args:
+        coarse: coarse rows occur, with projections of their own; "keys": only to queries, keys and values, as nobody
+            reads what they collect.
+    """
+
+    def __init__(self, config: MiMoConfig, backend: str, coarse: Literal["keys"] | bool = False) -> None:
         super().__init__()
         self.heads, self.backend = config.heads, backend
         self.qkv = Projection(config.dim, 3 * config.dim)
+        self.qkv_coarse = Projection(config.dim, 3 * config.dim) if coarse else None
+        self.proj_coarse = Projection(config.dim, config.dim) if coarse is True else None
         self.q_norm = nn.Parameter(torch.ones(config.head_dim)) if config.qk_norm else None
         self.k_norm = nn.Parameter(torch.ones(config.head_dim)) if config.qk_norm else None
         self.proj = Projection(config.dim, config.dim)
 
     def forward(
-        self, y: Tensor, coords: Tensor, rope: AxialRoPE | None, attend: Callable, pages: Pages | None = None
+        self,
+        y: Tensor,
+        coords: Tensor,
+        rope: AxialRoPE | None,
+        attend: Callable,
+        pages: Pages | None = None,
+        sizes: Sizes | None = None,
     ) -> Tensor:
         """y [R, D] -> what the rows collected, before the output projection, [R, D]. Keys and values also go to
         `pages`."""
-        qkv = self.qkv(y).unflatten(-1, (3, self.heads, -1))  # [R, 3, h, d]
+        qkv = by_size(y, sizes, self.qkv, self.qkv_coarse, self.backend)
+        qkv = qkv.unflatten(-1, (3, self.heads, -1))  # [R, 3, h, d]
         given = qkv, self.q_norm, self.k_norm, None if rope is None else coords, rope
         v = qkv[:, 2]
         if pages is not None:
@@ -149,11 +172,20 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, config: MiMoConfig, backend: str, *, modulated: bool, affine1: bool, affine2: bool, cross: bool = False
+        self,
+        config: MiMoConfig,
+        backend: str,
+        *,
+        modulated: bool,
+        affine1: bool,
+        affine2: bool,
+        coarse: Literal["keys"] | bool = False,
+        cross: bool = False,
     ) -> None:
         super().__init__()
+        self.backend = backend
         self.norm1 = Norm(config.dim, backend, modulated=modulated, affine=affine1)
-        self.attention = Attention(config, backend)
+        self.attention = Attention(config, backend, coarse)
         self.norm_cross = Norm(config.dim, backend, modulated=modulated, affine=affine2) if cross else None
         self.cross = CrossAttention(config) if cross else None
         self.norm2 = Norm(config.dim, backend, modulated=modulated, affine=affine2)
@@ -181,6 +213,7 @@ class Block(nn.Module):
         keys_only: bool = False,
         pages: Pages | None = None,
         told: Told | None = None,
+        sizes: Sizes | None = None,
     ) -> tuple[Tensor, Pending | None]:
         """x [R, D] -> x' before the MLP is added, [R, D] or the rows of `out`, and what is pending.
 
@@ -195,15 +228,17 @@ class Block(nn.Module):
             keys_only: no rows out: their keys and values are all that is wanted.
             pages: where keys and values are also written.
             told: what the rows (those of `out`) attend to across, of a block that does.
+            sizes: which rows are coarse; those of `out` are not.
         """
         m1, m2 = modulations or (self.norm1.condition(c), self.norm2.condition(c))
         x, y = self.norm1(x, pending, m1, rows)
-        collected = self.attention(y, coords, rope, attend, pages)
+        collected = self.attention(y, coords, rope, attend, pages, sizes)
         if keys_only:
             return x, None
         if out is not None:
-            collected, x, rows = out.rows(collected), out.rows(x), out.frame_rows
-        pending = Pending(self.attention.proj(collected), m1.gate)
+            collected, x, rows, sizes = out.rows(collected), out.rows(x), out.frame_rows, None
+        branch = by_size(collected, sizes, self.attention.proj, self.attention.proj_coarse, self.backend)
+        pending = Pending(branch, m1.gate)
         if self.cross is not None:
             across = self.norm_cross.condition(c)
             x, y = self.norm_cross(x, pending, across, rows)

@@ -7,7 +7,7 @@ is and how many tokens of it there are:
     noisy     at a timestep, modulated by AdaLN: what the network predicts
     masked    as in the data, but for a learned token at the masked places, which a token head predicts. Nothing
               modulates it: it goes through the norms of clean frames
-    coarse    of `stride` x `stride` tokens in one, far back in time (no network here embeds them yet)
+    coarse    as in the data, `stride` x `stride` tokens in one, far back in time: modulated by AdaLN, not predicted
 
 and the list says which of them see which: `sees` is the name of the FrameMask. From that follow the packed rows, the
 modulation rows, the mask and the coordinates, once per list, on the host, in O(frames); lists of a shape that comes
@@ -19,6 +19,7 @@ again are kept. What changes with every batch are tensors, in FrameBatch: latent
     one copy, "block_causal":       clip 0: clean 0, 1, ..., t-1, masked t;  clip 1: ...                  VideoMAR
     two copies, "teacher_forcing":  clip 0: clean 0, 1, ..., T-1, masked 0, 1, ..., T-1;  clip 1: ...     MAGI, CTF
     one copy, "block_causal":       clip 0: masked 0, 1, ..., T-1;  clip 1: ...                           MAGI, MTF
+    two sizes, "block_causal":      clip 0: coarse 0, ..., L-1, noisy L, ..., T-1;  clip 1: ...           FAR-Long
 
 Letters: B clips, T frames per clip, F frames in all clips, N tokens per frame, k kept tokens per clean frame, R packed
 rows, G rows of modulation, C channels of a token, D width.
@@ -36,7 +37,7 @@ import torch
 from torch import Tensor
 
 from mimo.network.cross import Text
-from mimo_kernels import FrameRows
+from mimo_kernels import FrameRows, gather_tokens
 from mimo_kernels.attention import FrameMask
 from mimo_kernels.core.device_copies import DeviceCopies
 
@@ -92,7 +93,7 @@ class FrameList:
         bounds = {"window": self.window, "sink": self.sink}
         if self.sees == "block_causal":
             mask = FrameMask.block_causal(lens, **bounds)
-            return mask if self.alone is None else _seeing(mask, self._mentioned(self.alone), alone=True)
+            return mask if self.alone is None else seeing(mask, self._mentioned(self.alone), alone=True)
         clean, others = self._once("copies", self._copies)
         drop = self.alone
         if drop is not None:
@@ -102,11 +103,12 @@ class FrameList:
 
     @cached_property
     def blind_mask(self) -> FrameMask:
-        """`mask`, but clean frames see nothing: of a last block, in which nobody reads what they collect."""
-        clean = self._once("clean", lambda: torch.tensor([frame.kind == "clean" for frame in self.frames]))
-        if clean.all() or not clean.any():
+        """`mask`, but frames that are not predicted see nothing: of a last block, in which nobody reads what they
+        collect."""
+        context = self._once("context", lambda: torch.tensor([not is_predicted(frame) for frame in self.frames]))
+        if context.all() or not context.any():
             return self.mask
-        return _seeing(self.mask, clean[self._once("with rows", self._with_rows)], alone=False)
+        return seeing(self.mask, context[self._once("with rows", self._with_rows)], alone=False)
 
     @cached_property
     def tracks(self) -> FrameList:
@@ -187,7 +189,11 @@ def _places(clip: tuple[Frame, ...]) -> int:
     return sizes.pop() if sizes else 0
 
 
-def _seeing(mask: FrameMask, chosen: Tensor, *, alone: bool) -> FrameMask:
+def is_predicted(frame: Frame) -> bool:
+    return frame.kind in ("noisy", "masked")
+
+
+def seeing(mask: FrameMask, chosen: Tensor, *, alone: bool) -> FrameMask:
     """The mask, but the chosen ones of its groups see themselves alone, or nothing."""
     table = mask.frames.clone()
     table[chosen, 2:] = 0
@@ -212,12 +218,20 @@ def one_copy(
     return FrameList((tuple(Frame(t, "noisy", tokens) for t in range(frames)),) * clips, sees)
 
 
+@lru_cache(maxsize=512)  # the number of coarse frames is drawn: FAR-Long meets 285 lists
+def two_sizes(clips: int, distant: int, frames: int, tokens: int, stride: int) -> FrameList:
+    """Coarse frames, `distant` of them, of tokens / stride^2 tokens each, and the `frames` noisy ones after them."""
+    coarse = [Frame(t, "coarse", tokens // stride**2, stride) for t in range(distant)]
+    noisy = [Frame(distant + t, "noisy", tokens) for t in range(frames)]
+    return FrameList(((*coarse, *noisy),) * clips, "block_causal")
+
+
 class Part(NamedTuple):
     """Rows that lie in a longer sequence, those of the frames of a kind.
 
     alike: (B, T, rows per frame), when all clips are alike; the part then begins at row `start` of each clip. Else
         None, and `index` has the rows and `frame` the number in the part of every row's frame, int64 [n].
-    frame_rows: of the part by itself, where something is done with it by itself: of the frames that are not clean.
+    frame_rows: of the part by itself, where something is done with it by itself: of the frames that are predicted.
     clip, time: int64 [frames of the part].
     """
 
@@ -276,12 +290,42 @@ class Tracks(NamedTuple):
     frames: FrameMask
 
 
+class Sizes(NamedTuple):
+    """Rows of two sizes of token, which have projections of their own.
+
+    coarse, fine: the rows of coarse frames, and all the others; None: there are none.
+    frames: int64, the numbers of the coarse frames in the list.
+    order: int64 [R], the place of every row in the coarse rows with the fine ones behind them; None where clips are
+        alike and their coarse frames come first.
+    """
+
+    coarse: Part
+    fine: Part | None
+    frames: Tensor
+    order: Tensor | None
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[R, D] -> coarse rows and fine rows."""
+        return self.coarse.rows(x), None if self.fine is None else self.fine.rows(x)
+
+    def join(self, coarse: Tensor, fine: Tensor | None, backend: str = "auto") -> Tensor:
+        """What `split` gives -> [R, D]."""
+        if fine is None or self.fine is None:
+            return coarse
+        if self.order is not None:
+            return gather_tokens(torch.cat([coarse, fine]), self.order, backend=backend)
+        return torch.cat([self.coarse.split(coarse), self.fine.split(fine)], dim=1).flatten(0, 1)
+
+
 class Packed(NamedTuple):
     """A frame list on a device.
 
-    clean, predicted: the clean frames and all the others; None where there are none.
-    rows: norms and modulation of every row. groups: rows of modulation, those of `predicted` in its order and, with
-        separate_ln off, a last one that the clean frames share.
+    clean, predicted: the clean frames, and those that are neither clean nor coarse; None where there are none.
+    sizes: of the rows, where there are coarse frames; None: all are fine.
+    rows: norms and modulation of every row. groups: rows of modulation, those of the frames that are not clean in their
+        order and, with separate_ln off, a last one that the clean frames share.
+    told_clip, told_time: int64 [G], clip and time of the frames that are modulated. group: int64, the rows of
+        modulation of `predicted`; None: the first ones.
     clips: B. clip: int64 [R], the clip of every row, or None where all have as many.
     frame, token: int32 [R], the frame of every row and, if its frame is whole, the token in it.
     masked: int64 [F], 1 for masked frames, 0 for others. time: int64 [F]. stride: int64 [F], or None where it is 1
@@ -292,7 +336,11 @@ class Packed(NamedTuple):
     clips: int
     clean: Part | None
     predicted: Part | None
+    sizes: Sizes | None
     rows: FrameRows
+    told_clip: Tensor
+    told_time: Tensor
+    group: Tensor | None
     mask: FrameMask
     blind_mask: FrameMask
     clip: Tensor | None
@@ -336,6 +384,8 @@ def _pack(given: FrameList, separate_ln: bool) -> Packed:
     clean = [i for i, frame in enumerate(frames) if frame.kind == "clean"]
     others = [i for i, frame in enumerate(frames) if frame.kind != "clean"]
     modulated = [i for i in others if frames[i].kind != "masked"]
+    predicted = [i for i, frame in enumerate(frames) if is_predicted(frame)]
+    clips = [b for b, clip in enumerate(given.clips) for _ in clip]
     groups = [-1 if separate_ln else len(modulated)] * len(frames)
     for group, i in enumerate(modulated):
         groups[i] = group
@@ -346,8 +396,12 @@ def _pack(given: FrameList, separate_ln: bool) -> Packed:
     return Packed(
         clips=len(given.clips),
         clean=_part(given, clean, None),
-        predicted=_part(given, others, groups),
+        predicted=_part(given, predicted, groups),
+        sizes=_sizes(given),
         rows=FrameRows(lens, groups),
+        told_clip=torch.tensor([clips[i] for i in modulated], dtype=torch.int64),
+        told_time=torch.tensor([frames[i].time for i in modulated], dtype=torch.int64),
+        group=None if len(predicted) == len(others) else torch.tensor([groups[i] for i in predicted]),
         mask=None,
         blind_mask=None,
         clip=None if len(set(per_clip)) == 1 else _rows_of(per_clip)[0],
@@ -371,6 +425,28 @@ def _track_rows(given: FrameList) -> Tracks:
     return Tracks(to_tracks, torch.argsort(to_tracks), frames=None)
 
 
+def _sizes(given: FrameList) -> Sizes | None:
+    coarse = [i for i, frame in enumerate(given.frames) if frame.kind == "coarse"]
+    fine = [i for i, frame in enumerate(given.frames) if frame.kind != "coarse"]
+    if not coarse:
+        return None
+    parts = _part(given, coarse, None), _part(given, fine, None)
+    order = None
+    if parts[1] is not None and (parts[0].alike is None or parts[1].alike is None or parts[0].start):
+        sized = torch.cat([_rows_in(given, coarse), _rows_in(given, fine)])
+        order = torch.empty_like(sized)
+        order[sized] = torch.arange(len(sized))
+    return Sizes(*parts, frames=torch.tensor(coarse), order=order)
+
+
+def _rows_in(given: FrameList, chosen: list[int]) -> Tensor:
+    """int64 [n], the rows of the frames with the numbers `chosen`."""
+    lens = [frame.tokens for frame in given.frames]
+    first = torch.tensor(list(accumulate(lens, initial=0)))
+    frame, token = _rows_of([lens[i] for i in chosen])
+    return first[torch.tensor(chosen)][frame] + token
+
+
 def _part(given: FrameList, chosen: list[int], groups: list[int] | None) -> Part | None:
     """The part of the frames with the numbers `chosen`. groups: rows of modulation of all frames."""
     if not chosen:
@@ -384,8 +460,7 @@ def _part(given: FrameList, chosen: list[int], groups: list[int] | None) -> Part
     if len(set(given.clips)) == 1 and here == list(range(here[0], here[-1] + 1)) and len(set(counts)) == 1:
         alike, start = (len(given.clips), len(here), counts[0]), first[here[0]]
     else:
-        frame, token = _rows_of(counts)
-        index = torch.tensor([first[i] for i in chosen])[frame] + token
+        index, (frame, _) = _rows_in(given, chosen), _rows_of(counts)
     return Part(
         alike=alike,
         start=start,
@@ -457,7 +532,7 @@ class FrameBatch:
         frames: the list.
         latents: [F, N, C], every frame whole, in the order of the list.
         timestep: [G] in 0..1000, of the frames that are modulated, neither clean nor masked; None without any. What
-            lies outside is a timestep of its own, as FAR's -1 of a clean frame.
+            lies outside is a timestep of its own, as FAR's -1 of a clean frame and -2 of a coarse one.
         tokens: int64 [R], the token of every row in its frame; None where all frames are whole.
         labels: int64 [B]; None or num_classes is the null class.
         actions: int64 [B, T]; None or num_actions is the null action. An action belongs to the frame it leads to.
@@ -539,6 +614,34 @@ def noisy_alone(
         raise ValueError(f"timestep is {list(timestep.shape)}: expected {list(noisy.shape[:2])}, to match the frames")
     listed = one_copy(*noisy.shape[:3], sees).isolating(drop_history)
     return FrameBatch(listed, noisy.flatten(0, 1), timestep.flatten(), **conditions)
+
+
+def coarse_and_noisy(
+    coarse: Tensor,
+    noisy: Tensor,
+    timestep: Tensor,
+    *,
+    stride: int,
+    drop_history: Tensor | None = None,
+    **conditions: Tensor | None,
+) -> FrameBatch:
+    """Distant frames [B, L, N, C], whole as all latents are, of which the network makes coarse ones, and noisy frames
+    [B, T, N, C] after them, block causal.
+
+    Args:
+        timestep: [B, L + T], those of the coarse frames first.
+        stride: tokens of the latent per token of a coarse frame, in y and in x.
+        drop_history: bool [B, T] on the host: that noisy frame sees itself alone.
+        conditions: labels, actions [B, L + T] and intervals of FrameBatch.
+    """
+    _check(noisy, None, None, None, drop_history)
+    whole = torch.cat([coarse, noisy], dim=1)
+    if timestep.shape != whole.shape[:2]:
+        raise ValueError(f"timestep is {list(timestep.shape)}: expected {list(whole.shape[:2])}, to match the frames")
+    listed = two_sizes(len(noisy), coarse.shape[1], *noisy.shape[1:3], stride)
+    if drop_history is not None:
+        listed = listed.isolating(torch.cat([drop_history.new_zeros(coarse.shape[:2]), drop_history], dim=1))
+    return FrameBatch(listed, whole.flatten(0, 1), timestep.flatten(), **conditions)
 
 
 def _check(frames: Tensor, noisy, timestep, keep, drop_history) -> None:

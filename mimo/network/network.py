@@ -33,7 +33,7 @@ from mimo.network.blocks import (
     sinusoid,
 )
 from mimo.network.cross import Across, Text, Told
-from mimo.network.frames import Asked, Decoding, FrameBatch, Kind, Packed, frame_rows
+from mimo.network.frames import Asked, Decoding, FrameBatch, FrameList, Kind, Packed, Sizes, frame_rows, is_predicted
 from mimo.network.heads import Decoder, Projection
 from mimo.network.token_diffusion import TokenDiffusion
 from mimo.pretrained import Pretrained
@@ -45,8 +45,8 @@ Tap = tuple[int, str]  # after this many layers, the rows of "clean" or of "nois
 
 
 class MiMoOutput(NamedTuple):
-    """velocity: of the frames that are not clean, [B, T, N, C], or [rows, C] where clips differ; None without such
-    frames. Of a token head, eps of what it was asked, [K, n, C].
+    """velocity: of the frames that are neither clean nor coarse, [B, T, N, C], or [rows, C] where clips differ; None
+    without such frames. Of a token head, eps of what it was asked, [K, n, C].
     reconstruction: per offset the prediction of frames o..T-1 from clean frames up to 0..T-1-o, [B, T-o, N, C], or
         [rows, C]; empty when nothing is masked.
     features: per tap the hidden state behind that layer, [rows, D], in packed order."""
@@ -60,6 +60,13 @@ def build_rope(config: MiMoConfig) -> AxialRoPE | None:
     if config.positions != "rope":
         return None
     return AxialRoPE(config.head_dim, theta=config.rope_theta, split=config.rope_split)
+
+
+def patches(latents: Tensor, width: int, stride: int) -> Tensor:
+    """Whole frames [F, N, C], of `width` columns, -> [F, N / stride^2, stride^2 C]: a token of a coarse frame has the
+    channels of stride x stride neighbours, row after row."""
+    grid = latents.unflatten(1, (-1, stride, width // stride, stride))  # [F, H / stride, stride, W / stride, stride, C]
+    return grid.transpose(2, 3).flatten(3).flatten(1, 2)
 
 
 class MiMo(nn.Module, Pretrained):
@@ -77,6 +84,8 @@ class MiMo(nn.Module, Pretrained):
         self.config, self.backend = config, backend
         dim, depth = config.dim, config.depth
         self.embed = nn.Linear(config.token_channels, dim)
+        patch = config.coarse_stride**2 * config.token_channels
+        self.embed_coarse = nn.Linear(patch, dim) if config.coarse_stride else None
         predicts_tokens = config.token_depth > 0  # and nothing is modulated
         self.time = None if predicts_tokens else nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.mask_token = nn.Parameter(0.02 * torch.randn(dim)) if predicts_tokens else None
@@ -102,6 +111,7 @@ class MiMo(nn.Module, Pretrained):
                 # The last block's history rows end at their keys and values, unless somebody reads them there.
                 affine2=predicts_tokens or (config.separate_ln and (i + 1 < depth or depth in read)),
                 cross=config.cross_attention,
+                coarse=config.coarse_stride > 0 and ("keys" if i + 1 == depth else True),
             )
             for i in range(depth)
         )
@@ -193,22 +203,21 @@ class MiMo(nn.Module, Pretrained):
         """`forward` from what the host makes of a frame list: device work alone, so that torch.compile(fullgraph=True)
         takes it whole."""
         config, clean, predicted = self.config, packed.clean, packed.predicted
-        x = latents.flatten(0, 1)
-        if tokens is not None:
-            x = gather_tokens(x, packed.frame * config.tokens + tokens, backend=self.backend)
         coords = packed.coordinates(tokens, config.grid[1])
         learned = None
         if self.places is not None or self.noise is not None:
             token = packed.token if tokens is None else tokens
             learned = self._learned(packed.masked[packed.frame], token, None if noise is None else noise[packed.frame])
+        x = self._rows(latents, tokens, packed)
         x = self._embed(x, coords, intervals, packed.clips, packed.clip, masked, learned)
         if clean is not None and (self.actions is not None or actions is not None):
             told = None if actions is None else actions[clean.clip, clean.time]
             x = clean.add(x, self._action(told, clean.time.shape, x.device).to(x.dtype))
         c = x.new_empty(0, config.dim)
-        if predicted is not None and self.time is not None:
-            told = None if labels is None else labels[predicted.clip]
-            c = self._condition(timestep, told, None if actions is None else actions[predicted.clip, predicted.time])
+        if timestep is not None:
+            clip, time = packed.told_clip, packed.told_time
+            told = None if labels is None else labels[clip]
+            c = self._condition(timestep, told, None if actions is None else actions[clip, time])
         if clean is not None and not config.separate_ln:
             c = torch.cat([c, self._time(torch.zeros(1, device=x.device))])
         read = (config.decoder_layer, "clean")
@@ -247,22 +256,24 @@ class MiMo(nn.Module, Pretrained):
         taps: set[Tap],
         told: Sequence[Told] | None = None,
     ) -> tuple[Tensor | None, dict[Tap, Tensor]]:
-        """x [R, D], c [G, D] -> what the head is given of the frames that are not clean, [n, D] (None without such),
+        """x [R, D], c [G, D] -> what the head is given of the frames that it predicts, [n, D] (None without such),
         and the features of taps. told: what all rows attend to across, and what those of them that are not clean do."""
-        depth, clean, predicted = self.config.depth, packed.clean, packed.predicted
+        depth, predicted = self.config.depth, packed.predicted
+        context = packed.clean is not None or packed.sizes is not None
         needed = depth if predicted is not None else max(layer for layer, _ in taps)
         rows, pending, features = packed.rows, None, {}
         for layer, block in enumerate(self.blocks[:needed], start=1):
-            # Behind the last block nobody needs clean rows, unless somebody reads them: their keys and values were all.
-            ends = layer == depth and clean is not None and predicted is not None and (layer, "clean") not in taps
+            # Behind the last block nobody needs the rows of context, unless somebody reads them: their keys and values
+            # were all.
+            ends = layer == depth and context and predicted is not None and (layer, "clean") not in taps
             attend = partial(self._attend, packed, packed.blind_mask if ends else packed.mask, layer - 1)
             out = predicted if ends else None
             across = told and told[out is not None]
-            x, pending = block(x, pending, c, rows, coords, self.rope, attend, out=out, told=across)
+            x, pending = block(x, pending, c, rows, coords, self.rope, attend, out=out, told=across, sizes=packed.sizes)
             for tap in taps & {(layer, "clean"), (layer, "noisy")}:
                 whole = out is not None  # only the noisy rows are left, in their order
                 features[tap] = self._settled(x, pending, packed, tap[1], whole)
-            if layer == depth and predicted is not None and clean is not None:
+            if layer == depth and predicted is not None and context:
                 if not ends:
                     x, pending = predicted.rows(x), Pending(predicted.rows(pending.branch), pending.gate)
                 rows = predicted.frame_rows
@@ -279,7 +290,7 @@ class MiMo(nn.Module, Pretrained):
         if kind == "clean" or self.time is None:
             out = x + branch if self.config.separate_ln else x + pending.gate[-1] * branch
             return out.flatten(0, -2)
-        gate = part.per_frame(pending.gate[: len(part.time)])
+        gate = part.per_frame(pending.gate[: len(part.time)] if packed.group is None else pending.gate[packed.group])
         return (part.by_frame(x) + gate * part.by_frame(branch)).flatten(0, -2)
 
     def _attend(self, packed: Packed, mask: FrameMask, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -341,7 +352,7 @@ class MiMo(nn.Module, Pretrained):
         sequences = len(x)
         coords = self._coords(position, sequences, x.device)
         learned = self._learned_of_frames(sequences, kind, noise)
-        x = self._embed(x.flatten(0, 1), coords, intervals, sequences, learned=learned)
+        x = self._embed(self.embed(x.flatten(0, 1)), coords, intervals, sequences, learned=learned)
         if timestep is not None:
             c = self._condition(torch.full((sequences,), timestep, device=x.device), labels, actions)
         else:
@@ -365,6 +376,35 @@ class MiMo(nn.Module, Pretrained):
         across = Across.of([self.config.tokens] * sequences, *_lengths(text, sequences))
         attend = partial(across.attend, backend=self.backend)
         return [Told(attend, keys_values=block.cross.keys_values(embedded)) for block in self.blocks]
+
+    def history_frames(
+        self,
+        frames: FrameList,
+        x: Tensor,
+        timestep: Tensor,
+        attend: Attend,
+        *,
+        labels: Tensor | None = None,
+        actions: Tensor | None = None,
+        intervals: Tensor | None = None,
+        place: Callable[[int], Pages] | None = None,
+    ) -> None:
+        """`history_frame` for several frames of each sequence, noisy and coarse ones.
+
+        Args:
+            frames: a clip per sequence, at the times that the frames have.
+            x: [F, N, C], whole frames in the order of the list.
+            timestep, labels, actions: [F]. intervals: int64 [S].
+            attend, place: as in `history_frame`, of the packed rows of the list.
+        """
+        packed = frames.packed(separate_ln=self.config.separate_ln, device=x.device)
+        if self.rope is not None:
+            self.rope.tables_on(x.device, max(frame.time for frame in frames.frames))
+        coords = packed.coordinates(None, self.config.grid[1])
+        c = F.silu(self._condition(timestep, labels, actions))
+        x = self._embed(self._rows(x, None, packed), coords, intervals, packed.clips, packed.clip)
+        options = {"pages": place, "predicts": False, "sizes": packed.sizes}
+        self._frame_trunk(x, packed.rows, coords, attend, c=c, **options)
 
     def modulations(self, timestep: Tensor, *, labels: Tensor | None = None, actions: Tensor | None = None) -> Tensor:
         """What the norms of `future_frame` are told, [M, G, D]: the shift, scale and gate of each, in the order of use.
@@ -402,7 +442,7 @@ class MiMo(nn.Module, Pretrained):
         """
         sequences, tokens, _ = x.shape
         coords = self._coords(position, sequences, x.device)
-        x = self._embed(x.flatten(0, 1), coords, intervals, sequences)
+        x = self._embed(self.embed(x.flatten(0, 1)), coords, intervals, sequences)
         c = F.silu(self._condition(timestep, labels, actions)) if modulations is None else None
         rows = self.rows_of_frames(sequences)
         y = self._frame_trunk(x, rows, coords, attend, c=c, modulations=modulations)
@@ -429,7 +469,9 @@ class MiMo(nn.Module, Pretrained):
         sequences, tokens, _ = x.shape
         coords = self._coords(position, sequences, x.device)
         learned = self._learned_of_frames(sequences, "masked")
-        x = self._embed(x.flatten(0, 1), coords, intervals, sequences, masked=masked.flatten(), learned=learned)
+        x = self._embed(
+            self.embed(x.flatten(0, 1)), coords, intervals, sequences, masked=masked.flatten(), learned=learned
+        )
         rows = self.rows_of_frames(sequences)
         across = told or self.told(sequences)
         y = self._frame_trunk(x, rows, coords, attend, c=x.new_empty(0, self.config.dim), across=across)
@@ -448,6 +490,7 @@ class MiMo(nn.Module, Pretrained):
         pages: Callable[[int], Pages] | None = None,
         predicts: bool = True,
         across: Sequence[Told] | None = None,
+        sizes: Sizes | None = None,
     ) -> Tensor | None:
         """x [S * N, D], one frame per sequence -> what the head is given, [S * N, D]. Unless it `predicts`, the keys
         and values of the last block are the end."""
@@ -461,7 +504,7 @@ class MiMo(nn.Module, Pretrained):
             keys_only = not predicts and i + 1 == self.config.depth
             written = self._pages_of(i, pages)
             given = x, pending, c, rows, coords, self.rope, partial(self._attend_frame, attend, i)
-            options = {"modulations": told[i], "keys_only": keys_only, "pages": written}
+            options = {"modulations": told[i], "keys_only": keys_only, "pages": written, "sizes": sizes}
             x, pending = block(*given, **options, told=across and across[i])
         if not predicts:
             return None
@@ -471,6 +514,21 @@ class MiMo(nn.Module, Pretrained):
         if pages is None or self.config.attention == "joint":
             return None if pages is None else pages(layer)
         return pages(layer // 2) if _is_temporal(layer) else None
+
+    def _rows(self, latents: Tensor, tokens: Tensor | None, packed: Packed) -> Tensor:
+        """Latents [F, N, C] -> embedded rows [R, D], before anything is added."""
+        x, config, sizes = latents.flatten(0, 1), self.config, packed.sizes
+        if sizes is None:
+            if tokens is not None:
+                x = gather_tokens(x, packed.frame * config.tokens + tokens, backend=self.backend)
+            return self.embed(x)
+        assert self.embed_coarse is not None  # `_check` has refused coarse frames of a network without
+        coarse = patches(latents[sizes.frames], config.grid[1], config.coarse_stride)
+        places = packed.frame * config.tokens + (packed.token if tokens is None else tokens)
+        _, fine = sizes.split(places[:, None])
+        if fine is not None:
+            fine = self.embed(gather_tokens(x, fine.flatten(), backend=self.backend))
+        return sizes.join(self.embed_coarse(coarse.flatten(0, 1)), fine, self.backend)
 
     def _embed(
         self,
@@ -482,10 +540,9 @@ class MiMo(nn.Module, Pretrained):
         masked: Tensor | None = None,
         learned: Tensor | None = None,
     ) -> Tensor:
-        """Latent rows [R, C] -> [R, D], those of `masked` the mask token, with added positions, the intervals [B] of
+        """Embedded rows [R, D], those of `masked` the mask token, with added positions, the intervals [B] of
         clips where in use, and what is `learned` of the rows, [R, D]. An interval is added to all rows of its clip
         (`clip` [R], None: all have as many), as MAGI adds it to the hidden states (Sec. 3)."""
-        x = self.embed(x)
         if masked is not None:
             x = torch.where(masked[:, None], self.mask_token.to(x.dtype), x)
         if self.intervals is not None or intervals is not None:
@@ -531,7 +588,7 @@ class MiMo(nn.Module, Pretrained):
     def _across(self, batch: FrameBatch) -> tuple[Across, Across]:
         """Which rows are told what: all rows, and those of frames that are not clean."""
         clips = batch.frames.clips
-        every = ([sum(f.tokens for f in clip if not last or f.kind != "clean") for clip in clips] for last in (0, 1))
+        every = ([sum(f.tokens for f in clip if not last or is_predicted(f)) for clip in clips] for last in (0, 1))
         all_rows, predicted = (Across.of(rows, *_lengths(batch.text, len(clips))) for rows in every)
         return all_rows, predicted
 
@@ -547,7 +604,7 @@ class MiMo(nn.Module, Pretrained):
     def parameter_report(self) -> str:
         """A table of parameter counts by part; decoder and projection are needed in training only."""
         parts: dict[str, list[Any]] = {
-            "embedding": [self.embed, self.positions, self.places],
+            "embedding": [self.embed, self.embed_coarse, self.positions, self.places],
             "conditioning": [self.time, self.classes, self.actions, self.intervals, self.noise, self.text_norm],
             "attention": [module for block in self.blocks for module in (block.attention, block.cross)],
             "MLP": [block.mlp for block in self.blocks],
@@ -627,13 +684,21 @@ class MiMo(nn.Module, Pretrained):
             raise ValueError(
                 f"latents are {list(batch.latents.shape)}: expected {expected}, [frames, tokens, channels]"
             )
-        predicts = "noisy" if self.mask_token is None else "masked"
-        unknown = {frame.kind for frame in frames} - {"clean", predicts}
-        if unknown:
-            names = ", ".join(sorted(unknown))
-            raise ValueError(f"frames are {names}: this network embeds 'clean' and {predicts!r} ones")
+        known = {"clean", "noisy" if self.mask_token is None else "masked"} | (
+            {"coarse"} if config.coarse_stride else set()
+        )
+        if unknown := {frame.kind for frame in frames} - known:
+            embeds = " and ".join(map(repr, sorted(known)))
+            raise ValueError(f"frames are {', '.join(sorted(unknown))}: this network embeds {embeds} ones")
+        expected = config.coarse_tokens, config.coarse_stride
+        for frame in frames:
+            if frame.kind == "coarse" and (frame.tokens, frame.stride) != expected:
+                raise ValueError(
+                    f"a coarse frame has {frame.tokens} tokens, stride {frame.stride}: expected {expected[0]}, stride "
+                    f"{expected[1]}"
+                )
         self._check_frames(1 + max((frame.time for frame in frames), default=-1))
-        modulated = sum(frame.kind == "noisy" for frame in frames)
+        modulated = sum(frame.kind in ("noisy", "coarse") for frame in frames)
         found = 0 if batch.timestep is None else batch.timestep.numel()
         if found != modulated:
             raise ValueError(f"timestep has {found} numbers: expected {modulated}, one per frame that is not clean")
@@ -643,7 +708,7 @@ class MiMo(nn.Module, Pretrained):
         if batch.masked is not None and batch.masked.shape != (rows,):
             raise ValueError(f"masked is {list(batch.masked.shape)}: expected [{rows}], one per row")
         if batch.tokens is None:
-            whole = all(frame.tokens == config.tokens for frame in frames)
+            whole = all(frame.tokens == config.tokens or frame.kind == "coarse" for frame in frames)
             if not whole:
                 raise ValueError(f"tokens=None: expected whole frames, of {config.tokens} tokens each")
         elif batch.tokens.shape != (rows,):
@@ -667,6 +732,8 @@ class MiMo(nn.Module, Pretrained):
                     f"tap {(layer, kind)}: clean rows end in the last block, as its second norm has no weights for "
                     f"them unless training reads there (decoder_layer={config.decoder_layer})"
                 )
+            if layer == config.depth and kind == "clean" and packed.sizes is not None:
+                raise ValueError(f"tap {(layer, kind)}: expected a batch without coarse frames, which end there")
         if packed.predicted is None and not taps and not decodes:
             raise ValueError(
                 "clean frames alone: expected masked ones and a decoder, or taps; nothing else is computed"

@@ -13,6 +13,7 @@ RECIPES = {  # name: module and class
     "acdit": "mimo.recipes.acdit:ACDiT",
     "dfot": "mimo.recipes.dfot:DiffusionForcing",
     "far": "mimo.recipes.far:FAR",
+    "far_long": "mimo.recipes.far_long:FARLong",
     "video_dit": "mimo.recipes.video_dit:VideoDiT",
     "magi": "mimo.recipes.magi:MAGI",
     "videomar": "mimo.recipes.videomar:VideoMAR",

@@ -32,6 +32,7 @@ class HistoryPolicy(NamedTuple):
 
     timestep: it goes through AdaLN at this timestep, with class and action, when its keys and values are cached; None:
         as the clean frames of training.
+    coarse_timestep: what a finished frame is told that has become a coarse one, for networks that have them.
     conditions: of "labels" and "actions", what changes its keys and values. A guidance branch that is told the null
         value of one of them sees a history of its own.
     at_once: there is no history; all frames are made together.
@@ -42,6 +43,7 @@ class HistoryPolicy(NamedTuple):
     conditions: frozenset[str] = frozenset()
     at_once: bool = False
     kind: Kind = "clean"
+    coarse_timestep: float | None = None
 
 
 def conditions_of(config: MiMoConfig) -> frozenset[str]:

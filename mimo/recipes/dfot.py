@@ -26,7 +26,7 @@ class DiffusionForcing(Recipe):
 
     @classmethod
     def check(cls, config: MiMoConfig) -> None:
-        cls.require(config, **NOTHING_MASKED, separate_ln=False, clean_context=0.0)
+        cls.require(config, **NOTHING_MASKED, separate_ln=False, clean_context=0.0, coarse_stride=0)
 
     @classmethod
     def history_policy(cls, config: MiMoConfig) -> HistoryPolicy:

@@ -25,7 +25,7 @@ class FAR(DiffusionForcing):
 
     @classmethod
     def check(cls, config: MiMoConfig) -> None:
-        cls.require(config, **NOTHING_MASKED, separate_ln=False)
+        cls.require(config, **NOTHING_MASKED, separate_ln=False, coarse_stride=0)
 
     @classmethod
     def history_policy(cls, config: MiMoConfig) -> HistoryPolicy:

@@ -44,7 +44,7 @@ class MaskedTokens(Recipe):
     def check(cls, config: MiMoConfig) -> None:
         if not config.token_depth:
             raise ValueError(f"token_depth=0: expected a token head with recipe={config.recipe!r}")
-        cls.require(config, interleaved=False, mask_weight=0.0, clean_context=0.0, history_dropout=0.0)
+        cls.require(config, interleaved=False, mask_weight=0.0, clean_context=0.0, history_dropout=0.0, coarse_stride=0)
 
     def masked_places(self, draws: Draws, tokens: int, *frames: int) -> Tensor:
         """int64 [B, *frames, m]: the masked tokens of every frame, m the same for all."""

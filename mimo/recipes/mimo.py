@@ -36,7 +36,7 @@ class MaskedHistory(Recipe):
 
     @classmethod
     def check(cls, config: MiMoConfig) -> None:
-        cls.require(config, clean_context=0.0)
+        cls.require(config, clean_context=0.0, coarse_stride=0)
 
     @classmethod
     def history_policy(cls, config: MiMoConfig) -> HistoryPolicy:

@@ -21,7 +21,7 @@ class VideoDiT(Recipe):
     @classmethod
     def check(cls, config: MiMoConfig) -> None:
         cls.require(config, **NOTHING_MASKED, separate_ln=False, clean_context=0.0, history_dropout=0.0)
-        cls.require(config, min_snr_decay=None)  # which fuses over the frames before
+        cls.require(config, min_snr_decay=None, coarse_stride=0)  # what there is between a frame and those before
 
     @classmethod
     def history_policy(cls, config: MiMoConfig) -> HistoryPolicy:

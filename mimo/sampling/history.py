@@ -23,7 +23,7 @@ H histories, P tracks of a sequence (1, or N where attention is factorized).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,15 +47,12 @@ class CachePolicy:
     Args:
         window: the latest frames, the one being made included, as in FrameMask; None: all of them.
         sink: the first frames of the video, which stay visible.
-        coarse: called with the cache, a sequence and the time of a frame that leaves the window; returns the keys and
-            values, each ``[layers, M, heads, head_dim]``, that stand for it from then on (FAR's multi-level cache,
-            Sec. 4.4). None: it is dropped.
-        coarse_tokens: M, so that the memory is known before the run.
+        coarse_tokens: a frame that leaves the window stays as so many tokens, see mimo.sampling.multi_level; 0: it is
+            dropped.
     """
 
     window: int | None = None
     sink: int = 0
-    coarse: Callable[[FrameCache, int, int], tuple[Tensor, Tensor]] | None = None
     coarse_tokens: int = 0
 
     def __post_init__(self) -> None:
@@ -63,16 +60,16 @@ class CachePolicy:
             raise ValueError(f"window={self.window}: expected 1 or more frames, or None")
         if self.sink < 0:
             raise ValueError(f"sink={self.sink}: expected 0 or more frames")
-        if self.coarse is not None and (self.window is None or self.coarse_tokens < 1):
+        if self.coarse_tokens and (self.window is None or self.sink):
             raise ValueError(
-                f"coarse needs a window that frames leave and the tokens that stay, "
-                f"got window={self.window}, coarse_tokens={self.coarse_tokens}"
+                f"coarse_tokens={self.coarse_tokens}: expected a window that frames leave and no sink, "
+                f"got window={self.window}, sink={self.sink}"
             )
 
     def pages(self, frames: int, tokens: int, page_size: int) -> int:
         """Pages of a sequence of up to `frames` frames at most, the frame being added included."""
         whole = frames if self.window is None else min(frames, self.window + self.sink)
-        coarse = frames - whole if self.coarse is not None else 0
+        coarse = frames - whole if self.coarse_tokens else 0
         return sum(
             FrameCache.pages_for(count, size, page_size=page_size)
             for count, size in ((whole, tokens), (coarse, self.coarse_tokens))
@@ -84,17 +81,19 @@ class CachePolicy:
             self.pages(frames, tokens, page_size)
             for frames in (key.num_frames, key.context_frames, key.num_frames - key.context_frames)
         )
+        if (
+            self.coarse_tokens
+        ):  # a window is encoded again for every trajectory, behind the coarse frames of the context
+            own = self.pages(min(self.window or 0, key.num_frames), tokens, page_size)
+            own += (key.num_frames - key.context_frames) * FrameCache.pages_for(
+                1, self.coarse_tokens, page_size=page_size
+            )
         # Trajectories share the context's pages, so K of them need less than K times one.
         return key.histories * min(key.sequences * whole, key.clips * shared + key.sequences * own)
 
     def apply(self, cache: FrameCache, seqs: Sequence[int]) -> None:
         """Leave in the cache what the next frame sees."""
         if self.window is None:
-            return
-        if self.coarse is not None:
-            cache.compress(
-                seqs, lambda seq, index: self.coarse(cache, seq, index), window=self.window - 1, sink=self.sink
-            )
             return
         for seq in seqs:
             cache.evict(seq, window=self.window - 1, sink=self.sink)
@@ -104,6 +103,7 @@ class History(ABC):
     """The frames before the one being made, of all sequences of a run. See the top of this file."""
 
     captures = False  # device work can be captured as a CUDA graph
+    captures_record = True  # that of `record` too
 
     def __init__(self, model: MiMo, policy: CachePolicy, key: RunKey, conditions: Conditions, page_size: int):
         self.model, self.policy, self.key, self.conditions = model, policy, key, conditions
@@ -318,15 +318,15 @@ class RecomputedHistory(History):
                 # [frames, N, h, d] -> [P, h, frames * N / P, d]
                 each = [x[g, s][None] for x in rows]
                 if branch.history is not None and self.layers[layer]:
-                    past = self.layers[layer][branch.history * self.size + s]
-                    seen = self._seen(s)
-                    each[1:] = (torch.cat([x[seen], own]) for x, own in zip(past, each[1:], strict=True))
+                    each[1:] = self._behind(self.layers[layer][branch.history * self.size + s], each[1:], s)
                 each = [x.unflatten(1, (self.tracks, -1)).transpose(0, 1).flatten(1, 2) for x in each]
                 q_s, k_s, v_s = (x.transpose(1, 2).squeeze(0) for x in each)
                 out[g, s] = F.scaled_dot_product_attention(q_s, k_s, v_s).transpose(-3, -2).reshape(out.shape[2:])
         return out.flatten(0, 2)
 
-    def _seen(self, s: int) -> list[int]:
+    def _behind(self, past: Sequence[Tensor], own: Sequence[Tensor], s: int) -> list[Tensor]:
+        """Keys and values of a sequence's frame behind those of the frames that it sees."""
         count, window = len(self.frames[s]), self.policy.window
         first = 0 if window is None else max(0, count - (window - 1))
-        return [t for t in range(count) if t >= first or t < self.policy.sink]
+        seen = [t for t in range(count) if t >= first or t < self.policy.sink]
+        return [torch.cat([x[seen], new]) for x, new in zip(past, own, strict=True)]

@@ -37,6 +37,7 @@ from mimo.sampling.graphs import Replayed
 from mimo.sampling.guidance import Conditions, RunKey, guidance_branches
 from mimo.sampling.history import CachedHistory, CachePolicy, History, RecomputedHistory
 from mimo.sampling.masked import MaskedRun
+from mimo.sampling.multi_level import MultiLevelHistory, RecomputedMultiLevelHistory
 from mimo.sampling.saving import Progress, Saver, Saving, begin_folder, load_frames, load_run
 from mimo.tokenizers.weights import checksum
 from mimo_kernels import FrameCache, guided_step
@@ -65,7 +66,7 @@ class Run(FrameRun):
         self.modulates_once = rows * (6 * c.depth + 2) * c.dim * 4 <= MODULATION_BYTES
         # What a graph holds: a step and the pass as history, or a frame, which is both.
         self.step = Replayed(self._step, history.captures)
-        self.record = Replayed(self._record, history.captures)
+        self.record = Replayed(self._record, history.captures and history.captures_record)
         self.frame = Replayed(self._frame, history.captures) if graph == "frame" else None
 
     def denoise(self, noise: Tensor, extra: Tensor | None = None) -> None:
@@ -249,14 +250,15 @@ class Sampler:
         if policy is not None and config.window is not None:
             raise ValueError(f"window={config.window} and a policy: expected one of them")
         self.policy = policy or CachePolicy(window=config.window, sink=config.sink)
-        if not use_cache and self.policy.coarse is not None:
-            raise ValueError("a coarse policy needs the cache, got use_cache=False")
         if graph not in ("step", "frame"):
             raise ValueError(f"graph={graph!r}: expected 'step' or 'frame'")
         self.graph = graph
         self.history_type: type[History] = CachedHistory if use_cache else RecomputedHistory
-        tokens = model.config.tokens // model.config.tracks
-        divisors = [size for size in range(16, 65) if tokens % size == 0]
+        if model.config.coarse_stride or self.policy.coarse_tokens:
+            self._use_coarse_frames(use_cache)
+        # The shortest frames fill whole pages.
+        tokens = self.policy.coarse_tokens or model.config.tokens // model.config.tracks
+        divisors = [size for size in range(min(16, tokens), 65) if tokens % size == 0]
         self.page_size = page_size or max(divisors, default=min(tokens, 64))
         self.latencies: list[Callable[[], float]] = []
         self._idle: dict[tuple, AnyRun] = {}
@@ -470,6 +472,24 @@ class Sampler:
         if c.max_interval and not within:
             raise ValueError(f"intervals={given}: expected {count} numbers in 1..{c.max_interval}")
 
+    def _use_coarse_frames(self, use_cache: bool) -> None:
+        """The network says which frames are fine; there is no other policy."""
+        c, policy = self.model.config, self.policy
+        if not c.coarse_stride:
+            raise ValueError(f"coarse_tokens={policy.coarse_tokens}: expected 0, as {c.recipe!r} has no coarse frames")
+        expected = CachePolicy(c.fine_frames, coarse_tokens=c.coarse_tokens)
+        if policy not in (CachePolicy(), expected):
+            raise ValueError(
+                f"window={policy.window}, sink={policy.sink}: expected none, as {c.recipe!r} keeps the latest "
+                f"{c.fine_frames} frames whole and those before them coarse"
+            )
+        if self.config.interpolate:
+            raise ValueError(f"interpolate=True: expected False, as {c.recipe!r} has frames at whole times alone")
+        if self.graph == "frame":
+            raise ValueError("graph='frame': expected 'step', as frames that become coarse are encoded outside of it")
+        self.policy = expected
+        self.history_type = MultiLevelHistory if use_cache else RecomputedMultiLevelHistory
+
     def _check_at_once(self) -> None:
         """A network that makes clips at once has no use for what concerns history."""
         config, policy = self.config, self.policy
@@ -477,7 +497,6 @@ class Sampler:
             "history_guidance": (config.history_guidance, 1.0),
             "history_noise": (config.history_noise, (0.0, 0.0)),
             "window": (policy.window, None),
-            "coarse": (policy.coarse, None),
             "interpolate": (config.interpolate, False),
         }
         for name, (found, wanted) in expected.items():

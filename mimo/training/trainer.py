@@ -83,6 +83,7 @@ class Trainer:
             block.recompute = train_config.recompute
         # Which parts of the network take part in a step, and get a gradient, is not always the same.
         varies = model_config.interleaved or train_config.unmasked_steps > 0
+        varies |= model_config.coarse_stride > 0  # of whose frames a step may draw none
         if self.model.decoder is not None:
             varies |= int(model_config.mask_ratio[0] * model_config.tokens) == 0
         self.objective = Objective(self.model, self.recipe)

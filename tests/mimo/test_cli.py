@@ -170,6 +170,22 @@ def test_version_and_empty_command_line(capsys):
             "error: frames=5: expected 8, as the tokenizer 'dct' makes of clips of video_frames=8 frames, 48 x 48 "
             "pixels\n",
         ),
+        (
+            "train --preset far-long-tiny --data shapes --out y --model.coarse-stride 4",
+            "--model.coarse_stride=4: expected 2 or more, dividing 6 x 6 tokens\n",
+        ),
+        (
+            "train --preset far-long-tiny --data shapes --out y --model.fine-frames 9",
+            "--model.fine_frames=9: expected 1..frames=8 with coarse_stride=3\n",
+        ),
+        (
+            "train --preset far-tiny --data shapes --out y --model.coarse-stride 3 --model.fine-frames 4",
+            "coarse_stride=3: expected 0 with recipe='far'\n",
+        ),
+        (
+            "train --preset far-long-tiny --data shapes --out y --model.coarse-stride 0 --model.fine-frames 0",
+            "coarse_stride=0: expected 2 or more with recipe='far_long'\n",
+        ),
         ("sample --out y", "--checkpoint"),
         ("demo --steps 0", "--steps 0: expected at least 1"),
     ],

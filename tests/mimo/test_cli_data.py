@@ -195,6 +195,28 @@ def test_dmlab_and_bair_layouts_train_too(tmp_path, trainers):
     assert not trainers[1].dataset.use_actions
 
 
+def test_far_long_trains_on_dmlab_and_goes_on_from_a_clip_of_it(tmp_path, trainers, refused):
+    """FAR's data for long video: npz trajectories with actions. The clip that is continued brings its own."""
+    data, run = tmp_path / "data", tmp_path / "run"
+    data.mkdir()
+    for number in range(2):
+        np.savez(data / f"{number}.npz", video=frames(12, seed=number), actions=np.arange(12) % 4)
+    small = ["--model.num-actions", 4, "--model.coarse-stride", 2, "--model.fine-frames", 2]
+    done(
+        *["train", "--preset", "far-long-tiny", "--data", data, "--layout", "dmlab", "--out", run, *TINY, *small],
+        *["--train.preview-every", 0],
+    )
+    assert type(trainers[0].dataset) is NpzTrajectories and trainers[0].model_config.recipe == "far_long"
+    record = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+    assert record["step"] == 2 and 0 < record["diffusion"] < 100
+    sample = ["sample", "--checkpoint", run, "--context", data / "0.npz", "--context-frames", 4, "--frames", 9]
+    done(*sample, "--class-guidance", 1.5, "--out", tmp_path / "samples")
+    with VideoReader(tmp_path / "samples" / "sample.mp4") as result:
+        assert result.num_frames == 9
+    message = "window=3, sink=0: expected none, as 'far_long' keeps the latest 2 frames whole"
+    assert message in refused(*sample, "--window", 3, "--out", tmp_path / "refused")
+
+
 # Tokenizer weights
 # ------------------------------------------------------------------------------------------------------
 

@@ -33,6 +33,10 @@ NETWORK = {
     **{"frames": 3, "height": 2, "width": 2, "channels": 12, "compression": (1, 2, 2), "video_frames": 3},
     **{"parameterization": "flow", "history_dropout": 0.2, "num_classes": 3},
 }
+FAR_LONG = {
+    **{"recipe": "far_long", "mask_weight": 0.0, "mask_ratio": (0.0, 0.0), "separate_ln": False},
+    **{"clean_context": 0.1, "coarse_stride": 2, "fine_frames": 2},
+}
 OPTIMISATION = {
     **{"batch_size": 8, "steps": 4, "lr": 1e-2, "warmup": 2, "precision": "fp32", "ema_decay": 0.9},
     **{"workers": 0, "log_every": 1, "save_every": 100, "preview_every": 0},
@@ -166,6 +170,7 @@ VARIANTS = {
     "unmasked": ({"positions": "learned", "separate_ln": False}, {"unmasked_steps": 2}),
     "aligned": (ALIGNED, {}),
     "magi": (MASKED, {}),
+    "far_long": (FAR_LONG, {}),
 }
 PARTS = ("diffusion", "mask", "alignment", "grad_norm")
 

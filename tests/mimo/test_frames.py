@@ -113,7 +113,12 @@ def test_rows_coordinates_and_parts_follow_from_the_list(separate_ln):
     assert coords[15:18].tolist() == [[5, 0, 1], [5, 1, 1], [5, 2, 1]]
     x = torch.arange(24.0)[:, None]
     assert packed.clean.rows(x).flatten().tolist() == [1, 2, 15, 16, 17]
-    assert packed.predicted.time.tolist() == [0, 1, 2, 6] and packed.predicted.clip.tolist() == [0, 0, 0, 1]
+    assert packed.told_time.tolist() == [0, 1, 2, 6] and packed.told_clip.tolist() == [0, 0, 0, 1]
+    assert packed.predicted.time.tolist() == [1, 2, 6] and packed.predicted.clip.tolist() == [0, 0, 1]
+    assert packed.group.tolist() == [1, 2, 3]
+    coarse, fine = packed.sizes.split(x)
+    assert packed.sizes.frames.tolist() == [0] and coarse.flatten().tolist() == [0]
+    assert fine.flatten().tolist() == list(range(1, 24)) and torch.equal(packed.sizes.join(coarse, fine), x)
     told = packed.clean.add(torch.zeros(24, 1), torch.tensor([[1.0], [2.0]])).flatten()
     assert told.nonzero().flatten().tolist() == [1, 2, 15, 16, 17] and told[15:18].tolist() == [2.0] * 3
 

@@ -88,6 +88,9 @@ def count_by_hand(c: MiMoConfig) -> int:
     history_norms = 2 * c.depth - (1 if c.decoder_layer < c.depth or not c.mask_weight else 0)
     total += history_norms * layer_norm if c.separate_ln else 0
     total += linear(d, 2 * d) + linear(d, c.channels)
+    if c.coarse_stride:  # its own embedding and projections; nobody reads what coarse rows collect in the last block
+        total += linear(c.coarse_stride**2 * c.channels, d)
+        total += c.depth * linear(d, 3 * d) + (c.depth - 1) * linear(d, d)
     if c.mask_weight:
         total += d + len(c.mask_offsets) * d  # learned query, offset embedding
         total += c.decoder_depth * (core + 2 * layer_norm) + layer_norm + linear(d, c.channels)

@@ -317,31 +317,6 @@ def test_long_video_in_constant_memory():
     assert run.history.cache.num_pages == run.history.cache.num_free_pages == 6
 
 
-def test_multi_level_cache(model):
-    """Frames that leave the window stay as averages of their tokens."""
-    left = []
-
-    def coarse(cache, seq, index):
-        left.append((seq, index))
-        return tuple(x.unflatten(1, (2, 4)).mean(2) for x in cache.frame(seq, index))
-
-    def draw(policy):
-        return Sampler(model, config(), policy=policy, page_size=2).sample(context(1), 7, generator=seed())
-
-    video = draw(CachePolicy(3, sink=1, coarse=coarse, coarse_tokens=2))
-    assert [index for _, index in left] == [1, 2, 3]  # before frame 6: 0 is a sink, 4 and 5 are in the window
-    others = draw(CachePolicy(3, sink=1)), draw(CachePolicy())
-    close(video[:, :4], others[1][:, :4])  # nothing had left the window yet
-    for other in others:
-        assert not torch.allclose(video[:, 4:], other[:, 4:], atol=1e-3)
-
-    def same(cache, seq, index):
-        k, v = cache.frame(seq, index)
-        return k[:, :-1], v[:, :-1]
-
-    close(draw(CachePolicy(7, coarse=same, coarse_tokens=TOKENS - 1)), others[1])  # nothing ever leaves
-
-
 def test_stream_hands_out_frames_as_they_are_done(model):
     done, sampler = [], Sampler(model, config())
     stream = sampler.stream(context(), 5, generator=seed(), progress=lambda *now: done.append(now))
@@ -560,7 +535,3 @@ def test_wrong_use_is_named(model, conditional):
         CachePolicy(0)
     with pytest.raises(ValueError, match="sink=-1"):
         CachePolicy(2, sink=-1)
-    with pytest.raises(ValueError, match="coarse needs a window"):
-        CachePolicy(coarse=lambda *_: None, coarse_tokens=1)
-    with pytest.raises(ValueError, match="coarse policy needs the cache"):
-        Sampler(model, config(), policy=CachePolicy(2, coarse=lambda *_: None, coarse_tokens=1), use_cache=False)

@@ -39,15 +39,10 @@ def config(**options) -> SampleConfig:
     return SampleConfig(**base | options)
 
 
-def pooled(cache, seq, index):
-    return tuple(x.unflatten(1, (2, 4)).mean(2) for x in cache.frame(seq, index))
-
-
 OPTIONS = {
     "whole": {},
     "window and sink": {"window": 3, "sink": 1, "temperature": (1.0, 0.5), "history_noise": (0.1, 0.5)},
     "alone": {"window": 1},  # an empty cache
-    "multi-level": {"policy": CachePolicy(2, sink=1, coarse=pooled, coarse_tokens=2), "page_size": 2},
     "frame graph": {"graph": "frame"},
 }
 

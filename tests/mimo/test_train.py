@@ -42,6 +42,10 @@ MASKED = {
     **{"parameterization": "epsilon", "token_depth": 1, "token_width": 16, "noise_levels": 3, "history_dropout": 0.0},
     **{"mask_weight": 0.0, "mask_ratio": (0.5, 0.9)},
 }
+FAR_LONG = {
+    **{"recipe": "far_long", "mask_weight": 0.0, "mask_ratio": (0.0, 0.0), "separate_ln": False},
+    **{"clean_context": 0.1, "coarse_stride": 2, "fine_frames": 2},
+}
 OPTIMISATION = {
     **{"batch_size": 4, "steps": 6, "lr": 1e-2, "warmup": 2, "precision": "fp32", "ema_decay": 0.9},
     **{"workers": 0, "log_every": 2, "save_every": 100, "preview_every": 0},
@@ -99,6 +103,7 @@ class NanAt:
         ({}, {"max_skipped": 2}, (0, 2, 3)),
         (ALIGNED, {}, ()),
         (MASKED, {"accumulate": 2}, ()),
+        (FAR_LONG, {}, ()),
     ],
 )
 def test_resumed_training_is_bitwise_undisturbed_training(tmp_path, model, options, bad):
