@@ -6,6 +6,9 @@ Peers, over the same network and sampler: no cache (the history is computed anew
 `torch.cat` joins with every frame, and a buffer of a fixed number of frames that is shifted when it is full and keeps
 its length on the device, as Self-Forcing does. All of them first have to make the same video as the paged cache.
 
+FAR's Fig. 11 in miniature stands below: a long video of FAR without and with a cache, and of FAR-Long with its
+multi-level cache, seconds beside those of the paper and both over the last.
+
 The limit is what the machine needs for the matrix products of the steps alone, or for reading the weights once per
 step, whichever is longer, at the ceilings measured in the same run. Without a GPU small networks run in fp32 on the
 CPU.
@@ -54,6 +57,29 @@ def shapes(device: torch.device) -> list[Shape]:
         network = MiMoConfig(**base, height=side, width=side)
         found.append(Shape(f"B, {side * side} tokens, batch {batch}", network, batch, 16, 20, uncached=False))
     return found
+
+
+@dataclass(frozen=True)
+class LongVideo:
+    """network: FAR-Long's; without its coarse frames it is FAR's."""
+
+    name: str
+    network: MiMoConfig
+    frames: int
+    steps: int
+
+
+FIG_11 = {"no cache": 1341, "cache": 171, "multi-level cache": 104}  # seconds for 256 frames, FAR's Fig. 11
+
+
+def long_videos(device: torch.device) -> list[LongVideo]:
+    far_long = {"recipe": "far_long", "parameterization": "flow", "coarse_stride": 4, "height": 8, "width": 8}
+    far_long |= {"mask_weight": 0.0, "mask_ratio": (0.0, 0.0), "separate_ln": False}
+    if device.type != "cuda":
+        tiny = {"depth": 2, "dim": 64, "heads": 2, "channels": 8, "decoder_layer": 1, "frames": 48, "fine_frames": 8}
+        return [LongVideo("Fig. 11, 64 tokens", MiMoConfig(**far_long, **tiny), 48, 16)]
+    base = {"depth": 12, "dim": 768, "heads": 12, "channels": 32, "frames": 256, "fine_frames": 16}
+    return [LongVideo("Fig. 11, FAR-B", MiMoConfig(**far_long, **base), 256, 50)]
 
 
 class Concatenated(History):
@@ -199,13 +225,17 @@ def check(model: MiMo, shape: Shape) -> None:
             )
 
 
-def bench(shape: Shape, device: torch.device, limits: dict) -> tuple[list[dict], dict[str, list[float]]]:
+def build(network: MiMoConfig, device: torch.device) -> MiMo:
     torch.manual_seed(0)
     with torch.device(device):
-        model = MiMo(shape.network).eval()
+        model = MiMo(network).eval()
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
-    model.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return model.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+
+def bench(shape: Shape, device: torch.device, limits: dict) -> tuple[list[dict], dict[str, list[float]]]:
+    model = build(shape.network, device)
     check(model, shape)
     config = SampleConfig(sampler="euler", steps=shape.steps, num_frames=shape.frames)
     limit = (shape.steps + 1) * step_limit(shape, model, limits)
@@ -253,6 +283,57 @@ def bench(shape: Shape, device: torch.device, limits: dict) -> tuple[list[dict],
     return rows, curves
 
 
+def networks(video: LongVideo, device: torch.device) -> tuple[MiMo, MiMo]:
+    """FAR and FAR-Long with the same weights, as far as both have them."""
+    far_long = build(video.network, device)
+    far = build(replace(video.network, recipe="far", coarse_stride=0, fine_frames=0), device)
+    far.load_state_dict({name: far_long.state_dict()[name] for name in far.state_dict()})
+    return far, far_long
+
+
+def bench_long(video: LongVideo, device: torch.device) -> list[dict]:
+    """Seconds for a long video, with every cache, after a look that it is the video of no cache."""
+    config = SampleConfig(sampler="euler", steps=video.steps, num_frames=video.frames)
+    few = replace(config, steps=2, num_frames=video.network.fine_frames + 2)
+    far, far_long = networks(video, device)
+    for model in (far, far_long):
+        made = [
+            Sampler(model, few, use_cache=cached).sample(
+                None, few.num_frames, generator=torch.Generator().manual_seed(0)
+            )
+            for cached in (True, False)
+        ]
+        error = (made[0] - made[1]).norm() / made[1].norm()
+        if not error < (1e-5 if device.type == "cpu" else 2e-2):
+            raise SystemExit(f"{video.name}: the cache makes another video than none, relative error {error:.2e}")
+    group = {"no cache": Sampler(far, config, use_cache=False), "cache": Sampler(far, config)}
+    group["multi-level cache"] = Sampler(far_long, config)
+    rows = []
+    for name, sampler in group.items():
+        if device.type == "cuda" and name != "no cache":  # compiles and captures
+            sampler.sample(None, video.frames)
+        sampler.sample(None, video.frames)
+        seconds = [latency() for latency in sampler.latencies]
+        rows.append(
+            {
+                "what": "FAR Fig. 11",
+                "shape": video.name,
+                "implementation": name,
+                "frames": video.frames,
+                "steps": video.steps,
+                "ms": 1000 * torch.tensor(seconds).median().item(),
+                "total_s": sum(seconds),
+                "cache_mib": sampler.cache_bytes(1, 0, video.frames, labels=False, actions=False) / 2**20,
+                "paper_s": FIG_11[name],
+            }
+        )
+    rows[0]["cache_mib"] = 0.0
+    for row in rows:
+        row["over_multi_level"] = row["total_s"] / rows[-1]["total_s"]
+        row["paper_over_multi_level"] = row["paper_s"] / rows[-1]["paper_s"]
+    return rows
+
+
 def plot_frames(path: Path, title: str, curves: dict[str, dict[str, list[float]]]) -> None:
     """Time of every frame, a panel per shape."""
     try:
@@ -294,6 +375,17 @@ COLUMNS = {
     "peak_mib": "MiB",
     "speedup_of_ours": "speed-up of paged",
 }
+LONG_COLUMNS = {
+    "shape": "shape",
+    "implementation": "implementation",
+    "frames": "frames",
+    "steps": "steps",
+    "total_s": "total s",
+    "over_multi_level": "over multi-level",
+    "paper_s": "paper's s",
+    "paper_over_multi_level": "paper's over multi-level",
+    "cache_mib": "cache MiB",
+}
 
 
 def main() -> None:
@@ -306,7 +398,7 @@ def main() -> None:
 
     budget = common.Budget(arguments.minutes)
     device = common.default_device()
-    chosen = shapes(device)
+    chosen: list[Shape | LongVideo] = [*shapes(device), *long_videos(device)]
     if arguments.shapes:
         known = [shape.name for shape in chosen]
         if unknown := set(arguments.shapes) - set(known):
@@ -324,17 +416,23 @@ def main() -> None:
     rows, curves = [], {}
     bars = {"group": "shape", "bar": "implementation", "value": "ms", "panel": "what", "unit": "ms"}
     for shape in budget.of(chosen):
-        print(f"{shape.name}: batch {shape.batch}, {shape.frames} frames, {shape.steps} steps", flush=True)
-        measured, curves[shape.name] = bench(shape, device, limits)
-        rows += measured
+        print(f"{shape.name}: {shape.frames} frames, {shape.steps} steps", flush=True)
+        if isinstance(shape, LongVideo):
+            rows += bench_long(shape, device)
+        else:
+            measured, curves[shape.name] = bench(shape, device, limits)
+            rows += measured
         common.save_results(arguments.out, "sampling", header, limits, rows, bars, ms_of_every_frame=curves)
     if budget.left_out:
         print(
             f"not measured within {arguments.minutes:g} minutes: {', '.join(shape.name for shape in budget.left_out)}"
         )
     path = common.write_results(arguments.out, "sampling", header, limits, rows, bars, ms_of_every_frame=curves)
-    plot_frames(path.with_name("sampling_frames.png"), header["device"], curves)
-    print("\n" + common.format_table(rows, COLUMNS))
+    if curves:
+        plot_frames(path.with_name("sampling_frames.png"), header["device"], curves)
+    for what, columns in (("time per frame", COLUMNS), ("FAR Fig. 11", LONG_COLUMNS)):
+        if some := [row for row in rows if row["what"] == what]:
+            print("\n" + common.format_table(some, columns))
     print(f"{path}, {path.with_suffix('.csv')}, {path.with_suffix('.png')}")
 
 

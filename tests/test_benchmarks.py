@@ -1,5 +1,6 @@
 """The benchmarks on tiny shapes, and the page and the README table made of the attention benchmark's results."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -122,6 +123,16 @@ def test_sampling_is_measured_for_every_cache(modules):
     rows, curves = sample_bench.bench(shape, torch.device("cpu"), LIMITS)
     assert {"paged", "no cache", "torch.cat", "shifted buffer"} <= {row["implementation"] for row in rows}
     assert all(row["ms"] > 0 for row in rows) and all(len(curve) == shape.frames for curve in curves.values())
+
+
+def test_a_long_video_is_measured_for_every_cache(modules):
+    sample_bench = modules["sample_bench"]
+    (video,) = sample_bench.long_videos(torch.device("cpu"))
+    video = dataclasses.replace(video, frames=10, steps=1)
+    rows = sample_bench.bench_long(video, torch.device("cpu"))
+    assert [row["implementation"] for row in rows] == ["no cache", "cache", "multi-level cache"]
+    assert [round(row["paper_over_multi_level"], 2) for row in rows] == [12.89, 1.64, 1.0]
+    assert all(row["total_s"] > 0 for row in rows) and 0 < rows[2]["cache_mib"] < rows[1]["cache_mib"]
 
 
 def test_training_step_is_measured_for_every_version(modules, monkeypatch):
