@@ -3,10 +3,11 @@ check.
 
     python benchmarks/attn_bench.py [--out bench_results] [--shapes k600-xl wan-tf] [--seconds 0.3] [--minutes 5]
 
-Writes attention.json and attention.csv under --out after every shape, attention.png at the end, and prints a table
-last. With --minutes it begins no shape that would not fit; the first ones matter most. Exits with status 1 if
-frame_attention failed or was wrong on a shape. Without a GPU it runs small shapes on the CPU, where there is no fused
-FlexAttention backward and no Triton.
+Writes attention.json and attention.csv under --out after every implementation and direction, attention.png at the end,
+and prints a table last. Every peer is timed in turn with frame_attention, round after round, so that clocks and
+neighbours hit both alike. With --minutes it begins no shape that would not fit; the first ones matter most. Exits with
+status 1 if frame_attention failed or was wrong on a shape. Without a GPU it runs small shapes on the CPU, where there
+is no fused FlexAttention backward and no Triton.
 
 Useful TFLOP/s count the allowed query-key pairs at the true head dim, 4 FLOPs per pair and channel forward and 2.5
 times that backward; executed ones count what the kernel computes for it: whole tiles (ours 128 x 64, FlexAttention 128
@@ -19,12 +20,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import common  # first: it finds the packages of this checkout
 import torch
 import torch._functorch.config
-from attn_peers import Unavailable, candidates, exact_attention
+from attn_peers import PUBLISHED, Unavailable, candidates, exact_attention
 
 from mimo_kernels.attention import FrameMask
 
@@ -52,6 +54,13 @@ ONCE = {
     "metadata_seconds": "metadata",
     "first_call_seconds": "first call",
 }
+PUBLISHED_COLUMNS = {
+    "implementation": "implementation",
+    "mask": "mask",
+    "forward_tflops": "forward TFLOP/s",
+    "backward_tflops": "backward TFLOP/s",
+    "source": "source",
+}
 PLOT = {
     "group": "shape",
     "bar": "implementation",
@@ -68,10 +77,11 @@ class Shape:
     mask: FrameMask
     heads: int
     head_dim: int
+    kv_heads: int | None = None  # None: as many as heads
     mask_mod: Callable | None = None  # the rule as arithmetic, for FlexAttention, where all frames have one length
 
 
-def teacher_forcing(name, what, clips, frames, tokens, kept, heads, head_dim) -> Shape:
+def teacher_forcing(name, what, clips, frames, tokens, kept, heads, head_dim, kv_heads=None) -> Shape:
     mask = FrameMask.teacher_forcing([[kept] * frames] * clips, [[tokens] * frames] * clips)
     history = frames * kept
 
@@ -82,12 +92,14 @@ def teacher_forcing(name, what, clips, frames, tokens, kept, heads, head_dim) ->
         earlier = ~k_future & torch.where(q_future, k_frame < q_frame, k_frame <= q_frame)
         return earlier | (q_future & k_future & (q_frame == k_frame))
 
-    return Shape(name, what, mask, heads, head_dim, mask_mod)
+    return Shape(name, what, mask, heads, head_dim, kv_heads, mask_mod)
 
 
 def block_causal(name, what, clips, frames, tokens, heads, head_dim) -> Shape:
     mask = FrameMask.block_causal([[tokens] * frames] * clips)
-    return Shape(name, what, mask, heads, head_dim, lambda b, h, q_idx, kv_idx: kv_idx // tokens <= q_idx // tokens)
+    return Shape(
+        name, what, mask, heads, head_dim, mask_mod=lambda b, h, q_idx, kv_idx: kv_idx // tokens <= q_idx // tokens
+    )
 
 
 def ragged(name, what, clips, frames, tokens, kept, heads, head_dim) -> Shape:
@@ -109,6 +121,7 @@ def gpu_shapes() -> list[Shape]:
         teacher_forcing("ucf-xl", "MiMo-XL training", 32, 16, 64, 40, 16, 72),
         teacher_forcing("k600-b", "MiMo-B training", 32, 5, 256, 160, 12, 64),
         block_causal("far-xl", "block causal, one copy", 32, 16, 64, 18, 64),
+        teacher_forcing("wan-gqa", "wan-tf with 3 query heads to a key head", 1, 21, 1560, 1560, 12, 128, kv_heads=4),
     ]
 
 
@@ -118,54 +131,65 @@ def cpu_shapes() -> list[Shape]:
         teacher_forcing("cpu-kept", "teacher forcing, 40 of 64 kept", 2, 16, 64, 40, 4, 72),
         block_causal("cpu-causal", "block causal, one copy", 2, 16, 64, 4, 64),
         ragged("cpu-ragged", "24..48 kept per clip, 4..16 frames", 3, (4, 16), 64, (24, 48), 4, 64),
+        teacher_forcing("cpu-gqa", "cpu-tf with 4 query heads to a key head", 2, 16, 64, 64, 4, 64, kv_heads=1),
     ]
 
 
-def bench(shape: Shape, device: torch.device, ceiling_tflops: float, seconds: float) -> list[dict]:
+def bench(
+    shape: Shape,
+    device: torch.device,
+    ceiling_tflops: float,
+    seconds: float,
+    save: Callable[[list[dict]], object] = lambda rows: None,
+) -> list[dict]:
+    """A row per implementation and direction. `save` is told of all there are after each."""
     mask, heads, head_dim = shape.mask, shape.heads, shape.head_dim
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     generator = torch.Generator(device).manual_seed(0)
-    q, k, v, dout = (
-        torch.randn(mask.num_tokens, heads, head_dim, device=device, dtype=dtype, generator=generator) for _ in range(4)
-    )
+    counts = (heads, shape.kv_heads or heads, shape.kv_heads or heads, heads)
+    shapes = [(mask.num_tokens, count, head_dim) for count in counts]
+    q, k, v, dout = (torch.randn(size, device=device, dtype=dtype, generator=generator) for size in shapes)
     inputs = [x.requires_grad_() for x in (q, k, v)]
 
     exact = exact_attention(mask, *inputs, dout)
-    rows, running = {}, {}
+    table, ours = [], None
     for label, make in candidates(device, shape.mask_mod).items():
+        row, peer = {"implementation": label}, None
         try:
             with common.at_most(PREPARE_SECONDS):
-                running[label], rows[label] = _prepare(make, shape, inputs, dout, exact, device)
+                peer, row = _prepare(make, shape, inputs, dout, exact, device)
         except Unavailable as reason:
-            rows[label] = {"implementation": label, "note": str(reason)}
+            row["note"] = str(reason)
         except Exception as error:  # that a peer fails is a result; that ours does, main tells
-            rows[label] = {"implementation": label, "note": f"failed: {common.one_line(error)}"}
-    del exact
-
-    table = []
-    for direction in ("forward", "backward"):
-        functions = {
-            label: _forward(peer, inputs) if direction == "forward" else _backward(peer, inputs, dout)
-            for label, peer in running.items()
-            if direction == "forward" or not peer.forward_only
-        }
-        timings = common.interleaved(functions, device, seconds=seconds, min_runs=10 if device.type == "cuda" else 3)
-        for label, row in rows.items():
-            row = {"shape": shape.name, "direction": direction, "head_dim": head_dim, "tokens": mask.num_tokens, **row}
-            if label in timings:
-                row |= _figures(timings[label], running[label], direction, dtype, mask.num_pairs, ceiling_tflops)
-                if OURS in timings:
-                    row["speedup_of_ours"] = timings[label].median / timings[OURS].median
-            elif label in running:
-                row["note"] = "forward only"
-            table.append(row)
-        del functions
+            row["note"] = f"failed: {common.one_line(error)}"
+        ours = peer if label == OURS else ours
+        for direction in ("forward", "backward"):
+            timed = {"shape": shape.name, "direction": direction, "head_dim": head_dim, "tokens": mask.num_tokens}
+            timed |= row
+            if peer is not None and direction == "backward" and peer.forward_only:
+                timed["note"] = "forward only"
+            elif peer is not None:
+                both = {OURS: ours, label: peer} if ours else {label: peer}
+                timings = _timings(both, direction, inputs, dout, device, seconds)
+                timed |= _figures(timings[label], peer, direction, dtype, mask.num_pairs, ceiling_tflops)
+                if ours:
+                    timed["speedup_of_ours"] = timings[label].median / timings[OURS].median
+            table.append(timed)
+            save(table)
     return table
+
+
+def _timings(peers: dict, direction: str, inputs, dout, device, seconds: float) -> dict[str, common.Timing]:
+    functions = {
+        label: _forward(peer, inputs) if direction == "forward" else _backward(peer, inputs, dout)
+        for label, peer in peers.items()
+    }
+    return common.interleaved(functions, device, seconds=seconds, min_runs=10 if device.type == "cuda" else 3)
 
 
 def _prepare(make, shape: Shape, inputs, dout, exact, device) -> tuple:
     """The implementation, checked against fp32, and what its row says beside the times."""
-    peer = make(shape.mask, device, shape.heads, shape.head_dim)
+    peer = make(shape.mask, device, shape.heads, shape.head_dim, shape.kv_heads)
     start = time.perf_counter()
     _forward_backward(peer, inputs, dout)  # compiles
     if device.type == "cuda":
@@ -239,6 +263,7 @@ def main() -> int:
     if device.type != "cuda":
         print("  no GPU: small shapes in fp32 on the CPU; the figures say nothing about the GPU kernels")
     rows, sizes, result = [], {}, None
+    save = partial(common.save_results, arguments.out, "attention", header, limits, plot=PLOT, shapes=sizes)
     for shape in budget.of(shapes):
         mask = shape.mask
         print(
@@ -246,13 +271,22 @@ def main() -> int:
             f"{mask.num_pairs} pairs, {shape.heads} x {shape.head_dim}",
             flush=True,
         )
-        rows += bench(shape, device, limits["matmul_tflops"], arguments.seconds)
         table = repr(mask).splitlines()[0]
         sizes[shape.name] = {"what": shape.what, "mask": table, "heads": shape.heads, "head_dim": shape.head_dim}
-        result = common.save_results(arguments.out, "attention", header, limits, rows, PLOT, shapes=sizes)
+        with_new = partial(_saved, save, rows)
+        rows = rows + bench(shape, device, limits["matmul_tflops"], arguments.seconds, with_new)
+        result = save(rows=rows)
         if device.type == "cuda":
             torch.cuda.empty_cache()
+    return _tell(arguments, budget, rows, result)
 
+
+def _saved(save: Callable, before: list[dict], new: list[dict]) -> None:
+    save(rows=before + new)
+
+
+def _tell(arguments: argparse.Namespace, budget: common.Budget, rows: list[dict], result: dict | None) -> int:
+    """Prints what was measured and what was not; the exit status."""
     measured = [row for row in rows if "ms" in row]
     print("\nseconds spent once per mask or per length (the first call compiles):")
     print(common.format_table([row for row in measured if row["direction"] == "forward"], ONCE))
@@ -268,6 +302,8 @@ def main() -> int:
             f"not measured within {arguments.minutes:g} minutes: {', '.join(shape.name for shape in budget.left_out)}"
         )
     print("\n" + common.format_table(measured, COLUMNS))
+    print("\ntold by others, on an H100 at 128 channels and 32k tokens, and not measured here:")
+    print(common.format_table(list(PUBLISHED), PUBLISHED_COLUMNS))
     if result is not None:
         common.draw(arguments.out, result)
         print(", ".join(str(arguments.out / f"attention.{kind}") for kind in ("json", "csv", "png")))

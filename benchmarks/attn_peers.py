@@ -23,6 +23,20 @@ MAX_DENSE_BYTES = 8 * 2**30
 MAX_GATHERED_BYTES = 16 * 2**30
 
 
+# What the package index does not have, as its authors tell it: H100, bf16, head dim 128, 32k tokens. Not measured here.
+_TOLD = ("implementation", "mask", "forward_tflops", "backward_tflops", "source")
+_BY_MAGI = "MagiAttention's benchmarks of kernels"
+PUBLISHED = tuple(
+    dict(zip(_TOLD, told))
+    for told in (
+        ("FlashAttention-3", "full", 702, 600, _BY_MAGI),
+        ("FlashAttention-3", "causal", 680, 585, _BY_MAGI),
+        ("MagiAttention", "full", 635, 576, _BY_MAGI),
+        ("MagiAttention", "block causal, clips of several lengths", 572, 363, _BY_MAGI),
+    )
+)
+
+
 class Unavailable(Exception):
     """Why an implementation does not take part."""
 
@@ -32,8 +46,9 @@ class Implementation:
     prepare_seconds: dict[str, float]
     forward_only = False
 
-    def __init__(self, mask: FrameMask, device: torch.device, heads: int, head_dim: int):
+    def __init__(self, mask: FrameMask, device: torch.device, heads: int, head_dim: int, kv_heads: int | None = None):
         self.mask, self.device, self.heads, self.head_dim = mask, device, heads, head_dim
+        self.kv_heads = kv_heads or heads
         self.pairs, self.padded_dim = mask.num_pairs, head_dim
         self.prepare_seconds = {}
 
@@ -51,8 +66,8 @@ class Implementation:
 
 
 class Ours(Implementation):
-    def __init__(self, mask, device, heads, head_dim, backend: str = "auto"):
-        super().__init__(mask, device, heads, head_dim)
+    def __init__(self, mask, device, heads, head_dim, kv_heads=None, backend: str = "auto"):
+        super().__init__(mask, device, heads, head_dim, kv_heads)
         self.name = "frame_attention" if backend == "auto" else f"frame_attention, {backend}"
         self.backend = backend
 
@@ -73,12 +88,21 @@ class Ours(Implementation):
 
 
 class Flex(Implementation):
-    """Compiled FlexAttention with a block mask made beforehand. On the CPU eager, which is forward only."""
+    """Compiled FlexAttention with a block mask made beforehand. On the CPU eager, which is forward only.
 
-    def __init__(self, mask, device, heads, head_dim, mask_mod: Callable | None = None):
-        super().__init__(mask, device, heads, head_dim)
+    flash: with the kernels of FlashAttention-4, to which the rule is compiled as their mask_mod, with block-sparse
+    lists: their best form for masks like these."""
+
+    def __init__(
+        self, mask, device, heads, head_dim, kv_heads=None, mask_mod: Callable | None = None, flash: bool = False
+    ):
+        super().__init__(mask, device, heads, head_dim, kv_heads)
+        if flash:
+            _import("flash_attn.cute.interface", device)
         compiled = device.type == "cuda"
         self.name = "FlexAttention, compiled" if compiled else "FlexAttention, eager"
+        if flash:
+            self.name = "FlexAttention on FlashAttention-4"
         self.forward_only = not compiled
         self.rows = mask.uniform[1] if mask.uniform else mask.num_tokens
         mask_mod = mask_mod or self.one_clip().to_mask_mod(device)
@@ -93,9 +117,12 @@ class Flex(Implementation):
         self.prepare_seconds["mask"] = time.perf_counter() - start
         self.pairs = touched_pairs(mask, 128, 128) if compiled else self.rows * mask.num_tokens
         if compiled:
-            self.padded_dim = 1 << (head_dim - 1).bit_length()
+            self.padded_dim = -(-head_dim // 16) * 16 if flash else 1 << (head_dim - 1).bit_length()
             torch._dynamo.reset()  # every shape is compiled for itself: that is how it runs fastest
-        self.attend = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+        attend = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+        self.attend = partial(attend, enable_gqa=self.kv_heads != heads)
+        if flash:
+            self.attend = partial(self.attend, kernel_options={"BACKEND": "FLASH"})
 
     def __call__(self, q, k, v):
         q, k, v = (self.clips_first(x) for x in (q, k, v))
@@ -105,9 +132,18 @@ class Flex(Implementation):
 class DenseSDPA(Implementation):
     """scaled_dot_product_attention with a bool matrix."""
 
-    def __init__(self, mask, device, heads, head_dim, backend: SDPBackend | None = None, packed: bool | None = None):
+    def __init__(
+        self,
+        mask,
+        device,
+        heads,
+        head_dim,
+        kv_heads=None,
+        backend: SDPBackend | None = None,
+        packed: bool | None = None,
+    ):
         """packed: one matrix for all clips; None: only where the clips are not alike."""
-        super().__init__(mask, device, heads, head_dim)
+        super().__init__(mask, device, heads, head_dim, kv_heads)
         if packed is False and not mask.uniform:
             raise Unavailable("the clips are not alike")
         self.backend, self.packed = backend, packed or not mask.uniform
@@ -128,10 +164,11 @@ class DenseSDPA(Implementation):
 
     def __call__(self, q, k, v):
         q, k, v = (self.clips_first(x) for x in (q, k, v))
+        options = {"attn_mask": self.dense, "enable_gqa": self.kv_heads != self.heads}
         if self.backend is None:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=self.dense).transpose(1, 2).flatten(0, 1)
+            return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2).flatten(0, 1)
         with sdpa_kernel(self.backend):
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=self.dense).transpose(1, 2).flatten(0, 1)
+            return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2).flatten(0, 1)
 
 
 @dataclass
@@ -147,39 +184,40 @@ class Sequences:
 
 
 class VarlenCalls(Implementation):
-    """One varlen FlashAttention call per key interval, merged by their log-sum-exp; what people write without a kernel
-    for the mask.
+    """Varlen FlashAttention, what people write without a kernel for the mask: with `merged` one call per key interval,
+    put together by their log-sum-exp; else one call in which a frame is a sequence and its intervals lie side by side.
 
     Keys that several frames see are gathered once for each. The backward gives every call the merged output and
     log-sum-exp, so it needs no gradient of the merge.
     """
 
-    def __init__(self, mask, device, heads, head_dim, kernels: type):
-        super().__init__(mask, device, heads, head_dim)
+    def __init__(self, mask, device, heads, head_dim, kv_heads=None, *, kernels: type, merged: bool):
+        super().__init__(mask, device, heads, head_dim, kv_heads)
+        if device.type == "cpu" and self.kv_heads != heads:
+            raise Unavailable("torch's flash kernels for the CPU do not take heads that share keys")
         self.kernels = kernels(device, head_dim)
-        self.name = kernels.label
+        self.name = f"varlen calls + merge, {kernels.label}" if merged else f"varlen, gathered, {kernels.label}"
         if device.type == "cuda":
             self.padded_dim = -(-head_dim // 32) * 32
         start = time.perf_counter()
-        self.calls = [call for interval in range(3) if (call := self._sequences(interval)) is not None]
+        rows, keys = _intervals(mask)
+        chosen = [[k[i : i + 1] for k in keys] for i in range(max(map(len, keys)))] if merged else [keys]
+        self.calls = [self._sequences(rows, part) for part in chosen]
         _synchronize(device)
         self.prepare_seconds["metadata"] = time.perf_counter() - start
         gathered = sum(call.key_rows.numel() for call in self.calls)
-        if 4 * gathered * heads * head_dim > MAX_GATHERED_BYTES:
-            raise Unavailable(
-                f"gathering {gathered} overlapping keys takes {4 * gathered * heads * head_dim / 2**30:.0f} GiB"
-            )
+        size = 4 * gathered * self.kv_heads * head_dim
+        if size > MAX_GATHERED_BYTES:
+            raise Unavailable(f"gathering {gathered} overlapping keys takes {size / 2**30:.0f} GiB")
 
-    def _sequences(self, interval: int) -> Sequences | None:
-        table = self.mask.frames
-        table = table[table[:, 3 + 2 * interval] > 0].long()
-        if not len(table):
-            return None
-        q_lens, starts = table[:, 1] - table[:, 0], table[:, 2 + 2 * interval]
-        k_lens = table[:, 3 + 2 * interval] - starts
+    def _sequences(self, rows: list[tuple[int, int]], keys: list[list[tuple[int, int]]]) -> Sequences:
+        """Groups of rows and the intervals of keys of each; those that have none are left out."""
+        kept = [(row, intervals) for row, intervals in zip(rows, keys) if intervals]
+        q_lens = torch.tensor([end - start for (start, end), _ in kept])
+        k_lens = torch.tensor([sum(end - start for start, end in intervals) for _, intervals in kept])
         return Sequences(
-            _ranges(table[:, 0], q_lens).to(self.device),
-            _ranges(starts, k_lens).to(self.device),
+            _ranges([row for row, _ in kept]).to(self.device),
+            _ranges([interval for _, intervals in kept for interval in intervals]).to(self.device),
             F.pad(q_lens.cumsum(0), (1, 0)).to(self.device, torch.int32),
             F.pad(k_lens.cumsum(0), (1, 0)).to(self.device, torch.int32),
             int(q_lens.max()),
@@ -195,11 +233,13 @@ class _Varlen(torch.autograd.Function):
     def forward(ctx, q, k, v, peer: VarlenCalls):
         out, lse = None, None
         for call in peer.calls:
-            part, part_lse = peer.kernels.forward(q[call.query_rows], k[call.key_rows], v[call.key_rows], call)
-            if out is None:  # the first interval is every row's
+            rows = call.query_rows
+            part, part_lse = peer.kernels.forward(q[rows], k[call.key_rows], v[call.key_rows], call)
+            if out is None and len(rows) == len(q):  # the first interval is every row's
                 out, lse = part, part_lse.T
                 continue
-            rows = call.query_rows
+            if out is None:  # some rows see nothing
+                out, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
             before, after = lse[rows], torch.logaddexp(lse[rows], part_lse.T)
             merged = out[rows] * (before - after).exp().unsqueeze(-1) + part * (part_lse.T - after).exp().unsqueeze(-1)
             out[rows], lse[rows] = merged.to(out.dtype), after
@@ -224,7 +264,7 @@ class _Varlen(torch.autograd.Function):
 class TorchFlash2:
     """FlashAttention-2 inside torch; on the CPU its flash kernel, sequence by sequence."""
 
-    label = "varlen calls + merge, torch flash"
+    label = "torch flash"
 
     def __init__(self, device: torch.device, head_dim: int):
         self.cpu, self.scale = device.type == "cpu", head_dim**-0.5
@@ -271,7 +311,7 @@ class TorchFlash2:
 class FlashAttnPackage:
     """FlashAttention-2 of the flash-attn package."""
 
-    label = "varlen calls + merge, flash-attn"
+    label = "flash-attn"
 
     def __init__(self, device: torch.device, head_dim: int):
         self.module = _import("flash_attn.flash_attn_interface", device)
@@ -296,26 +336,33 @@ class FlashAttnPackage:
 class FlashAttention4:
     """FlashAttention-4, the CuTe kernels of the flash-attn package."""
 
-    label = "varlen calls + merge, FlashAttention-4"
+    label = "FlashAttention-4"
 
     def __init__(self, device: torch.device, head_dim: int):
         self.module = _import("flash_attn.cute.interface", device)
         self.scale = head_dim**-0.5
 
     def forward(self, q, k, v, call):
-        return self.module._flash_attn_fwd(
-            q, k, v, cu_seqlens_q=call.cu_q, cu_seqlens_k=call.cu_k, softmax_scale=self.scale, return_lse=True
-        )[:2]
+        return self.module._flash_attn_fwd(q, k, v, softmax_scale=self.scale, return_lse=True, **self._lengths(call))[
+            :2
+        ]
 
     def backward(self, dout, q, k, v, out, lse, call):
-        return self.module._flash_attn_bwd(
-            q, k, v, out, dout, lse, softmax_scale=self.scale, cu_seqlens_q=call.cu_q, cu_seqlens_k=call.cu_k
-        )
+        return self.module._flash_attn_bwd(q, k, v, out, dout, lse, softmax_scale=self.scale, **self._lengths(call))[:3]
+
+    @staticmethod
+    def _lengths(call) -> dict:
+        """Without the longest lengths it takes all rows for them."""
+        lengths = {"cu_seqlens_q": call.cu_q, "cu_seqlens_k": call.cu_k}
+        return lengths | {"max_seqlen_q": call.max_q, "max_seqlen_k": call.max_k}
 
 
 def candidates(device: torch.device, mask_mod: Callable | None = None) -> dict[str, Callable[..., Implementation]]:
-    """Label -> constructor (mask, device, heads, head_dim) of everything that is compared, ours first."""
+    """Label -> constructor (mask, device, heads, head_dim, kv_heads) of everything that is compared, ours first."""
     found = {"frame_attention": Ours, "FlexAttention": partial(Flex, mask_mod=mask_mod)}
+    found["FlexAttention on FlashAttention-4"] = partial(Flex, mask_mod=mask_mod, flash=True)
+    found["frame_attention, cuda"] = partial(Ours, backend="cuda")
+    found["frame_attention, atomic backward"] = _atomic
     if device.type == "cuda":
         found["SDPA, frame by frame"] = partial(Ours, backend="reference")
         found["SDPA, dense mask, efficient"] = partial(DenseSDPA, backend=SDPBackend.EFFICIENT_ATTENTION)
@@ -324,8 +371,17 @@ def candidates(device: torch.device, mask_mod: Callable | None = None) -> dict[s
         found["SDPA, dense mask, packed"] = partial(DenseSDPA, packed=True)
         found["SDPA, dense mask, per clip"] = partial(DenseSDPA, packed=False)
     for kernels in (TorchFlash2, FlashAttnPackage, FlashAttention4):
-        found[kernels.label] = partial(VarlenCalls, kernels=kernels)
+        for merged, label in ((False, "varlen, gathered"), (True, "varlen calls + merge")):
+            found[f"{label}, {kernels.label}"] = partial(VarlenCalls, kernels=kernels, merged=merged)
     return found
+
+
+def _atomic(*args) -> Implementation:
+    try:
+        from attn_atomic import AtomicBackward
+    except ImportError as error:
+        raise Unavailable(f"the Triton kernels do not load ({error})") from None
+    return AtomicBackward(*args)
 
 
 def exact_attention(mask: FrameMask, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor]:
@@ -337,6 +393,8 @@ def exact_attention(mask: FrameMask, q: Tensor, k: Tensor, v: Tensor, dout: Tens
         return x.view(repeats, x.shape[0] // repeats, *x.shape[1:]).transpose(1, 2)  # [clips, h, rows, d]
 
     q, k, v, dout = (x.detach().float() for x in (q, k, v, dout))
+    sharing = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(sharing, 1) for x in (k, v))
     totals = [torch.zeros_like(q) for _ in range(4)]
     out, dq, dk, dv = (split(x) for x in totals)
     for row_start, row_end, *bounds in mask.pattern.tolist():
@@ -351,7 +409,7 @@ def exact_attention(mask: FrameMask, q: Tensor, k: Tensor, v: Tensor, dout: Tens
         dq[:, :, rows] = gradients[0]
         dk.index_add_(2, keys, gradients[1])
         dv.index_add_(2, keys, gradients[2])
-    return totals
+    return [*totals[:2], *(x.unflatten(1, (-1, sharing)).sum(2) for x in totals[2:])]
 
 
 def dense(mask: FrameMask, device: torch.device) -> Tensor:
@@ -382,8 +440,19 @@ def touched_pairs(mask: FrameMask, rows_per_tile: int, keys_per_tile: int) -> in
     return repeats * total
 
 
-def _ranges(starts: Tensor, lens: Tensor) -> Tensor:
-    """All of start .. start + len - 1, one range after another."""
+def _intervals(mask: FrameMask) -> tuple[list[tuple[int, int]], list[list[tuple[int, int]]]]:
+    """Groups of rows, and the intervals of keys that each sees."""
+    rows, keys = [], []
+    for row_start, row_end, *bounds in mask.frames.tolist():
+        rows.append((row_start, row_end))
+        keys.append([(start, end) for start, end in zip(bounds[::2], bounds[1::2]) if end > start])
+    return rows, keys
+
+
+def _ranges(intervals: list[tuple[int, int]]) -> Tensor:
+    """All of start .. end - 1, one interval after another."""
+    starts, ends = torch.tensor(intervals).T
+    lens = ends - starts
     owner = torch.repeat_interleave(lens)
     ends = lens.cumsum(0)
     return torch.arange(int(ends[-1])) - (ends - lens)[owner] + starts[owner]

@@ -2,7 +2,7 @@
 plots.
 
     python benchmarks/report.py [--out bench_results] [--minutes 8] [--skip-build] [--skip-tests]
-        [--only NAME ...] [--readme README.md] [--only-page]
+        [--only NAME ...] [--shapes NAME ...] [--readme README.md] [--only-page]
     python benchmarks/report.py --sanitize
 
 Builds the module in place, runs the tests that need a device and the kernel tests, then every benchmark of this folder,
@@ -10,8 +10,9 @@ each in a process of its own. What --minutes leaves after build and tests is sha
 nothing that would not fit and write what they have after every shape; one that overruns all the same is stopped. Writes
 report.json and report.md beside the benchmarks' own files under --out, anew after every step, and exits with status 1
 if anything failed. Without a GPU the same runs with what each part does there. --only: these steps alone, beside the
-results that are there. --readme writes the summary table between the markers <!-- benchmarks --> and <!-- /benchmarks
---> of that file. --only-page runs nothing: page, plots and table from the results under --out.
+results that are there. --shapes: handed on to the one benchmark that --only names. --readme writes the summary table
+between the markers <!-- benchmarks --> and <!-- /benchmarks --> of that file. --only-page runs nothing: page, plots and
+table from the results under --out.
 
 --sanitize runs every kernel once, small, under compute-sanitizer: memcheck, and racecheck and synccheck for the kernels
 of csrc/.
@@ -204,6 +205,7 @@ def run_all(arguments: argparse.Namespace, out: Path) -> list[dict]:
         if limit is None:
             share = seconds_for(name, names[i + 1 :], end - time.perf_counter())
             command, limit = [*command, "--minutes", f"{share / 60:.2f}"], share + GRACE_SECONDS
+            command += ["--shapes", *arguments.shapes] if arguments.shapes else []
         done.append(run(name, command, out, limit))
         write_page(done, out)
     return done
@@ -218,6 +220,7 @@ def main() -> int:
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", help="build, tests or names of benchmarks, such as attn_bench"
     )
+    parser.add_argument("--shapes", nargs="+", metavar="NAME", help="for the benchmark that --only names")
     parser.add_argument(
         "--sanitize", action="store_true", help="every kernel once under compute-sanitizer, nothing else"
     )
@@ -225,6 +228,8 @@ def main() -> int:
     parser.add_argument("--only-page", action="store_true", help="run nothing, take the results under --out")
     arguments = parser.parse_args()
 
+    if arguments.shapes and (len(arguments.only or ()) != 1 or arguments.only[0] in LIMIT_SECONDS):
+        parser.error("--shapes belongs to one benchmark, expected --only with its name, such as --only attn_bench")
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     if arguments.only_page:

@@ -21,6 +21,7 @@ NAMES = (
     "attn_peers",
     "attn_bench",
     "attn_configs",
+    "lengths_bench",
     "sample_bench",
     "train_bench",
     "data_pipeline",
@@ -46,9 +47,16 @@ def results(modules, tmp_path_factory):
     shapes = [
         attn_bench.teacher_forcing("tiny", "alike clips", 2, 3, 8, 5, 2, 24),
         attn_bench.ragged("mixed", "ragged clips", 2, (2, 3), 6, (3, 5), 1, 16),
+        attn_bench.teacher_forcing("shared", "heads that share keys", 1, 2, 8, 5, 4, 16, kv_heads=2),
     ]
     device = torch.device("cpu")
-    rows = [row for shape in shapes for row in attn_bench.bench(shape, device, 1.0, seconds=0.001)]
+    saved: dict[str, list[int]] = {shape.name: [] for shape in shapes}
+    rows = []
+    for shape in shapes:
+        save = saved[shape.name].append
+        rows += attn_bench.bench(shape, device, 1.0, seconds=0.001, save=lambda table, save=save: save(len(table)))
+    # Every implementation and direction is on the disk before the next one begins.
+    assert all(counts == list(range(1, len(rows) // len(shapes) + 1)) for counts in saved.values())
     limits = {"matmul": "none", "matmul_tflops": 1.0, "copy_gb_per_s": 1.0}
     out = tmp_path_factory.mktemp("results")
     common.write_results(out, "attention", common.machine(device), limits, rows, attn_bench.PLOT)
@@ -58,9 +66,12 @@ def results(modules, tmp_path_factory):
 def test_every_row_is_checked_and_has_its_figures(results):
     rows = json.loads((results / "attention.json").read_text())["rows"]
     measured = [row for row in rows if "ms" in row]
-    for shape in ("tiny", "mixed"):
+    for shape in ("tiny", "mixed", "shared"):
         names = {row["implementation"] for row in measured if row["shape"] == shape}
         assert {"frame_attention", "FlexAttention, eager", "SDPA, dense mask, packed"} <= names
+        varlen = {"varlen, gathered, torch flash", "varlen calls + merge, torch flash"}
+        others = varlen | {"frame_attention, atomic backward"}
+        assert others <= names if shape != "shared" else not others & names
     for row in measured:
         assert row["error"] <= 1e-5 and row["ms_p20"] <= row["ms"] <= row["ms_p80"]
         assert 0 < row["useful_tflops"] <= row["executed_tflops"] * 1.0001
@@ -88,9 +99,35 @@ def test_page_and_readme_show_what_was_measured(modules, results, tmp_path):
     report.write_readme(readme, report.readme_table(loaded))
     text = readme.read_text()
     assert text.startswith("before\n<!-- benchmarks -->\n") and text.endswith("<!-- /benchmarks -->\nafter\n")
-    assert "old" not in text and text.count("| tiny |") == 2 and text.count("| mixed |") == 2
+    assert "old" not in text and all(text.count(f"| {name} |") == 2 for name in ("tiny", "mixed", "shared"))
     with pytest.raises(ValueError, match="has no <!-- benchmarks -->"):
         report.write_readme(results / "attention.csv", "table")
+
+
+def test_shapes_are_handed_on_to_the_one_benchmark_that_is_named(modules, monkeypatch, tmp_path, capsys):
+    report, commands = modules["report"], {}
+    monkeypatch.setattr(report, "run", lambda name, command, *_: commands.update({name: command}) or {"status": 0})
+    monkeypatch.setattr(report, "write_page", lambda *_: [])
+    monkeypatch.setattr(report.common, "format_table", lambda *_: "")
+    given = ["report.py", "--out", str(tmp_path), "--only", "attn_bench"]
+    monkeypatch.setattr(sys, "argv", [*given, "--shapes", "k600-xl", "wan-tf"])
+    assert report.main() == 0 and commands["attn_bench"][-3:] == ["--shapes", "k600-xl", "wan-tf"]
+    for several in (["--only", "attn_bench", "ops_bench"], ["--only", "tests"], []):
+        monkeypatch.setattr(sys, "argv", ["report.py", "--out", str(tmp_path), *several, "--shapes", "k600-xl"])
+        with pytest.raises(SystemExit):
+            report.main()
+        assert "--shapes belongs to one benchmark" in capsys.readouterr().err
+
+
+def test_changing_lengths_are_measured(modules):
+    bench = modules["lengths_bench"]
+    shape = bench.Shape("tiny", "", 2, (1, 2), 4, (2, 3), 1, 16, batches=3)
+    saved = []
+    rows = bench.bench([shape], torch.device("cpu"), lambda rows: saved.append(len(rows)), modules["common"].Budget())
+    whats = ["mask", "first call", "new lengths", "known lengths"]
+    assert saved == [4, 8] and [row["what"] for row in rows] == 2 * whats
+    assert {row["implementation"] for row in rows} == {"frame_attention", "FlexAttention, eager"}
+    assert all(0 < row["ms_p20"] <= row["ms"] <= row["ms_p80"] for row in rows)
 
 
 def test_touched_pairs_counts_whole_tiles(modules):
@@ -316,4 +353,8 @@ def test_a_tile_that_works_ahead_is_written_and_read(modules):
     )
     tried = configs.candidates("forward", 90, 128, None)
     assert ahead == tried[0] and configs.parsed("128x64x8x3") in tried
+    masked = configs.parsed("128x64x8x3+masked2")
+    assert configs.label(masked) == "128x64x8x3+masked2"
+    assert configs.written((masked,)) == "(Config(128, 64, 8, 3, masked_stages=2),)"
+    assert {masked, configs.parsed("128x64x8x3")} <= set(configs.candidates("dkv", 90, 72, None))
     assert not any(config.ahead for config in configs.candidates("forward", 90, 72, None))
