@@ -133,6 +133,7 @@ class MiMoConfig(_Record):
         cross_attention: a clip's class, or the text it is told, is a sequence of embeddings that every block
             attends to.
         text_dim: width of the features of the clips' texts; 0 is no texts. Texts need cross_attention.
+        text_tokens: tokens of a text at most; longer ones are cut.
         label_dropout: probability that a clip's class or text, or a frame's action, is replaced by the null one in
             training.
         history_dropout: probability that a future frame sees no history in training; history guidance needs it.
@@ -196,6 +197,7 @@ class MiMoConfig(_Record):
     max_interval: int = 0
     cross_attention: bool = False
     text_dim: int = 0
+    text_tokens: int = 128
     label_dropout: float = 0.1
     history_dropout: float = 0.0
     clean_context: float = 0.0

@@ -13,6 +13,7 @@ from torch import Tensor
 from mimo.config import MiMoConfig
 from mimo.data import to_float
 from mimo.encoders import Encoder, build_encoder
+from mimo.network.cross import Text
 from mimo.tokenizers import build_tokenizer
 from mimo.tokenizers.protocols import Tokenizer, VariationalTokenizer
 
@@ -91,7 +92,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 def to_latents(
     batch: dict[str, Tensor], tokenizer: Tokenizer, config: MiMoConfig, device: torch.device, posterior: str = "mean"
-) -> tuple[Tensor, dict[str, Tensor | None]]:
+) -> tuple[Tensor, dict[str, Any]]:
     """A batch of the loader -> latents [B, T, H, W, C] and what the network is conditioned on, all on the device.
 
     posterior: "mean", or "sample" for latents drawn with the batch's `noise_seed`.
@@ -109,7 +110,11 @@ def to_latents(
     labels = batch["label"].to(device) if config.num_classes else None
     actions = batch["actions"].to(device) if config.num_actions else None
     intervals = batch["interval"].to(device) if config.max_interval else None
-    return latents, {"labels": labels, "actions": actions, "intervals": intervals}
+    conditions = {"labels": labels, "actions": actions, "intervals": intervals}
+    if config.text_dim:
+        text = Text.padded(batch["text"])  # on the host, where its lengths are wanted
+        conditions["text"] = text._replace(features=text.features.to(device, non_blocking=True))
+    return latents, conditions
 
 
 def to_features(batch: dict[str, Tensor], encoder: Encoder | None, device: torch.device) -> Tensor | None:

@@ -74,7 +74,8 @@ def clip_options(config: MiMoConfig) -> dict:
     """What a network asks of its clips, as options of `open_dataset`."""
     frames, height, width = config.video_shape
     counts = {"num_classes": config.num_classes or None, "num_actions": config.num_actions or None}
-    return {"num_frames": frames, "height": height, "width": width} | counts
+    text = (config.text_tokens, config.text_dim) if config.text_dim else None
+    return {"num_frames": frames, "height": height, "width": width, "text": text} | counts
 
 
 def changed(config: Config, **options) -> Config:

@@ -26,6 +26,7 @@ class Sample:
             it must have occurred in training. The default is the smallest of training.
         actions: npz file with the actions of the video; without it those of the context, in it or in an npz beside it.
         label: class of the video, 0 .. number of classes - 1.
+        text: safetensors file with the features of a text, `text` [tokens, width], for a model that is told texts.
         frames: frames of the result, context included.
         count: number of videos.
         seed: of the noise; the same seed gives the same video.
@@ -64,6 +65,7 @@ class Sample:
     interval: int | None = None
     actions: Path | None = None
     label: Annotated[int | None, tyro.conf.arg(name="class")] = None
+    text: Path | None = None
     frames: int | None = None
     count: int = 1
     seed: int = 0
@@ -116,7 +118,9 @@ class Sample:
         )
         chosen = {name: getattr(self, name) for name in options if getattr(self, name) is not None}
         if chosen.get("class_guidance", 1) != 1 and self.label is None and not loaded.model.config.num_actions:
-            raise InputError(f"--class-guidance {self.class_guidance:g}: expected a --class to guide to")
+            told = "--text" if loaded.model.config.text_dim else "--class"
+            if self.text is None:
+                raise InputError(f"--class-guidance {self.class_guidance:g}: expected a {told} to guide to")
         for name in ("mask_steps", "token_temperature"):
             if name in chosen and not loaded.model.config.token_depth:
                 raise InputError(f"--{name.replace('_', '-')} {chosen[name]}: this model has no token head")

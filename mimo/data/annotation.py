@@ -1,4 +1,5 @@
-"""Annotations: a JSON list of clips, [{"video_path": ..., "label": ..., "action_path": ...}, ...], as FAR has them."""
+"""Annotations: a JSON list of clips, [{"video_path": ..., "label": ..., "action_path": ..., "text_path": ...}, ...], as
+FAR has them but for the texts."""
 
 from __future__ import annotations
 
@@ -15,11 +16,12 @@ _MAX_LABEL = 2**31 - 1
 
 @dataclass(frozen=True)
 class ClipFile:
-    """One clip on disk: its file, its class, and the npz that holds its actions."""
+    """One clip on disk: its file, its class, the npz that holds its actions, and the features of its text."""
 
     path: Path
     label: int | None = None
     actions: Path | None = None
+    text: Path | None = None
 
 
 @dataclass
@@ -31,6 +33,7 @@ class Entry:
     video_path: str
     label: int | None = None
     action_path: str | None = None
+    text_path: str | None = None
 
     def __post_init__(self) -> None:
         if self.label is not None and not 0 <= self.label <= _MAX_LABEL:
@@ -42,7 +45,7 @@ def read_entries(path: Path) -> list[Entry]:
     entries = records.read(path, list[Entry], error=DataError)
     if not entries:
         raise DataError(f'{path}: expected a list [{{"video_path": ..., "label": ...}}, ...] with at least one entry')
-    for key in ("label", "action_path"):
+    for key in ("label", "action_path", "text_path"):
         having = [getattr(entry, key) is not None for entry in entries]
         if any(having) and not all(having):
             raise DataError(f"{path}: entry {having.index(False)} has no {key!r}, though others do")
@@ -61,10 +64,15 @@ def read_clips(path: Path, folder: Path, *, allow_outside: bool = False) -> list
     first = entries[0].video_path
     base = next((base for base in (folder, path.parent, Path()) if (base / first).is_file()), folder)
     clips = [
-        ClipFile(base / entry.video_path, entry.label, None if entry.action_path is None else base / entry.action_path)
+        ClipFile(
+            base / entry.video_path,
+            entry.label,
+            None if entry.action_path is None else base / entry.action_path,
+            None if entry.text_path is None else base / entry.text_path,
+        )
         for entry in entries
     ]
-    named = [file for clip in clips for file in (clip.path, clip.actions) if file is not None]
+    named = [file for clip in clips for file in (clip.path, clip.actions, clip.text) if file is not None]
     if not allow_outside:
         require_inside(named, (folder, path.parent), path)
     missing = [file for file in named if not file.is_file()]

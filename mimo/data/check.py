@@ -16,6 +16,7 @@ from mimo.data.annotation import ClipFile
 from mimo.data.datasets import find_kinds, layout_options
 from mimo.data.errors import DamagedVideo, DataError, UnreadableVideo
 from mimo.data.latents import LatentShards, is_latents
+from mimo.data.text import read_text
 from mimo.data.video import open_clip
 
 
@@ -163,6 +164,8 @@ class _Looks(Dataset):
             except DamagedVideo:
                 reader.shorten()
             actions = self.dataset.actions_of(clip, reader)
+            if clip.text is not None:
+                read_text(clip.text)
             size, rate = f"{reader.height}x{reader.width}", reader.fps and f"{reader.fps:.4g}"
         counted = Counter([] if actions is None else actions.tolist())
         return reader.num_frames, reader.damage, size, rate, counted

@@ -5,6 +5,7 @@ All share one interface. `len(dataset)` clips; `dataset.sample(index, seed)` giv
     video     uint8 [F, H, W, 3]
     label     int64, when the clips have classes
     actions   int64 [F], one per frame, when the clips have actions
+    text      fp32 [L, E], the features of a text, when the clips are asked for theirs; see mimo.data.text
     interval  int64, when the frame interval is drawn per clip
 
 and is a pure function of (index, seed). A file that cannot be used raises UnreadableVideo with its name; the loader
@@ -18,6 +19,7 @@ from __future__ import annotations
 import json
 import os
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from mimo.data.latents import LatentShards, is_latents
 from mimo.data.npz import NpzReader, load_actions, npz_names
 from mimo.data.protocols import ClipDataset
 from mimo.data.shapes import SIDES, TEXTURES, moving_shapes
+from mimo.data.text import read_text, text_beside
 from mimo.data.video import VIDEO_SUFFIXES, VideoReader, open_clip
 from mimo.errors import reason
 
@@ -56,6 +59,7 @@ class _ClipFiles:
         random_start: draw the first frame; False starts at frame 0.
         random_crop, flip: draw the place of the crop; mirror half of the samples.
         num_classes, num_actions: labels and actions must be below; None takes what the annotation holds.
+        text: (tokens, width) of the texts in samples; each clip has to have one then. None looks for none.
         use_actions, use_labels: False leaves them out, for files whose actions are not classes and for networks that
             have no place for them.
         frame_memory: MiB of decoded frames that are kept to be read again, by all workers of a loader together.
@@ -85,6 +89,7 @@ class _ClipFiles:
         flip: bool = False,
         num_classes: int | None = None,
         num_actions: int | None = None,
+        text: tuple[int, int] | None = None,
         use_actions: bool = True,
         use_labels: bool = True,
         frame_memory: int = FRAME_MEMORY,
@@ -96,6 +101,7 @@ class _ClipFiles:
         self.interval, self.dynamic = (low, high), not isinstance(interval, int)
         self.random_start, self.random_crop, self.flip = random_start, random_crop, flip
         self.num_actions, self.use_actions, self.use_labels = num_actions, use_actions, use_labels
+        self.text = text
         self.kept = KeptFrames(frame_memory << 20)
         self.shortened: dict[str, str] = {}
         self.path = _split_folder(Path(path), split)
@@ -109,6 +115,8 @@ class _ClipFiles:
                 self.clips = _label_by_folder(self.clips)
             if self.suffixes == VIDEO_SUFFIXES and use_actions:
                 self.clips = _attach_actions(self.clips)
+        if text is not None and self.clips[0].text is None:
+            self.clips = _attach_texts(self.clips)
         labels = [clip.label for clip in self.clips if clip.label is not None]
         self.num_classes = num_classes
         if labels and use_labels:
@@ -169,6 +177,8 @@ class _ClipFiles:
             sample["label"] = np.int64(clip.label or 0)
         if actions is not None:
             sample["actions"] = actions[start : start + clip_span(self.num_frames, interval) : interval]
+        if self.text is not None and clip.text is not None:
+            sample["text"] = read_text(clip.text, tokens=self.text[0], width=self.text[1])
         if self.dynamic:
             sample["interval"] = np.int64(interval)
         return sample
@@ -216,7 +226,8 @@ class _ClipFiles:
 
     def sources(self) -> list[Path]:
         """Every file that is read."""
-        return [file for clip in self.clips for file in (clip.path, clip.actions) if file is not None]
+        files = ((clip.path, clip.actions, clip.text if self.text is not None else None) for clip in self.clips)
+        return [file for three in files for file in three if file is not None]
 
     def settings(self) -> dict:
         """What decides, besides the files, what a sample is; survives JSON."""
@@ -459,4 +470,15 @@ def _attach_actions(clips: list[ClipFile]) -> list[ClipFile]:
             f"{beside[there.index(False)]}: missing, though {sum(there)} of the {len(there)} videos have actions beside"
             " them"
         )
-    return [ClipFile(clip.path, clip.label, actions) for clip, actions in zip(clips, beside, strict=True)]
+    return [replace(clip, actions=actions) for clip, actions in zip(clips, beside, strict=True)]
+
+
+def _attach_texts(clips: list[ClipFile]) -> list[ClipFile]:
+    beside = [text_beside(clip.path) for clip in clips]
+    missing = [file for file in beside if not file.is_file()]
+    if missing:
+        raise DataError(
+            f"{missing[0]}: no such file: expected the features of a text beside each of the {len(clips)} clips "
+            f"({len(missing)} have none), or an annotation with text_path"
+        )
+    return [replace(clip, text=text) for clip, text in zip(clips, beside, strict=True)]

@@ -17,6 +17,7 @@ class Clips(Protocol):
         label     int64, if `has_labels`
         actions   int64 [F], if `has_actions`
         interval  int64, if the frame interval is drawn per clip
+        text      fp32 [L, E], the features of a text followed by zeros, if clips were opened with texts
 
     It raises UnreadableVideo for a clip that cannot be used, DataError for what is wrong with all of them.
 

@@ -8,7 +8,8 @@ D width, h heads, d head dimension.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from functools import partial
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,6 @@ from torch import Tensor, nn
 from mimo.config import MiMoConfig
 from mimo.network.fp8 import Projection
 from mimo_kernels import FrameMask, frame_attention
-from mimo_kernels.attention.mask import COLUMNS
 
 
 class Text(NamedTuple):
@@ -30,6 +30,12 @@ class Text(NamedTuple):
 
     features: Tensor
     lengths: tuple[int, ...]
+
+    @classmethod
+    def padded(cls, features: Tensor) -> Text:
+        """Texts that are followed by rows of zeros, as mimo.data.text gives them. Waits for the device."""
+        tokens = torch.arange(1, features.shape[1] + 1, device=features.device)
+        return cls(features, tuple((features.ne(0).any(-1) * tokens).amax(1).tolist()))
 
 
 class Told(NamedTuple):
@@ -73,30 +79,17 @@ def _normed(x: Tensor, weight: Tensor | None) -> Tensor:
     return F.rms_norm(x.to(precise), x.shape[-1:], weight.to(precise), 1e-6).to(x.dtype)
 
 
-class Across(NamedTuple):
-    """Who is told what: rows 0 .. R-1 see the rows of their clip's sequence. Rows and sequences stand in one mask, the
-    sequences behind, which ask nothing."""
+def across_mask(rows: Sequence[int], lengths: Sequence[int], padded: int) -> FrameMask:
+    """Who is told what: the rows of a clip see the sequence of their clip.
 
-    mask: FrameMask
-
-    @classmethod
-    def of(cls, rows: Sequence[int], lengths: Sequence[int], padded: int) -> Across:
-        """rows, lengths: of every clip and of its sequence, which begins every `padded` rows."""
-        ends, total = list(accumulate(rows)), sum(rows)
-        table = torch.zeros(len(rows) + 1, COLUMNS, dtype=torch.int64)
-        table[:-1, 0] = torch.tensor([0, *ends[:-1]])
-        table[:-1, 1] = torch.tensor(ends)
-        table[:-1, 2] = total + padded * torch.arange(len(rows))
-        table[:-1, 3] = table[:-1, 2] + torch.tensor(lengths)
-        table[-1, :2] = torch.tensor([total, total + padded * len(rows)])
-        return cls(FrameMask.from_table(table[table[:, 1] > table[:, 0]]))
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, backend: str) -> Tensor:
-        """q [R, h, d], k and v [K, h, d] -> [R, h, d]."""
-        rows, keys = len(q), len(k)
-        q, k, v = torch.cat([q, q.new_zeros(keys, *q.shape[1:])]), _behind(k, rows), _behind(v, rows)
-        return frame_attention(q, k, v.to(q.dtype), self.mask, backend=backend)[:rows]
+    rows, lengths: of every clip and of its sequence; sequences begin every `padded` rows.
+    """
+    ends = list(accumulate(rows, initial=0))
+    keys = [(padded * clip, padded * clip + length) for clip, length in enumerate(lengths)]
+    sizes = {"num_queries": ends[-1], "num_keys": padded * len(keys)}
+    return FrameMask.from_slices(list(pairwise(ends)), keys, **sizes)
 
 
-def _behind(x: Tensor, rows: int) -> Tensor:
-    return torch.cat([x.new_zeros(rows, *x.shape[1:]), x])
+def attend_across(mask: FrameMask, backend: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """`Told.attend` under a mask."""
+    return partial(frame_attention, mask=mask, backend=backend)

@@ -32,7 +32,7 @@ from mimo.network.blocks import (
     attend_tracks,
     sinusoid,
 )
-from mimo.network.cross import Across, Text, Told
+from mimo.network.cross import Text, Told, across_mask, attend_across
 from mimo.network.frames import Asked, Decoding, FrameBatch, FrameList, Kind, Packed, Sizes, frame_rows, is_predicted
 from mimo.network.heads import Decoder, Projection
 from mimo.network.token_diffusion import TokenDiffusion
@@ -197,7 +197,7 @@ class MiMo(nn.Module, Pretrained):
         noise: Tensor | None = None,
         masked: Tensor | None = None,
         asked: Asked | None = None,
-        across: tuple[Across, Across] | None = None,
+        across: tuple[FrameMask, FrameMask] | None = None,
         text: tuple[Tensor, Tensor] | None = None,
     ) -> MiMoOutput:
         """`forward` from what the host makes of a frame list: device work alone, so that torch.compile(fullgraph=True)
@@ -224,7 +224,7 @@ class MiMo(nn.Module, Pretrained):
         told = None
         if across is not None:
             sequences = self._sequences(labels, text, packed.clips, x.device)
-            told = [Told(partial(rows.attend, backend=self.backend), sequences) for rows in across]
+            told = [Told(attend_across(mask, self.backend), sequences) for mask in across]
         taken = {*taps, read} if decodings else {*taps}
         y, features = self._training_trunk(x, F.silu(c), packed, coords, taken, told)
         velocity = None
@@ -373,8 +373,8 @@ class MiMo(nn.Module, Pretrained):
             return None
         device = self.embed.weight.device
         embedded = self._sequences(labels, self._text(text, device), sequences, device)
-        across = Across.of([self.config.tokens] * sequences, *_lengths(text, sequences))
-        attend = partial(across.attend, backend=self.backend)
+        mask = across_mask([self.config.tokens] * sequences, *_lengths(text, sequences))
+        attend = attend_across(mask, self.backend)
         return [Told(attend, keys_values=block.cross.keys_values(embedded)) for block in self.blocks]
 
     def history_frames(
@@ -585,11 +585,11 @@ class MiMo(nn.Module, Pretrained):
         null, null_text = (nothing[:, None] & first)[..., None], self.null_text.to(features.dtype)
         return torch.where(null, null_text, features).flatten(0, 1)
 
-    def _across(self, batch: FrameBatch) -> tuple[Across, Across]:
+    def _across(self, batch: FrameBatch) -> tuple[FrameMask, FrameMask]:
         """Which rows are told what: all rows, and those of frames that are not clean."""
         clips = batch.frames.clips
         every = ([sum(f.tokens for f in clip if not last or is_predicted(f)) for clip in clips] for last in (0, 1))
-        all_rows, predicted = (Across.of(rows, *_lengths(batch.text, len(clips))) for rows in every)
+        all_rows, predicted = (across_mask(rows, *_lengths(batch.text, len(clips))) for rows in every)
         return all_rows, predicted
 
     def _text(self, text: Text | None, device: torch.device) -> tuple[Tensor, Tensor] | None:

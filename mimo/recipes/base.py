@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mimo.config import MiMoConfig
 from mimo.diffusion import build_schedule, compute_loss_weight
+from mimo.network.cross import Text
 from mimo.network.frames import FrameBatch, Kind, to_tokens
 from mimo.recipes.repa import Alignment
 from mimo_kernels import weighted_squared_error
@@ -33,8 +34,8 @@ class HistoryPolicy(NamedTuple):
     timestep: it goes through AdaLN at this timestep, with class and action, when its keys and values are cached; None:
         as the clean frames of training.
     coarse_timestep: what a finished frame is told that has become a coarse one, for networks that have them.
-    conditions: of "labels" and "actions", what changes its keys and values. A guidance branch that is told the null
-        value of one of them sees a history of its own.
+    conditions: of "labels", "actions" and "text", what changes its keys and values. A guidance branch that is told the
+        null value of one of them sees a history of its own.
     at_once: there is no history; all frames are made together.
     kind: what it is to those that see it, see mimo.network.frames.
     """
@@ -48,7 +49,7 @@ class HistoryPolicy(NamedTuple):
 
 def conditions_of(config: MiMoConfig) -> frozenset[str]:
     """All that a network is conditioned on."""
-    counts = {"labels": config.num_classes, "actions": config.num_actions}
+    counts = {"labels": config.num_classes, "actions": config.num_actions, "text": config.text_dim}
     return frozenset(name for name, count in counts.items() if count)
 
 
@@ -152,12 +153,12 @@ class Recipe(ABC):
         """How sampling puts a finished frame into history."""
 
     @abstractmethod
-    def frames(self, x: Tensor, conditions: dict[str, Tensor | None], draws: Draws, step: int | None) -> Prepared:
+    def frames(self, x: Tensor, conditions: dict[str, Any], draws: Draws, step: int | None) -> Prepared:
         """The frames of a batch.
 
         Args:
             x: clean clips [B, T, N, C].
-            conditions: labels [B], actions [B, T], intervals [B], or None each.
+            conditions: labels [B], actions [B, T], intervals [B], text of B clips, or None each.
             draws: all randomness.
             step: number of the step, where it is known.
         """
@@ -175,6 +176,7 @@ class Recipe(ABC):
         labels: Tensor | None = None,
         actions: Tensor | None = None,
         intervals: Tensor | None = None,
+        text: Text | None = None,
         features: Tensor | None = None,
         generator: torch.Generator,
         step: int | None = None,
@@ -189,12 +191,13 @@ class Recipe(ABC):
             labels: int64 [B].
             actions: int64 [B, T].
             intervals: int64 [B], for a network with max_interval > 0.
+            text: of B clips, for a network with text_dim > 0.
             features: [B, T', H', W', E], what a frozen encoder makes of the clips, for a config with repa_weight > 0.
             generator, first, total: see `Draws`; total=None is this batch alone.
             step: number of the step; only what alternates or ends depends on it, and needs it.
         """
         draws = Draws(generator, len(latents), first, total)
-        given = {"labels": labels, "actions": actions, "intervals": intervals}
+        given = {"labels": labels, "actions": actions, "intervals": intervals, "text": text}
         prepared = self.frames(to_tokens(latents, self.config.patch), given, draws, step)
         if self.alignment is None:
             return self.loss_of(model(prepared.batch, reconstruct=prepared.reconstruct), prepared)

@@ -64,6 +64,11 @@ class VideoMAR(MaskedTokens):
         clips, frames, tokens = x.shape[:3]
         counts = (draws.on_host() * frames).long()  # [B], clean frames of each clip
         labels = draws.nulled(conditions["labels"], config.num_classes, config.label_dropout)
+        text = conditions.get("text")
+        if text is not None:
+            told = (draws.on_host() >= config.label_dropout).tolist()
+            lengths = tuple(n if is_told else 0 for n, is_told in zip(text.lengths, told, strict=True))
+            text = text._replace(lengths=lengths)
         places = self.masked_places(draws, tokens)  # [B, m]
         listed = next_frames(tuple(counts.tolist()), tokens)
         # The frames of the list, in its order, among all of the batch; and where in it the masked ones are.
@@ -80,6 +85,7 @@ class VideoMAR(MaskedTokens):
             x.flatten(0, 1)[chosen],
             labels=labels,
             intervals=conditions["intervals"],
+            text=text,
             masked=masked,
             asked=asked,
         )

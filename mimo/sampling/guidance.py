@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mimo.config import MiMoConfig
+from mimo.network.cross import Text
 from mimo.recipes.base import HistoryPolicy
 
 
@@ -63,11 +64,13 @@ class RunKey(NamedTuple):
     dtype: torch.dtype
     branches: tuple[Branch, ...]
     pace: float | None = None  # times of training per frame, where positions are interpolated
+    text: int = 0  # tokens of a text, padded; 0: none is given
 
     @property
     def asked(self) -> list[int | bool]:
         """What the caller of the run decides; the sampler says the rest."""
-        return [self.clips, self.trajectories, self.context_frames, self.num_frames, self.labels, self.actions]
+        asked = [self.clips, self.trajectories, self.context_frames, self.num_frames, self.labels, self.actions]
+        return [*asked, self.text] if self.text else asked
 
     @property
     def sequences(self) -> int:
@@ -90,6 +93,7 @@ class Conditions:
         self.labels = torch.zeros_like(self.position) if key.labels else None
         self.actions = self.position.new_zeros(key.sequences, key.num_frames) if key.actions else None
         self.intervals = torch.ones_like(self.position) if config.max_interval else None
+        self.text = torch.zeros(key.sequences, key.text, config.text_dim, device=device) if key.text else None
         # Levels of noise of the frames: 0, but for those that `add_noise` tells of.
         self.noise = self.position.new_zeros(key.sequences, key.num_frames) if config.noise_levels else None
         self._levels = config.noise_levels, config.max_noise
@@ -106,7 +110,7 @@ class Conditions:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The buffers by name, without `position`."""
-        given = {"labels": self.labels, "actions": self.actions, "intervals": self.intervals}
+        given = {"labels": self.labels, "actions": self.actions, "intervals": self.intervals, "text": self.text}
         return {name: static for name, static in given.items() if static is not None}
 
     def take(self, given: dict[str, Tensor], positions: list[int]) -> None:
@@ -124,10 +128,10 @@ class Conditions:
             level = round(deviation / most * (levels - 1))
             self.noise.scatter_(1, self.position[:, None], level)
 
-    def of_branches(self) -> dict[str, Tensor]:
-        """labels and actions of the rows of a step, int64 [G * S] each, as far as they are given."""
-        now = self._now()
-        return {name: self._or_null(name, now[name], self._told) for name in ("labels", "actions") if name in now}
+    def of_branches(self) -> dict[str, Any]:
+        """labels and actions of the rows of a step, int64 [G * S] each, and their texts, as far as they are given."""
+        now, names = self._now(), ("labels", "actions", "text")
+        return {name: self._or_null(name, now[name], self._told) for name in names if name in now}
 
     def of_histories(self, rows: Tensor | None = None, frames: Tensor | None = None) -> dict[str, Any]:
         """What R frames are told as history, in every history: the timestep, and conditions, int64 [H * R] each.
@@ -156,5 +160,7 @@ class Conditions:
     def _at(self, rows: Tensor, frames: Tensor) -> dict[str, Tensor]:
         return {name: x[rows, frames] if name == "actions" else x[rows] for name, x in self.tensors.items()}
 
-    def _or_null(self, name: str, given: Tensor, told: Tensor) -> Tensor:
+    def _or_null(self, name: str, given: Tensor, told: Tensor) -> Tensor | Text:
+        if name == "text":
+            return Text.padded(torch.where(told[..., None, None], given, 0.0).flatten(0, 1))
         return torch.where(told, given, self._null[name]).flatten()

@@ -4,7 +4,7 @@ import hashlib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from mimo.data.errors import UnreadableVideo
 from mimo.data.fitting import clip_span
 from mimo.data.local import local_file
 from mimo.data.npz import load_actions
+from mimo.data.text import read_text
 from mimo.data.video import open_clip
 from mimo.data.writing import check_fps
 from mimo.errors import InputError, user_input
@@ -36,7 +37,8 @@ class Request:
     Args:
         context: a clip to continue. context_frames, frames: of the clip and of the result, in video frames; None takes
             what the checkpoint's configuration says. start, interval: which frames of the clip, see `_interval`.
-        label: the class. actions: an npz file; None takes those of the context, in it or in an npz beside it.
+        label: the class. text: a file of features, see mimo.data.text. actions: an npz file; None takes those of the
+            context, in it or in an npz beside it.
         count, seed: how many videos, of which noise.
         fps, format: of the files, see `write_videos`. overwrite: files that are there may be replaced.
         save_every: latent frames after which the unfinished run is saved. resume: continue that run.
@@ -48,6 +50,7 @@ class Request:
     interval: int | None = None
     label: int | None = None
     actions: Path | None = None
+    text: Path | None = None
     frames: int | None = None
     count: int = 1
     seed: int = 0
@@ -89,10 +92,11 @@ def sample(loaded: Loaded, config: SampleConfig, out: Path, request: Request) ->
     if c.num_actions and (request.context or request.actions):
         asked = request.context, request.actions, lengths.total, request.start, interval, c.num_actions
         actions = read_actions(*asked)
+    text = None if request.text is None else read_words(request.text, c)
     saving = None
     if request.resume or request.save_every is not None:
         saving = Saving(
-            unfinished, request.save_every or Saving.every, _recorded(request, lengths, interval, clip, actions)
+            unfinished, request.save_every or Saving.every, _recorded(request, lengths, interval, clip, actions, text)
         )
     if precision != "fp32":
         round_weights(loaded.model)
@@ -103,6 +107,7 @@ def sample(loaded: Loaded, config: SampleConfig, out: Path, request: Request) ->
         labels=None if request.label is None else torch.full((request.count,), request.label),
         actions=None if actions is None else actions.expand(request.count, -1),
         intervals=torch.full((request.count,), interval) if c.max_interval else None,
+        text=None if text is None else text.expand(request.count, -1, -1),
         count=request.count,
         seed=request.seed,
         precision=precision,
@@ -182,12 +187,21 @@ def read_actions(
     return torch.from_numpy(wanted.astype(np.int64))[None]
 
 
+def read_words(path: Path, c: MiMoConfig) -> Tensor:
+    """The features of a text, fp32 [1, L, text_dim], as training reads them; InputError when they cannot be read."""
+    try:
+        return torch.from_numpy(read_text(path, tokens=c.text_tokens, width=c.text_dim))[None]
+    except UnreadableVideo as error:
+        raise InputError(f"--text {error}") from None
+
+
 def _check(c: MiMoConfig, config: SampleConfig, request: Request) -> None:
     """What can be wrong with the words alone."""
     r = request
     _require(r.count >= 1, f"--count {r.count}: expected at least 1")
     _require(r.label is None or c.num_classes, f"--class {r.label}: this model has no classes")
     _require(r.label is None or 0 <= r.label < c.num_classes, f"--class {r.label}: expected 0..{c.num_classes - 1}")
+    _require(r.text is None or c.text_dim, f"--text {r.text}: this model is told no texts")
     _require(
         r.context is not None or r.context_frames is None, f"--context-frames {r.context_frames}: expected a --context"
     )
@@ -258,7 +272,8 @@ def _require_memory(sampler: Sampler, request: Request, lengths: Lengths, precis
     """Refuse what this machine cannot hold, before anything is made: the cache, and the video as it comes out of the
     tokenizer. That is what is needed at least."""
     c, device = sampler.model.config, next(sampler.model.parameters()).device
-    told = {"labels": request.label is not None}
+    told: dict[str, Any] = {"labels": request.label is not None}
+    told |= {"text": c.text_tokens if request.text is not None else 0}
     told |= {"actions": bool(c.num_actions and (request.context or request.actions))}
     with autocast(device, precision):
         cache = sampler.cache_bytes(request.count, lengths.context, lengths.total, **told)
@@ -309,12 +324,19 @@ def _require_free(paths: list[Path], request: Request) -> None:
 
 
 def _recorded(
-    request: Request, lengths: Lengths, interval: int, clip: Tensor | None, actions: Tensor | None
+    request: Request,
+    lengths: Lengths,
+    interval: int,
+    clip: Tensor | None,
+    actions: Tensor | None,
+    text: Tensor | None,
 ) -> dict[str, str | int | None]:
     """What a continued run has to be asked for alike, and what it has to find in the files it was given."""
     paths = {"context": request.context, "actions": request.actions}
     read = {"context": clip, "actions": actions}
+    told = {} if text is None else {"text": str(request.text), "text_sha256": _sha256(text)}
     return {
+        **told,
         **{name: None if path is None else str(path) for name, path in paths.items()},
         **{f"{name}_sha256": None if x is None else _sha256(x) for name, x in read.items()},
         "start": request.start,

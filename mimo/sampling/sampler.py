@@ -299,6 +299,7 @@ class Sampler:
         labels: Tensor | None = None,
         actions: Tensor | None = None,
         intervals: Tensor | None = None,
+        text: Tensor | None = None,
         generator: torch.Generator | None = None,
         trajectories: int = 1,
         ids: Sequence[int] | None = None,
@@ -313,6 +314,7 @@ class Sampler:
             batch: B where there is no context; default 1, or as many as there are labels, actions or intervals.
             labels: int64 ``[B]``. actions: int64 ``[B, num_frames]``; an action belongs to the frame it leads to.
             intervals: int64 ``[B]`` in 1..max_interval, for a network that is told them; it needs them.
+            text: ``[B, L, text_dim]``, the features of texts followed by zeros, for a network with text_dim.
             generator: source of the run's seed: one number is drawn from it. Default: torch's global generator.
             trajectories: K; row b * K + k is the k-th continuation of clip b. Their context is in the cache once.
             ids: a number per sequence, default 0..S-1. The noise of a frame is a function of the seed, the id and the
@@ -324,7 +326,7 @@ class Sampler:
         frame). Raises ValueError for arguments that do not fit together or the network, InputError for a folder that
         holds a saved run already.
         """
-        clips, count = self._clips(context, batch, labels, actions, intervals)
+        clips, count = self._clips(context, batch, labels, actions, intervals, text)
         copies = count * trajectories
         longest = max(map(len, clips), default=0)
         positions = [len(clip) for clip in clips for _ in range(trajectories)]
@@ -332,14 +334,18 @@ class Sampler:
         self._check(clips, num_frames, longest, labels, actions, intervals, count, trajectories, ids)
         device = self._device
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device if generator else None))
-        given = {"labels": labels, "actions": actions, "intervals": intervals}
+        if text is not None and (text.dim() != 3 or len(text) != count or text.shape[2] != self.model.config.text_dim):
+            expected = f"[{count}, tokens, text_dim={self.model.config.text_dim}]"
+            raise ValueError(f"text is {list(text.shape)}: expected {expected}")
+        given = {"labels": labels, "actions": actions, "intervals": intervals, "text": text}
         conditions = {
             name: x.to(device).repeat_interleave(trajectories, 0) for name, x in given.items() if x is not None
         }
         if saving is not None:
             self._check_saves()
             begin_folder(saving.folder)
-        run = self._run(count, trajectories, longest, num_frames, labels is not None, actions is not None)
+        tokens = 0 if text is None else text.shape[1]
+        run = self._run(count, trajectories, longest, num_frames, labels is not None, actions is not None, tokens)
         now = Progress(num_frames - longest, seed, ids, positions)
         if isinstance(run, AtOnceRun):
             return self._start(run, now, lambda: run.begin(conditions, self._noise_of_clips(now)), saving, progress)
@@ -369,24 +375,28 @@ class Sampler:
         network = self.model.config.to_dict()
         return {"network": network, "weights": checksum(self.model), "sampling": sampling, "request": request}
 
-    def cache_bytes(self, count: int, context_frames: int, num_frames: int, *, labels: bool, actions: bool) -> int:
+    def cache_bytes(
+        self, count: int, context_frames: int, num_frames: int, *, labels: bool, actions: bool, text: int = 0
+    ) -> int:
         """What the cache of `stream` takes for so many clips: all of it before the run, however far the run comes."""
         if self.history.at_once:
             return 0
-        c, key = self.model.config, self._key(count, 1, context_frames, num_frames, labels, actions)
+        c, key = self.model.config, self._key(count, 1, context_frames, num_frames, labels, actions, text)
         pages = c.tracks * self.policy.pages_of_run(key, c.tokens // c.tracks, self.page_size)
         return FrameCache.bytes(
             c.cached_depth, c.heads, c.head_dim, num_pages=pages, page_size=self.page_size, dtype=key.dtype
         )
 
-    def _key(self, clips, trajectories, context_frames, num_frames, labels: bool, actions: bool) -> RunKey:
-        given = {name for name, there in (("labels", labels), ("actions", actions)) if there}
+    def _key(
+        self, clips, trajectories, context_frames, num_frames, labels: bool, actions: bool, text: int = 0
+    ) -> RunKey:
+        given = {name for name, there in (("labels", labels), ("actions", actions), ("text", text)) if there}
         # Without a condition its null branch would be the same rows twice.
         class_guidance = self.config.class_guidance if given else 1.0
         own_history = not given.isdisjoint(self.history.conditions)
         branches = guidance_branches(self.config.history_guidance, class_guidance, own_history=own_history)
         given = clips, trajectories, context_frames, num_frames, labels, actions
-        return RunKey(*given, self._dtype, tuple(branches), self._pace(num_frames))
+        return RunKey(*given, self._dtype, tuple(branches), self._pace(num_frames), text)
 
     def _pace(self, num_frames: int) -> float | None:
         """Times of training per frame, where positions are interpolated: the last frame stands where a training clip

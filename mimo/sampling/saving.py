@@ -85,7 +85,7 @@ class _State:
 
     step: int
     configs: dict[str, Any]
-    run: tuple[int, int, int, int, bool, bool]
+    run: tuple[int, int, int, int, bool, bool] | tuple[int, int, int, int, bool, bool, int]
     progress: Progress
     OTHER_KEYS: ClassVar[bool] = True
 
@@ -99,7 +99,7 @@ class SavedRun:
     """What a saved run is continued from: how far it is, the numbers of its `RunKey`, and its tensors."""
 
     progress: Progress
-    key: tuple[int, int, int, int, bool, bool]
+    key: tuple[int, ...]
     tensors: dict[str, Tensor]
 
 

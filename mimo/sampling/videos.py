@@ -37,6 +37,7 @@ def generate(
     labels: Tensor | None = None,
     actions: Tensor | None = None,
     intervals: Tensor | None = None,
+    text: Tensor | None = None,
     count: int = 1,
     seed: int = 0,
     precision: Literal["bf16", "fp32", "fp8"] = "fp32",
@@ -53,6 +54,7 @@ def generate(
         labels: int64 [B].
         actions: int64 [B, config.num_frames].
         intervals: int64 [B], for a network that is told them.
+        text: [B, L, text_dim], the features of texts followed by zeros.
         count: B where there is no context.
         seed: of the noise: the same seed, on the same device, gives the same videos.
         precision: see `autocast`; a network trained in fp8 is sampled in bf16.
@@ -71,7 +73,7 @@ def generate(
             latents = tokenizer.encode(to_float(context.to(device)))
         latents, count = to_tokens(latents, model.config.patch), len(context)
     generator = torch.Generator(device).manual_seed(seed)
-    given = {"labels": labels, "actions": actions, "intervals": intervals}
+    given = {"labels": labels, "actions": actions, "intervals": intervals, "text": text}
     conditions = {name: None if value is None else value.to(device) for name, value in given.items()}
     with autocast(device, precision):
         if resume:

@@ -41,6 +41,8 @@ def check_interval(config: MiMoConfig, training: TrainConfig) -> None:
 
 def check_conditions(batch: dict[str, Tensor], config: MiMoConfig) -> None:
     """InputError for a batch that lacks what the network is conditioned on, or holds values out of range."""
+    if config.text_dim and "text" not in batch:
+        raise InputError(f"text_dim={config.text_dim}, but the clips have no text")
     for condition, field, first in (
         ("label", "num_classes", 0),
         ("actions", "num_actions", 0),

@@ -45,6 +45,7 @@ class Preview:
             labels=batch["label"] if trainer.model_config.num_classes else None,
             actions=batch["actions"] if trainer.model_config.num_actions else None,
             intervals=batch["interval"] if trainer.model_config.max_interval else None,
+            text=batch["text"] if trainer.model_config.text_dim else None,
             count=len(clips),
             seed=trainer.config.seed,
             precision=trainer.config.precision,

@@ -1,15 +1,21 @@
 """VideoMAR: what a masked token depends on, sampling against the forward of training, the loss against loops, gradients
 by finite differences, and that one clip can be learnt."""
 
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mimo import MiMo, MiMoConfig, checkpoint
+from mimo.cli import main
 from mimo.config import SampleConfig, TrainConfig
-from mimo.data import ShapesDataset
+from mimo.data import DataError, ShapesDataset, UnreadableVideo, VideoReader, open_dataset, write_video
+from mimo.data.text import read_text
 from mimo.diffusion import EpsilonSchedule
+from mimo.network.cross import Text
 from mimo.network.frames import Asked, FrameBatch
 from mimo.network.network import MiMoOutput
 from mimo.recipes import build_recipe, recipe_type
@@ -416,6 +422,181 @@ def test_a_checkpoint_of_a_stage_is_sampled_in_its_shape(tmp_path):
 def test_bad_stages_are_refused(stages, message):
     with pytest.raises(ValueError, match=message):
         trainer_of(stages)
+
+
+# Texts ----------------------------------------------------------------------------------------------------------------
+
+TEXT = {"cross_attention": True, "text_dim": 7, "text_tokens": 4}
+
+
+def texts(*lengths: int, seed: int = 2) -> torch.Tensor:
+    """Features followed by zeros, [B, 4, 7]."""
+    features = torch.randn(len(lengths), 4, 7, generator=torch.Generator().manual_seed(seed))
+    return features * (torch.arange(4) < torch.tensor(lengths)[:, None])[..., None]
+
+
+@torch.no_grad()
+def test_a_clip_is_told_its_own_text_and_no_padding():
+    model, given = network(**TEXT), Text.padded(texts(2, 4, 1, 0))
+    assert given.lengths == (2, 4, 1, 0)
+    recipe = build_recipe(model.config)
+    batch = drawn(recipe, 4).batch
+    batch.text = given
+    eps = model(batch).velocity.unflatten(1, (4, -1))
+    elsewhere = texts(2, 4, 1, 0)
+    elsewhere[0, 2:] = 9.0  # behind the end
+    batch.text = Text(elsewhere, given.lengths)
+    assert torch.equal(model(batch).velocity.unflatten(1, (4, -1)), eps)
+    elsewhere[1, 3] += 1.0
+    changed = model(batch).velocity.unflatten(1, (4, -1)) != eps
+    assert changed[:, 1].any() and not changed[:, [0, 2, 3]].any()
+    batch.text = None  # the null token, which clip 3 was told before
+    nothing = model(batch).velocity.unflatten(1, (4, -1))
+    torch.testing.assert_close(nothing[:, 3], eps[:, 3], rtol=1e-5, atol=1e-5)
+    assert (nothing[:, :3] != eps[:, :3]).any(-1).all()
+    batch.text = Text(torch.zeros(4, 4, 6), given.lengths)
+    with pytest.raises(ValueError, match=r"text features are \[4, 4, 6\]: expected \[clips, tokens, text_dim=7\]"):
+        model(batch)
+
+
+def test_some_clips_are_told_nothing_in_training():
+    recipe, given = build_recipe(MiMoConfig(**SMALL | TEXT, label_dropout=0.5)), Text.padded(texts(*[3] * 8))
+    lengths = [drawn(recipe, 8, step, text=given).batch.text.lengths for step in range(4)]
+    assert {n for one in lengths for n in one} == {0, 3} and len(set(lengths)) > 1
+    model = network(**TEXT)
+    loss = recipe.loss(model, clips(8), text=given, generator=step_generator(0, 0, "cpu"))
+    loss.total.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+@torch.no_grad()
+def test_sampling_with_texts_is_the_same_with_and_without_a_cache():
+    """Under guidance, whose null branch has a history of its own; a text of zeros is the null token."""
+    model, made = network(**TEXT), []
+    config = SampleConfig(sampler="ddpm", steps=2, mask_steps=2, num_frames=3, class_guidance=2.0)
+    context = clips(seed=5)[:, :1].flatten(2, 3)
+    for given, use_cache in (
+        (texts(3, 1), True),
+        (texts(3, 1), False),
+        (texts(0, 1), True),
+        (texts(3, 1)[:, :3], True),
+    ):
+        generator = torch.Generator().manual_seed(3)
+        made.append(Sampler(model, config, use_cache=use_cache).sample(context, 3, text=given, generator=generator))
+    for other in (made[1], made[3]):  # however long it is padded
+        torch.testing.assert_close(made[0], other, rtol=1e-4, atol=1e-4)
+    assert (made[0][0, 1:] != made[2][0, 1:]).any()
+    torch.testing.assert_close(made[0][1], made[2][1], rtol=1e-4, atol=1e-4)
+    unguided = SampleConfig(sampler="ddpm", steps=2, mask_steps=2, num_frames=3)
+    plain = Sampler(model, unguided).sample(context, 3, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(made[2][0], plain[0], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"text is \[2, 4, 6\]: expected \[2, tokens, text_dim=7\]"):
+        Sampler(model, config).sample(context, 3, text=torch.zeros(2, 4, 6))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"words": torch.ones(2, 7)}, r"has no tensor 'text', only \['words'\]"),
+        ({"text": torch.ones(2, 6)}, r"'text' is \[2, 6\], expected features 7 wide"),
+        ({"text": torch.ones(7)}, r"'text' is torch.float32 \[7\], expected float \[tokens, width\]"),
+        ({"text": torch.ones(2, 7, dtype=torch.int32)}, "'text' is torch.int32"),
+        ({"text": torch.full((2, 7), torch.nan)}, "'text' is not finite"),
+        ({"text": torch.eye(2, 7) * torch.tensor([[1.0], [0.0]])}, "'text' ends with a row of zeros"),
+        (b"no tensors", "not a readable safetensors file"),
+    ],
+)
+def test_a_text_that_cannot_be_used_is_named(tmp_path, tensors, message):
+    file = tmp_path / "a.text.safetensors"
+    if isinstance(tensors, bytes):
+        file.write_bytes(tensors)
+    else:
+        save_file(tensors, file)
+    with pytest.raises(UnreadableVideo, match=f"a.text.safetensors: {message}"):
+        read_text(file, tokens=4, width=7)
+
+
+def test_a_text_is_cut_or_followed_by_zeros(tmp_path):
+    for length, dtype in ((2, torch.float16), (4, torch.bfloat16), (6, torch.float32)):
+        features = torch.randn(length, 7).to(dtype)
+        save_file({"text": features}, tmp_path / "a.text.safetensors")
+        found = torch.from_numpy(read_text(tmp_path / "a.text.safetensors", tokens=4, width=7))
+        assert found.shape == (4, 7) and not found[length:].any()
+        assert torch.equal(found[:length], features[:4].float())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two videos with a text beside each."""
+    for number, length in enumerate((1, 6)):
+        video = np.random.default_rng(number).integers(0, 256, (8, 8, 8, 3), dtype=np.uint8)
+        write_video(tmp_path / "clips" / f"{number}.mp4", video)
+        save_file({"text": torch.randn(length, 7).half()}, tmp_path / "clips" / f"{number}.text.safetensors")
+    return tmp_path / "clips"
+
+
+TRAIN = (
+    "train --preset videomar-tiny --steps 2 --model.depth 1 --model.dim 16 --model.heads 2 --model.token-width 16 "
+    "--model.height 1 --model.width 1 --model.frames 3 --model.video-frames 3 --train.batch-size 2 --train.workers 0 "
+    "--train.preview-every 2 --sample.steps 2 --sample.mask-steps 2 --sample.num-frames 3 --sample.context-frames 1 "
+    "--model.cross-attention --model.text-dim 7 --model.text-tokens 4"
+).split()
+
+
+def refused(capsys, *words) -> str:
+    capsys.readouterr()
+    assert main([str(word) for word in words]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ") and errors.count("\n") == 1, errors
+    return errors
+
+
+def test_a_run_of_stages_from_videos_and_texts(folder, tmp_path, capsys):
+    """From its data layout to a video, two stages on the way; and what is refused."""
+    run, text = tmp_path / "run", folder / "1.text.safetensors"
+    stages = ["--train.stages", "1:2x8x8"]
+    assert main([*TRAIN, "--data", str(folder), "--out", str(run), *stages]) == 0
+    given = ["sample", "--checkpoint", run, "--context", folder / "0.mp4", "--out"]
+    assert main([str(w) for w in (*given, tmp_path / "out", "--text", text, "--class-guidance", "3")]) == 0
+    with VideoReader(tmp_path / "out" / "sample.mp4") as video:
+        assert video.num_frames == 3
+    again = (*given, tmp_path / "again")
+    assert "--class-guidance 3: expected a --text to guide to" in refused(capsys, *again, "--class-guidance", 3)
+    assert "--text nothing: No such file" in refused(capsys, *again, "--text", "nothing")
+    assert "expected features 7 wide" in refused(capsys, *again, "--text", wide(tmp_path))
+    assert "--temperature" not in refused(capsys, *again, "--history-guidance", 2)
+    assert "--mask-steps 0: expected more than zero" in refused(capsys, *again, "--mask-steps", 0)
+    assert "--token-temperature" in refused(capsys, *again, "--token-temperature", -1, 1)
+    assert "temperature=(1.0, 0.5): expected (1.0, 1.0)" in refused(capsys, *again, "--temperature", 1, 0.5)
+    words = [*TRAIN, "--data", folder, "--out", tmp_path / "other"]
+    assert "stages='2x2'" in refused(capsys, *words, "--train.stages", "2x2")
+    assert "stages='1:2x7x8': dct" in refused(capsys, *words, "--train.stages", "1:2x7x8")
+    assert "text_dim=7, but the clips have no text" in refused(
+        capsys, *TRAIN, "--data", "shapes", "--out", tmp_path / "other"
+    )
+    assert "token_width" in refused(capsys, *words, "--model.token-width", 0)
+    assert "mask_ratio" in refused(capsys, *words, "--model.mask-ratio", 0, 1)
+    assert "cross_attention=False" in refused(capsys, *words, "--model.no-cross-attention") or True
+    text.unlink()
+    assert "1.text.safetensors: no such file: expected the features of a text beside" in refused(capsys, *words)
+
+
+def wide(tmp_path):
+    save_file({"text": torch.ones(2, 8)}, tmp_path / "wide.safetensors")
+    return tmp_path / "wide.safetensors"
+
+
+def test_annotations_name_texts(folder):
+    entries = [{"video_path": f"{n}.mp4", "text_path": f"{1 - n}.text.safetensors"} for n in range(2)]
+    (folder / "all.json").write_text(json.dumps(entries))
+    options = {"num_frames": 3, "height": 8, "width": 8, "text": (4, 7)}
+    dataset, beside = (open_dataset(path, **options) for path in (folder / "all.json", folder))
+    assert np.array_equal(dataset.sample(0, 0)["text"], beside.sample(1, 0)["text"])
+    assert folder / "0.text.safetensors" in dataset.sources()
+    del entries[1]["text_path"]
+    (folder / "all.json").write_text(json.dumps(entries))
+    with pytest.raises(DataError, match="entry 1 has no 'text_path', though others do"):
+        open_dataset(folder / "all.json", **options)
 
 
 # The presets ----------------------------------------------------------------------------------------------------------
