@@ -37,6 +37,9 @@ def draw(sampler: Sampler, frames: int = 6, **options) -> torch.Tensor:
     return sampler.sample(given.to(device), frames, generator=torch.Generator().manual_seed(1), **moved)
 
 
+TRACKS = {"attention": "factorized", "depth": 4, "mask_ratio": (0.0, 0.0)}  # every place has a history of its own
+
+
 @pytest.fixture
 def eager(monkeypatch):
     """Sampler without graphs."""
@@ -63,6 +66,15 @@ def test_graph_equals_eager(eager, policy, dtype, graph):
     (run,) = sampler._idle.values()
     captured = [run.frame] if graph == "frame" else [run.step, run.record]
     assert all(replayed.graph is not None for replayed in captured)
+
+
+@pytest.mark.parametrize("graph", ["step", "frame"])
+def test_graph_of_tracks_equals_eager(eager, graph):
+    model = network(torch.bfloat16, **TRACKS)
+    expected = eager(model, config())
+    sampler = Sampler(model, config(), graph=graph)
+    for _ in range(2):  # captured, replayed
+        torch.testing.assert_close(draw(sampler), expected, rtol=0, atol=0)
 
 
 def test_graphs_outlive_the_rows_that_others_push_out(eager):
@@ -133,9 +145,10 @@ def test_another_device_than_the_current_one():
     torch.testing.assert_close(draw(Sampler(network().to("cuda:1"), config())).to(DEVICE), video, rtol=0, atol=0)
 
 
-def test_equals_the_cpu_and_the_full_mask():
-    model = network()
-    cpu = network().cpu()
+@pytest.mark.parametrize("options", [{}, TRACKS], ids=["joint", "factorized"])
+def test_equals_the_cpu_and_the_full_mask(options):
+    model = network(**options)
+    cpu = network(**options).cpu()
     torch.backends.cuda.matmul.allow_tf32 = False
     video = draw(Sampler(model, config()))
     torch.testing.assert_close(video.cpu(), draw(Sampler(cpu, config())), rtol=1e-3, atol=1e-3)
