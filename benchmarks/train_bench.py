@@ -83,7 +83,7 @@ def masks_of(step: Step) -> tuple[FrameMask, FrameMask, list[FrameMask]]:
     seen, compute = [], step.model.compute
 
     def remember(packed, decodings, *arguments):
-        seen.append((packed.mask, packed.blind_mask, [decoding.mask for decoding in decodings.values()]))
+        seen.append((packed.mask, packed.last_mask, [decoding.mask for decoding in decodings.values()]))
         return compute(packed, decodings, *arguments)
 
     with mock.patch.object(step.model, "compute", remember), torch.no_grad():
@@ -98,9 +98,9 @@ def compiled_baseline(step: Step) -> Callable[[], None]:
         return step
     blocks, last, decoder = masks_of(step)
     for mask in (blocks, last, *decoder):
-        one = FrameMask.from_table(mask.pattern)  # all clips are alike
-        rows = one.num_tokens
-        mask.block_mask = create_block_mask(one.to_mask_mod(step.device), None, None, rows, rows, step.device)
+        one = FrameMask.from_table(mask.pattern, key_lens=mask.key_lens[:1])  # all clips are alike
+        sizes = one.num_queries, one.num_keys
+        mask.block_mask = create_block_mask(one.to_mask_mod(step.device), None, None, *sizes, step.device)
     step.model.compute = torch.compile(step.model.compute, fullgraph=True)
 
     def run() -> None:
@@ -111,7 +111,7 @@ def compiled_baseline(step: Step) -> Callable[[], None]:
 
 
 def flex_frame_attention(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask, *, backend: str) -> Tensor:
-    q, k, v = (x.unflatten(0, mask.uniform).transpose(1, 2) for x in (q, k, v))
+    q, k, v = (x.unflatten(0, (mask.num_clips, -1)).transpose(1, 2) for x in (q, k, v))
     return flex_attention(q, k, v, block_mask=mask.block_mask).transpose(1, 2).flatten(0, 1)
 
 

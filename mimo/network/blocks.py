@@ -42,12 +42,19 @@ def sinusoid(t: Tensor, width: int = 256) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
-def attend_tracks(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask, tracks: Tracks, backend: str) -> Tensor:
+def attend_tracks(
+    q: Tensor, k: Tensor, v: Tensor, mask: FrameMask, tracks: Tracks, backend: str, *, last: bool = False
+) -> Tensor:
     """Temporal attention of packed frames, [R, h, d] each: rows are taken track by track, so that one call serves all
-    places. mask: of the tracks."""
-    q, k, v = (gather_tokens(x.flatten(1), tracks.to_tracks, backend=backend).view_as(x) for x in (q, k, v))
+    places. mask: of the tracks. last: only rows that are predicted ask, and come out, [n, h, d]."""
+
+    def taken(x: Tensor, index: Tensor) -> Tensor:
+        return gather_tokens(x.flatten(1), index, backend=backend).unflatten(1, x.shape[1:])
+
+    q = taken(q, tracks.last_to_tracks if last else tracks.to_tracks)
+    k, v = (taken(x, tracks.to_tracks) for x in (k, v))
     out = frame_attention(q, k, v, mask, backend=backend)
-    return gather_tokens(out.flatten(1), tracks.to_frames, backend=backend).view_as(out)
+    return taken(out, tracks.last_to_frames if last else tracks.to_frames)
 
 
 def by_size(x: Tensor, sizes: Sizes | None, fine: nn.Module, coarse: nn.Module | None, backend: str) -> Tensor:
@@ -86,8 +93,8 @@ class Attention(nn.Module):
         pages: Pages | None = None,
         sizes: Sizes | None = None,
     ) -> Tensor:
-        """y [R, D] -> what the rows collected, before the output projection, [R, D]. Keys and values also go to
-        `pages`."""
+        """y [R, D] -> what the rows collected, before the output projection, [R, D] or those that `attend` tells of.
+        Keys and values also go to `pages`."""
         qkv = by_size(y, sizes, self.qkv, self.qkv_coarse, self.backend)
         qkv = qkv.unflatten(-1, (3, self.heads, -1))  # [R, 3, h, d]
         given = qkv, self.q_norm, self.k_norm, None if rope is None else coords, rope
@@ -222,9 +229,9 @@ class Block(nn.Module):
             c: silu of the conditioning, [G, D], from which norm1 and norm2 are modulated.
             rows: the modulation row of every row.
             coords: int32 [R, 3].
-            attend: q, k, v [R, h, d] -> [R, h, d].
+            attend: q, k, v [R, h, d] -> [R, h, d], or what the rows of `out` collect.
             modulations: of norm1 and norm2, instead of c.
-            out: rows out, behind attention; None is all of them.
+            out: rows out, which alone ask; None is all of them.
             keys_only: no rows out: their keys and values are all that is wanted.
             pages: where keys and values are also written.
             told: what the rows (those of `out`) attend to across, of a block that does.
@@ -236,7 +243,7 @@ class Block(nn.Module):
         if keys_only:
             return x, None
         if out is not None:
-            collected, x, rows, sizes = out.rows(collected), out.rows(x), out.frame_rows, None
+            x, rows, sizes = out.rows(x), out.frame_rows, None
         branch = by_size(collected, sizes, self.attention.proj, self.attention.proj_coarse, self.backend)
         pending = Pending(branch, m1.gate)
         if self.cross is not None:

@@ -93,7 +93,7 @@ class FrameList:
         bounds = {"window": self.window, "sink": self.sink}
         if self.sees == "block_causal":
             mask = FrameMask.block_causal(lens, **bounds)
-            return mask if self.alone is None else seeing(mask, self._mentioned(self.alone), alone=True)
+            return mask if self.alone is None else _isolating(mask, self._mentioned(self.alone))
         clean, others = self._once("copies", self._copies)
         drop = self.alone
         if drop is not None:
@@ -102,13 +102,13 @@ class FrameList:
         return FrameMask.teacher_forcing(clean, others, drop_history=drop, **bounds)
 
     @cached_property
-    def blind_mask(self) -> FrameMask:
-        """`mask`, but frames that are not predicted see nothing: of a last block, in which nobody reads what they
-        collect."""
-        context = self._once("context", lambda: torch.tensor([not is_predicted(frame) for frame in self.frames]))
-        if context.all() or not context.any():
+    def last_mask(self) -> FrameMask:
+        """`mask`, but only frames that are predicted ask: of a last block, behind which nobody needs the others. Its
+        keys are all rows."""
+        asks = self._once("asks", lambda: torch.tensor([is_predicted(frame) for frame in self.frames]))
+        if asks.all() or not asks.any():
             return self.mask
-        return seeing(self.mask, context[self._once("with rows", self._with_rows)], alone=False)
+        return _asked_by(self.mask, asks[self._once("with rows", self._with_rows)])
 
     @cached_property
     def tracks(self) -> FrameList:
@@ -129,9 +129,9 @@ class FrameList:
         factorized: attention is spatial and temporal in turn."""
         packed = self._once(f"packed {separate_ln}", lambda: _Copied(_pack(self, separate_ln))).on(device)
         if not factorized:
-            return packed._replace(mask=self.mask, blind_mask=self.blind_mask)
+            return packed._replace(mask=self.mask, last_mask=self.last_mask)
         seen = self.tracks
-        return packed._replace(mask=seen.mask, blind_mask=seen.blind_mask, tracks=self.by_tracks(device))
+        return packed._replace(mask=seen.mask, last_mask=seen.last_mask, tracks=self.by_tracks(device))
 
     def by_tracks(self, device: torch.device) -> Tracks:
         """How rows go from frames to `tracks` and back."""
@@ -193,13 +193,24 @@ def is_predicted(frame: Frame) -> bool:
     return frame.kind in ("noisy", "masked")
 
 
-def seeing(mask: FrameMask, chosen: Tensor, *, alone: bool) -> FrameMask:
-    """The mask, but the chosen ones of its groups see themselves alone, or nothing."""
+def _isolating(mask: FrameMask, chosen: Tensor) -> FrameMask:
+    """The mask, but the chosen ones of its groups see themselves alone."""
     table = mask.frames.clone()
     table[chosen, 2:] = 0
-    if alone:
-        table[chosen, 2:4] = table[chosen, :2]
+    table[chosen, 2:4] = table[chosen, :2]
     return FrameMask.from_table(table, clip_lens=mask.clip_lens)
+
+
+def _asked_by(mask: FrameMask, chosen: Tensor) -> FrameMask:
+    """The mask of the chosen ones of its groups: their rows, numbered anew, and all keys."""
+    table = mask.frames[chosen]
+    counts = table[:, 1] - table[:, 0]
+    clip_ends = torch.tensor(mask.clip_lens, device="cpu").cumsum(0)
+    clips = torch.bucketize(table[:, 0].contiguous(), clip_ends, right=True)
+    clip_lens = torch.zeros_like(clip_ends).index_add(0, clips, counts.long())
+    table[:, 1] = counts.cumsum(0)
+    table[:, 0] = table[:, 1] - counts
+    return FrameMask.from_table(table, clip_lens=clip_lens.tolist(), key_lens=mask.key_lens)
 
 
 @lru_cache(maxsize=256)
@@ -282,11 +293,15 @@ class Tracks(NamedTuple):
     """How attention that is spatial and temporal in turn goes from frames to tracks (see `FrameList.tracks`).
 
     to_tracks, to_frames: int64 [R]: the row of the frames that is each row of the tracks, and the other way round.
+    last_to_tracks, last_to_frames: int64 [n]: of the rows of frames that are predicted, the row of the frames that is
+        each of theirs in the tracks, and where each of them, in the order of the frames, is among those.
     frames: the mask of the spatial layers.
     """
 
     to_tracks: Tensor
     to_frames: Tensor
+    last_to_tracks: Tensor
+    last_to_frames: Tensor
     frames: FrameMask
 
 
@@ -330,7 +345,8 @@ class Packed(NamedTuple):
     frame, token: int32 [R], the frame of every row and, if its frame is whole, the token in it.
     masked: int64 [F], 1 for masked frames, 0 for others. time: int64 [F]. stride: int64 [F], or None where it is 1
         everywhere.
-    tracks: where attention is factorized; `mask` and `blind_mask` are then those of the tracks.
+    mask, last_mask: see FrameList.
+    tracks: where attention is factorized; `mask` and `last_mask` are then those of the tracks.
     """
 
     clips: int
@@ -342,7 +358,7 @@ class Packed(NamedTuple):
     told_time: Tensor
     group: Tensor | None
     mask: FrameMask
-    blind_mask: FrameMask
+    last_mask: FrameMask
     clip: Tensor | None
     frame: Tensor
     token: Tensor
@@ -403,7 +419,7 @@ def _pack(given: FrameList, separate_ln: bool) -> Packed:
         told_time=torch.tensor([frames[i].time for i in modulated], dtype=torch.int64),
         group=None if len(predicted) == len(others) else torch.tensor([groups[i] for i in predicted]),
         mask=None,
-        blind_mask=None,
+        last_mask=None,
         clip=None if len(set(per_clip)) == 1 else _rows_of(per_clip)[0],
         frame=frame.int(),
         token=token.int(),
@@ -422,7 +438,9 @@ def _track_rows(given: FrameList) -> Tracks:
         order.append(start + rows.view(len(clip), places).t().flatten())
         start += len(rows)
     to_tracks = torch.cat(order)
-    return Tracks(to_tracks, torch.argsort(to_tracks), frames=None)
+    asks = torch.tensor([is_predicted(frame) for frame in given.frames])
+    last = to_tracks[asks[_rows_of([frame.tokens for frame in given.frames])[0]][to_tracks]]
+    return Tracks(to_tracks, torch.argsort(to_tracks), last, torch.argsort(last), frames=None)
 
 
 def _sizes(given: FrameList) -> Sizes | None:

@@ -266,7 +266,7 @@ class MiMo(nn.Module, Pretrained):
             # Behind the last block nobody needs the rows of context, unless somebody reads them: their keys and values
             # were all.
             ends = layer == depth and context and predicted is not None and (layer, "clean") not in taps
-            attend = partial(self._attend, packed, packed.blind_mask if ends else packed.mask, layer - 1)
+            attend = partial(self._attend_last if ends else self._attend, packed, layer - 1)
             out = predicted if ends else None
             across = told and told[out is not None]
             x, pending = block(x, pending, c, rows, coords, self.rope, attend, out=out, told=across, sizes=packed.sizes)
@@ -293,12 +293,27 @@ class MiMo(nn.Module, Pretrained):
         gate = part.per_frame(pending.gate[: len(part.time)] if packed.group is None else pending.gate[packed.group])
         return (part.by_frame(x) + gate * part.by_frame(branch)).flatten(0, -2)
 
-    def _attend(self, packed: Packed, mask: FrameMask, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, packed: Packed, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of a training sequence."""
-        if packed.tracks is not None and _is_temporal(layer):
-            return attend_tracks(q, k, v, mask, packed.tracks, self.backend)
-        mask = mask if packed.tracks is None else packed.tracks.frames
-        return frame_attention(q, k, v, mask, backend=self.backend)
+        tracks = packed.tracks
+        if tracks is None:
+            return frame_attention(q, k, v, packed.mask, backend=self.backend)
+        if _is_temporal(layer):
+            return attend_tracks(q, k, v, packed.mask, tracks, self.backend)
+        return frame_attention(q, k, v, tracks.frames, backend=self.backend)
+
+    def _attend_last(self, packed: Packed, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The same of the predicted rows alone: [R, h, d] each -> [n, h, d]."""
+        tracks = packed.tracks
+
+        def last(x: Tensor) -> Tensor:
+            return packed.predicted.rows(x.flatten(1)).unflatten(1, x.shape[1:])
+
+        if tracks is None:
+            return frame_attention(last(q), k, v, packed.last_mask, backend=self.backend)
+        if _is_temporal(layer):
+            return attend_tracks(q, k, v, packed.last_mask, tracks, self.backend, last=True)
+        return last(self._attend(packed, layer, q, k, v))
 
     def _attend_frame(self, attend: Attend, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of one frame per sequence, [S * N, h, d]: what sees no other frame needs no history."""

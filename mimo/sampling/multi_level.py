@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mimo.config import MiMoConfig
 from mimo.errors import InputError
-from mimo.network.frames import Frame, FrameList, seeing
+from mimo.network.frames import Frame, FrameList
 from mimo.network.network import MiMo
 from mimo.sampling.guidance import Conditions, RunKey
 from mimo.sampling.history import CachedHistory, CachePolicy, RecomputedHistory
@@ -148,12 +148,11 @@ class MultiLevelHistory(CachedHistory):
         pages = cache.view(seqs).rows()
         lens = [[cached, *(frame.tokens for frame in frames)] for cached, frames in zip(before, every, strict=True)]
         own = _behind(lens).to(device)
-        mask, places = _asking(lens), pages[own]
+        mask, places = FrameMask.block_causal(lens, queries=slice(1, None)), pages[own]  # what is cached asks nothing
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = cache.pool[layer].flatten(1, 2)[:, pages]
-            whole = q.new_zeros(keys.shape).index_copy_(0, own, q)
-            return frame_attention(whole, keys, values, mask, backend=self.model.backend)[own]
+            return frame_attention(q, keys, values, mask, backend=self.model.backend)
 
         self.model.history_frames(
             FrameList(tuple(map(tuple, every)), "block_causal"),
@@ -169,13 +168,6 @@ def _behind(lens: list[list[int]]) -> Tensor:
     firsts = accumulate(map(sum, lens), initial=0)
     spans = [torch.arange(first + clip[0], first + sum(clip)) for first, clip in zip(firsts, lens, strict=False)]
     return torch.cat(spans)
-
-
-def _asking(lens: list[list[int]]) -> FrameMask:
-    """Block causal; the first of each clip's frames asks nothing."""
-    mask = FrameMask.block_causal(lens)
-    cached = torch.tensor([number == 0 for clip in lens for number, size in enumerate(clip) if size])
-    return seeing(mask, cached, alone=False)
 
 
 class RecomputedMultiLevelHistory(RecomputedHistory):

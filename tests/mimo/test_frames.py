@@ -84,12 +84,13 @@ def test_masks_follow_from_the_list(sees, alike, alone):
         assert isolated._kept is frames._kept and frames.alone is None  # all else is shared
         frames = isolated
     assert torch.equal(frames.mask.to_dense(), rule(frames))
-    blind = rule(frames)
+    last = rule(frames)
     packed = frames.packed(separate_ln=True, device=DEVICE)
     if packed.clean is not None:
         rows = torch.tensor([frame.kind == "clean" for frame in frames.frames])[packed.frame]
-        blind[rows] = False
-    assert torch.equal(frames.blind_mask.to_dense(), blind)
+        last = last[~rows]
+    assert torch.equal(frames.last_mask.to_dense(), last)
+    assert frames.last_mask.repeats == 2 or not alike or alone
     assert frames.packed(separate_ln=True, device=DEVICE).frame is packed.frame  # made once
 
 

@@ -295,6 +295,45 @@ def test_kept_tokens_keep_their_coordinates():
     assert not torch.allclose(elsewhere.velocity, masked.velocity, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"separate_ln": False},
+        {"attention": "factorized", "depth": 4, "positions": "sincos", "mask_weight": 0.0, "mask_ratio": (0.0, 0.0)},
+    ],
+    ids=str,
+)
+def test_only_noisy_rows_ask_in_the_last_block(changes, monkeypatch):
+    """Outputs and gradients are those of a last block in which all rows ask and only noisy ones go on: to the bit where
+    frames attend by themselves, to rounding where tracks share calls of the reference."""
+    model = build(**changes)
+    history, noisy, timestep, *_ = batch(model.config)
+
+    def results(attend):
+        """The rows that came out of the last attention; the velocity and all gradients."""
+        rows = []
+
+        def watched(self, packed, *given):
+            out = attend(self, packed, *given)
+            rows.append(len(out))
+            return packed.predicted.rows(out.flatten(1)).unflatten(1, out.shape[1:]) if attend is everyone else out
+
+        monkeypatch.setattr(MiMo, "_attend_last", watched)
+        model.zero_grad()
+        velocity = run(model, history, noisy, timestep, reconstruct=False).velocity
+        (velocity.square().sum() + velocity.sum()).backward()
+        return rows, [velocity, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    everyone = MiMo._attend
+    (last, ours), (every, theirs) = results(MiMo._attend_last), results(everyone)
+    assert last == [noisy[..., 0].numel()] and every[0] > last[0]
+    assert len(ours) == len(theirs) > 20
+    for a, b in zip(ours, theirs, strict=True):
+        largest = 0.0 if model.config.attention == "joint" else float(b.detach().abs().max())
+        torch.testing.assert_close(a, b, rtol=0, atol=3e-6 * largest)
+
+
 @torch.no_grad()
 def test_both_backends_agree():
     automatic = build()
