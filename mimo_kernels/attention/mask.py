@@ -38,7 +38,7 @@ class FrameMask:
         num_queries, num_keys: rows and keys, all clips together. num_tokens: where both are the same, else ValueError.
         num_pairs: allowed (query, key) pairs.
         num_clips, clip_lens, key_lens: the clips, and the rows and the keys of each.
-        history_lens, future_lens: token counts [clips][frames]. A mask with one copy of the frames has empty future
+        history_lens, future_lens: token counts `[clips][frames]`. A mask with one copy of the frames has empty future
         clips.
         frames: int32 host tensor [groups, 8]: row_start, row_end and three times key_start, key_end; ascending,
             disjoint, adjacent ones merged, unused ones (0, 0). Where a group sees more than three intervals, all groups
@@ -160,7 +160,7 @@ class FrameMask:
 
     @classmethod
     def bidirectional(cls, lens: Lens) -> "FrameMask":
-        """Every token of a clip sees the whole clip. `lens`: token counts [clips][frames], or an int tensor [clips,
+        """Every token of a clip sees the whole clip. `lens`: token counts `[clips][frames]`, or an int tensor [clips,
         frames]."""
         return _make(cls, "bidirectional", lens)
 
