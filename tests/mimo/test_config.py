@@ -106,6 +106,19 @@ TABLE_8 = {
     "Training steps": "400,000",
     "Clean frames": "0.1",
 }
+TABLE_8_LONG = TABLE_8 | {  # Minecraft and DMLab
+    "Warm-up steps": "10,000",
+    "Training steps": "1,000,000",
+    "Context, frames": "144, 300",
+    "Conditions": "4 actions",
+    "Guidance": "action 1.5",
+    "Coarse frames": "4 x 4 tokens in one, before the latest 16 frames",
+    "Recipe": "far_long",
+}
+LONG = {  # pixels, latents; layers, width, heads: FAR-B-Long of Table 5 (a), FAR-M-Long of Table 5 (b)
+    "far-long-b-dmlab": ("300 x 64 x 64", "300 x 8 x 8 x 32", "12", "768", "12 "),
+    "far-long-m-minecraft": ("300 x 128 x 128", "300 x 8 x 8 x 32", "12", "1024", "16 "),
+}
 TABLE_1 = {"far-l-ucf101": ("24", "1024", "16 "), "far-xl-ucf101": ("28", "1152", "18 ")}  # layers, width, heads
 BASELINES = {  # MiMo's App. E: another strategy, the rest is that of the preset named
     "acdit-b-k600": "mimo-b-k600",
@@ -173,6 +186,14 @@ def test_the_table_of_presets_is_fars_tables_1_and_8(name):
     for row, value in (("Batch size", "32"), ("Learning rate", "0.0001"), ("LR schedule", "constant")):
         assert says()["mimo-b-minecraft"][row] == value
     assert says()["mimo-b-minecraft"]["Warm-up steps"] == "10,000"
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_the_table_of_presets_is_fars_tables_1_5_and_8_for_long_video(name):
+    found = says()[name]
+    own = dict(zip(("Input shape", "Latent shape", "Depth", "Embed dim", "Heads"), LONG[name], strict=True))
+    for row, value in (TABLE_8_LONG | own).items():
+        assert found[row].startswith(value), row
 
 
 @pytest.mark.parametrize("name", BASELINES)
