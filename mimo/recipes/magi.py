@@ -31,6 +31,7 @@ What the paper leaves open, and how it is decided here:
   each, temperature 1.
 - *Positions in long videos*: linear interpolation, end to end: frame t of T' > T stands at t (T - 1) / (T' - 1),
   between the embeddings of its two neighbours (SampleConfig.interpolate).
+- *Classes and texts* are not in the paper; with config.cross_attention they are told as in VideoMAR.
 - The learning rates are missing from the text: MAR's 1e-4 x batch / 256 would be 1e-4 for K600. See mimo.presets.
 """
 
@@ -71,9 +72,9 @@ class MAGI(MaskedTokens):
         return HistoryPolicy(None, conditions_of(config), kind=kind)
 
     def frames(self, x: Tensor, conditions: dict[str, Tensor | None], draws: Draws, step: int | None) -> Prepared:
-        config, complete = self.config, self.config.teacher_forcing == "complete"
+        complete = self.config.teacher_forcing == "complete"
         clips, frames, tokens = x.shape[:3]
-        labels = draws.nulled(conditions["labels"], config.num_classes, config.label_dropout)
+        labels, text = self.told(conditions, draws)
         places = self.masked_places(draws, tokens, frames)  # [B, T, m]
         masked = torch.zeros(clips, frames, tokens, dtype=torch.bool, device=x.device).scatter_(2, places, True)
         seen, noise = self.injected(x, draws)
@@ -89,6 +90,7 @@ class MAGI(MaskedTokens):
             seen.flatten(0, -3),
             labels=labels,
             intervals=conditions["intervals"],
+            text=text,
             noise=None if noise is None else noise.flatten(),
             masked=masked.flatten(),
             asked=asked,

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from statistics import NormalDist
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mimo.config import MiMoConfig
+from mimo.network.cross import Text
 from mimo.network.frames import Asked
 from mimo.recipes.base import Draws, Recipe
 
@@ -45,6 +47,16 @@ class MaskedTokens(Recipe):
         if not config.token_depth:
             raise ValueError(f"token_depth=0: expected a token head with recipe={config.recipe!r}")
         cls.require(config, interleaved=False, mask_weight=0.0, clean_context=0.0, history_dropout=0.0, coarse_stride=0)
+
+    def told(self, conditions: dict[str, Any], draws: Draws) -> tuple[Tensor | None, Text | None]:
+        """Classes and texts of the clips, some of them replaced by the null one."""
+        config, text = self.config, conditions.get("text")
+        labels = draws.nulled(conditions["labels"], config.num_classes, config.label_dropout)
+        if text is not None:
+            told = (draws.on_host() >= config.label_dropout).tolist()
+            lengths = tuple(n if is_told else 0 for n, is_told in zip(text.lengths, told, strict=True))
+            text = text._replace(lengths=lengths)
+        return labels, text
 
     def masked_places(self, draws: Draws, tokens: int, *frames: int) -> Tensor:
         """int64 [B, *frames, m]: the masked tokens of every frame, m the same for all."""

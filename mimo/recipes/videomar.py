@@ -60,15 +60,10 @@ class VideoMAR(MaskedTokens):
         return HistoryPolicy(None, conditions_of(config))
 
     def frames(self, x: Tensor, conditions: dict[str, Tensor | None], draws: Draws, step: int | None) -> Prepared:
-        config, device = self.config, x.device
+        device = x.device
         clips, frames, tokens = x.shape[:3]
         counts = (draws.on_host() * frames).long()  # [B], clean frames of each clip
-        labels = draws.nulled(conditions["labels"], config.num_classes, config.label_dropout)
-        text = conditions.get("text")
-        if text is not None:
-            told = (draws.on_host() >= config.label_dropout).tolist()
-            lengths = tuple(n if is_told else 0 for n, is_told in zip(text.lengths, told, strict=True))
-            text = text._replace(lengths=lengths)
+        labels, text = self.told(conditions, draws)
         places = self.masked_places(draws, tokens)  # [B, m]
         listed = next_frames(tuple(counts.tolist()), tokens)
         # The frames of the list, in its order, among all of the batch; and where in it the masked ones are.

@@ -16,6 +16,7 @@ from mimo.cli import main
 from mimo.config import SampleConfig, TrainConfig
 from mimo.data import VideoReader, write_video
 from mimo.diffusion import EpsilonSchedule
+from mimo.network.cross import Text
 from mimo.network.frames import to_tokens
 from mimo.network.network import MiMoOutput
 from mimo.recipes import build_recipe
@@ -182,9 +183,14 @@ def test_gradients_by_finite_differences(forcing, monkeypatch):
         ), name
 
 
-def test_every_parameter_learns():
-    model = network(max_interval=3)
+@pytest.mark.parametrize("told", ["nothing", "class", "text"])
+def test_every_parameter_learns(told):
+    """Also of what the paper has not: classes or texts, attended to across."""
+    changes = {} if told == "nothing" else {"cross_attention": True, "label_dropout": 0.0}
+    model = network(max_interval=3, **changes, **{"class": {"num_classes": 3}, "text": {"text_dim": 8}}.get(told, {}))
     given = {"intervals": torch.tensor([1, 3]), "generator": step_generator(0, 0, "cpu"), "step": 0}
+    texts = Text(torch.randn(2, 5, 8), (5, 0))  # one clip has none
+    given |= {"class": {"labels": torch.tensor([0, 2])}, "text": {"text": texts}}.get(told, {})
     build_recipe(model.config).loss(model, clips(), **given).total.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
