@@ -58,8 +58,10 @@ def make_trainer(model=None, odd=0, **options):
     config = MiMoConfig(**NETWORK | (model or {}))
     frames, height, width = config.video_shape
     dataset = LabelledShapes(num_frames=frames, height=height, width=width, length=20, odd=odd)
-    sample = SampleConfig(sampler="euler", steps=2, context_frames=1, num_frames=3)
-    return Trainer(config, TrainConfig(**OPTIMISATION | options), sample, dataset)
+    sample, training = SampleConfig(sampler="euler", steps=2, context_frames=1, num_frames=3), OPTIMISATION | options
+    shapes = [map(int, stage.split(":")[1].split("x")) for stage in training.get("stages", ())]
+    stages = [LabelledShapes(num_frames=f, height=h, width=w, length=20, odd=odd) for f, h, w in shapes]
+    return Trainer(config, TrainConfig(**training), sample, dataset, stages=stages)
 
 
 def whole_state(trainer):
@@ -164,12 +166,16 @@ MASKED = {
     **{"parameterization": "epsilon", "token_depth": 1, "token_width": 16, "noise_levels": 3, "history_dropout": 0.0},
     **{"mask_weight": 0.0, "mask_ratio": (0.5, 0.9), "cross_attention": True},
 }
+RAGGED = {"recipe": "videomar", "parameterization": "epsilon", "token_depth": 1, "token_width": 16} | {
+    **{"history_dropout": 0.0, "mask_weight": 0.0, "mask_ratio": (0.5, 0.9), "cross_attention": True},
+}
 VARIANTS = {
     "plain": ({}, {}),
     "interleaved": ({"interleaved": True}, {}),
     "unmasked": ({"positions": "learned", "separate_ln": False}, {"unmasked_steps": 2}),
     "aligned": (ALIGNED, {}),
     "magi": (MASKED, {}),
+    "videomar": (RAGGED, {"stages": ("2:2x4x2",)}),
     "far_long": (FAR_LONG, {}),
 }
 PARTS = ("diffusion", "mask", "alignment", "grad_norm")

@@ -564,7 +564,7 @@ def test_a_run_of_stages_from_videos_and_texts(folder, tmp_path, capsys):
     assert "--class-guidance 3: expected a --text to guide to" in refused(capsys, *again, "--class-guidance", 3)
     assert "--text nothing: No such file" in refused(capsys, *again, "--text", "nothing")
     assert "expected features 7 wide" in refused(capsys, *again, "--text", wide(tmp_path))
-    assert "--temperature" not in refused(capsys, *again, "--history-guidance", 2)
+    assert "--history-guidance 2: this model was trained" in refused(capsys, *again, "--history-guidance", 2)
     assert "--mask-steps 0: expected more than zero" in refused(capsys, *again, "--mask-steps", 0)
     assert "--token-temperature" in refused(capsys, *again, "--token-temperature", -1, 1)
     assert "temperature=(1.0, 0.5): expected (1.0, 1.0)" in refused(capsys, *again, "--temperature", 1, 0.5)
@@ -576,7 +576,7 @@ def test_a_run_of_stages_from_videos_and_texts(folder, tmp_path, capsys):
     )
     assert "token_width" in refused(capsys, *words, "--model.token-width", 0)
     assert "mask_ratio" in refused(capsys, *words, "--model.mask-ratio", 0, 1)
-    assert "cross_attention=False" in refused(capsys, *words, "--model.no-cross-attention") or True
+    assert "text_dim=7: expected 0 without cross_attention" in refused(capsys, *words, "--model.no-cross-attention")
     text.unlink()
     assert "1.text.safetensors: no such file: expected the features of a text beside" in refused(capsys, *words)
 
