@@ -54,6 +54,9 @@ FACTORIZED = MiMoConfig(
 
 def told(config: MiMoConfig) -> dict[str, torch.Tensor]:
     given = {"labels": torch.arange(4).cuda()}
+    if config.repa_weight > 0:
+        features = torch.randn(4, 8, 7, 14, config.repa_channels, generator=torch.Generator().manual_seed(3))
+        given["features"] = features.cuda()
     return given | ({"actions": torch.arange(20).view(4, 5).cuda() % 3} if config.num_actions else {})
 
 
@@ -71,14 +74,20 @@ def run(config: MiMoConfig, backend: str, dtype: torch.dtype, step: int = 0):
     return loss, [parameter.grad for parameter in model.parameters()]
 
 
-@pytest.mark.parametrize("changes", [{}, {"separate_ln": False}, {"parameterization": "flow", "min_snr_gamma": None}])
+ALIGNED = {"repa_weight": 0.5, "repa_layer": 2, "repa_channels": 48, "repa_hidden": 64}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"separate_ln": False}, {"parameterization": "flow", "min_snr_gamma": None}, ALIGNED]
+)
 def test_bf16_kernels_stay_near_plain_fp32(changes):
     if changes.get("parameterization") == "flow":
         changes = changes | {"min_snr_decay": None}
     config = dataclasses.replace(CONFIG, **changes)
     loss, _ = run(config, "auto", torch.bfloat16)
     exact, _ = run(config, "reference", torch.float32)
-    for part, expected in zip(loss[:3], exact[:3], strict=True):  # nothing is aligned
+    assert (loss.alignment is None) == (exact.alignment is None) == (config.repa_weight == 0)
+    for part, expected in ((a, b) for a, b in zip(loss, exact, strict=True) if a is not None):
         assert abs(part.item() - expected.item()) < 0.02 * expected.item()
 
 
@@ -89,7 +98,9 @@ def test_bf16_tracks_stay_near_plain_fp32():
     assert abs(loss.total.item() - exact.total.item()) < 0.02 * exact.total.item()
 
 
-@pytest.mark.parametrize("config", [CONFIG, FACTORIZED], ids=["joint", "factorized"])
+@pytest.mark.parametrize(
+    "config", [CONFIG, FACTORIZED, dataclasses.replace(CONFIG, **ALIGNED)], ids=["joint", "factorized", "aligned"]
+)
 def test_a_step_gives_the_same_bits_twice(config):
     (first, first_grads), (second, second_grads) = (run(config, "auto", torch.bfloat16) for _ in range(2))
     assert first.total.item() == second.total.item()
