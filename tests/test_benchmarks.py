@@ -227,6 +227,8 @@ def test_every_system_has_its_costs(modules, tmp_path):
     weights = c.depth * 12 * c.dim**2 * c.tokens + 2 * c.channels * c.dim * c.tokens
     pairs = c.depth * c.tokens**2 * c.frames * 4 * c.dim
     assert at_once["sample_gflop"] == pytest.approx(at_once["sample_steps"] * (2 * weights + pairs) / 1e9, rel=0.1)
+    (distant,) = costs.long_contexts(("far-long-tiny",), (8,))
+    assert distant["rows"] == 4 * 36 + 4 * 4  # the latest four frames, and four tokens of each before them
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(costs, "table_8", lambda: [{"what": "Table 8", "preset": "acdit-tiny", **acdit, "ratio": 1.0}])
         patch.setattr(costs, "LONG", ("far-tiny",))

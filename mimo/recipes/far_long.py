@@ -40,6 +40,8 @@ COARSE = -2.0  # the timestep of a coarse frame
 class FARLong(FAR):
     """FAR on the latest config.fine_frames frames of what is drawn from a clip; all before them are coarse."""
 
+    aligns = frozenset()  # the frames that are fine are a part of the clip, and another one for every clip
+
     @classmethod
     def check(cls, config: MiMoConfig) -> None:
         cls.require(config, **NOTHING_MASKED, separate_ln=False)

@@ -1,5 +1,6 @@
 """REPA: the loss against loops, what its gradient reaches, encoders, features in shards, runs and refusals."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -266,6 +267,9 @@ def test_what_cannot_be_aligned_is_refused():
     one_copy = config(**UNMASKED, recipe="far", separate_ln=False)
     with pytest.raises(ValueError, match="repa_frames='both': expected 'future' with recipe='far'"):
         build_recipe(one_copy)
+    for preset in ("far-long-tiny", "magi-tiny", "videomar-tiny"):  # they have no whole clip on the latent's grid
+        with pytest.raises(ValueError, match="repa_weight=0.5: expected 0.0 with recipe="):
+            build_recipe(dataclasses.replace(MiMoConfig.from_preset(preset), repa_weight=0.5, repa_layer=1))
     model = network()
     with pytest.raises(ValueError, match=r"features=None: expected \[2, .*, 7\] with repa_weight=0.5"):
         loss_of(model, clips())
