@@ -29,6 +29,7 @@ from mimo.network.network import MiMo
 from mimo.sampling.guidance import Conditions, RunKey
 from mimo.sampling.history import CachedHistory, CachePolicy, RecomputedHistory
 from mimo_kernels import FrameMask, frame_attention
+from mimo_kernels.cache.view import upload
 
 
 def levels(count: int, config: MiMoConfig) -> list[Frame]:
@@ -46,16 +47,15 @@ def told_of(
     rows: per list, the sequence whose conditions it is told.
     """
     device, history = conditions.position.device, conditions.history
-    sequence = torch.tensor([row for row, frames in zip(rows, lists, strict=True) for _ in frames], device=device)
-    time = torch.tensor([frame.time for frames in lists for frame in frames], device=device)
-    found = conditions.of_histories(sequence, time)
-    timestep = [
-        history.coarse_timestep if frame.kind == "coarse" else history.timestep for frames in lists for frame in frames
-    ]
+    every = [frame for frames in lists for frame in frames]
+    sequence = torch.tensor([row for row, frames in zip(rows, lists, strict=True) for _ in frames])
+    time = torch.tensor([frame.time for frame in every])
+    found = conditions.of_histories(upload(sequence, device), upload(time, device))
     del found["kind"]  # the lists say it
-    found["timestep"] = torch.tensor(timestep * histories, dtype=torch.float32, device=device)
+    timestep = [history.coarse_timestep if frame.kind == "coarse" else history.timestep for frame in every]
+    found["timestep"] = upload(torch.tensor(timestep * histories, dtype=torch.float32), device)
     if conditions.intervals is not None:  # one per sequence
-        found["intervals"] = conditions.intervals[torch.tensor(rows, device=device)].repeat(histories)
+        found["intervals"] = conditions.intervals[upload(torch.tensor(rows), device)].repeat(histories)
     return found
 
 
@@ -125,7 +125,7 @@ class MultiLevelHistory(CachedHistory):
 
     def _no_frames(self, sequences: int) -> Tensor:
         c = self.model.config
-        return torch.zeros(sequences, self.kept_frames, c.tokens, c.channels, device=self.device)
+        return torch.zeros(sequences, self.kept_frames, c.tokens, c.token_channels, device=self.device)
 
     def _encode(self, seqs: list[int], rows: list[int], lists: Sequence[list[Frame]], x: Tensor) -> None:
         """Keys and values of frames, into pages behind what their sequences have, all of which they see.
@@ -137,17 +137,17 @@ class MultiLevelHistory(CachedHistory):
         """
         if not len(x):
             return
-        histories, cache, device = self.key.histories, self.cache, self.device
+        histories, cache = self.key.histories, self.cache
         every = [*lists] * histories
         before = [cache.num_tokens(seq) for seq in seqs]
         for number in range(max(map(len, lists))):
-            for size in {frames[number].tokens for frames in lists if len(frames) > number}:
+            for size in sorted({frames[number].tokens for frames in lists if len(frames) > number}):
                 fits = [len(frames) > number and frames[number].tokens == size for frames in every]
                 cache.commit(cache.begin_frame([seq for seq, fit in zip(seqs, fits, strict=True) if fit], size))
         # Keys and values go to their pages as they are made; then a pass reads all that its sequences have in pages.
         pages = cache.view(seqs).rows()
         lens = [[cached, *(frame.tokens for frame in frames)] for cached, frames in zip(before, every, strict=True)]
-        own = _behind(lens).to(device)
+        own = upload(_behind(lens), self.device)
         mask, places = FrameMask.block_causal(lens, queries=slice(1, None)), pages[own]  # what is cached asks nothing
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

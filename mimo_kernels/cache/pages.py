@@ -395,7 +395,8 @@ class FrameCache:
         window: int,
         sink: int = 0,
     ) -> None:
-        """Replace the frames that left the window by coarser ones (FAR, Sec. 4.4: multi-level K/V cache).
+        """Replace the frames that left the window by coarser ones, in their places. (FAR's multi-level cache encodes
+        the frames of the window again too: that is `evict` and `begin_frame`.)
 
         ``coarse(seq, index)`` returns the keys and values to keep for the frame of time `index`, each
         ``[layers, M, heads, head_dim]`` with M below the frame's tokens; it may read `frame`. The latest `window` and

@@ -424,24 +424,29 @@ def guided(**options) -> SampleConfig:
 
 def start(sampler: Sampler, **options):
     """Contexts of five frames, of one and of none; two trajectories each, labels and actions."""
-    given = [clips(1, count, seed=count)[0].flatten(1, 2) for count in (5, 1, 0)]
+    c = sampler.model.config
+    given = [torch.randn(count, c.tokens, c.token_channels, generator=seeded(count)) for count in (5, 1, 0)]
     told = {"labels": torch.tensor([0, 2, 1]), "actions": torch.arange(27).view(3, 9) % ACTIONS}
     return sampler.stream(given, 9, trajectories=2, generator=seeded(1), **told, **options)
 
 
-@pytest.mark.parametrize("fine", [1, 2, 5])
-@pytest.mark.parametrize("intervals", [False, True])
-def test_cached_equals_recomputed(fine, intervals):
+@pytest.mark.parametrize(
+    "changes",
+    [{"fine_frames": 1}, {"fine_frames": 2, "max_interval": 5}, {"fine_frames": 5}]
+    + [{"patch": 2, "height": 4, "width": 8}, {"positions": "sincos"}],
+    ids=str,
+)
+def test_cached_equals_recomputed(changes):
     """Ragged contexts and trajectories, both guidances, noise on the history: sequences cross the window at different
     frames."""
-    model = network(**TOLD, fine_frames=fine, max_interval=5 * intervals)
-    options = {"intervals": torch.tensor([1, 5, 2])} if intervals else {}
+    model = network(**TOLD, **changes)
+    options = {"intervals": torch.tensor([1, 5, 2])} if "max_interval" in changes else {}
     videos = [
         torch.stack(list(start(Sampler(model, guided(history_noise=(0.0, 0.3)), use_cache=cached), **options)), 1)
         for cached in (True, False)
     ]
     torch.testing.assert_close(*videos, rtol=5e-5, atol=5e-5)
-    assert videos[0].shape == (6, 4, TOKENS, CHANNELS)
+    assert videos[0].shape == (6, 4, TOKENS, model.config.token_channels)
 
 
 @torch.no_grad()
