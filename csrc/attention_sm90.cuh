@@ -19,7 +19,7 @@
 #pragma once
 
 #include "attention_sm90.h"
-#include "sm90.cuh"
+#include "products_sm90.cuh"
 
 namespace mimo::sm90 {
 
@@ -27,7 +27,6 @@ using schedule::kGroupCells, schedule::kGroupKeys, schedule::kIntervals;
 
 enum Pass { kForward, kDq, kDkv };
 
-constexpr int kRows = 64;      // of a chunk: what a product of a warpgroup has
 constexpr int kConsumers = 2;  // warpgroups
 constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
@@ -95,12 +94,25 @@ struct Slot {
     }
 };
 
-// What a block of threads works on: tiles of sequences of heads, heads fastest, since a row's heads share their memory.
+// How many heads of the streamed side go past a head's own rows: of k and v one, of q and dout all that share it.
+template <Pass PASS>
+__device__ inline int sharing(const Problem& problem) {
+    return PASS == kDkv ? problem.heads_per_kv : 1;
+}
+
+// What a block of threads works on, item after item: a tile of a sequence of a head, with one head of the streamed
+// side. Heads are fastest, since a row's heads share their memory. The same block has all heads that share own rows,
+// adds them up and stores with the last; that is told by the item's number, since consumers have no register to keep it
+// in.
+template <Pass PASS>
 struct Work {
     const int* tile;
-    int head, sequence;
+    int head, streamed_head, sequence;
     __device__ Work(const Problem& problem, int item) {
+        const int shared_by = item % sharing<PASS>(problem);
+        item /= sharing<PASS>(problem);
         head = item % problem.heads;
+        streamed_head = PASS == kDkv ? head * problem.heads_per_kv + shared_by : head / problem.heads_per_kv;
         item /= problem.heads;
         const int in_band = problem.tiles * problem.band;
         const int first = item / in_band * problem.band, inside = item % in_band;
@@ -110,6 +122,18 @@ struct Work {
     }
     __device__ int start(int warpgroup) const { return tile[2 * warpgroup]; }
     __device__ int end(int warpgroup) const { return tile[2 * warpgroup + 1]; }
+
+    __device__ static int items(const Problem& problem) {
+        return problem.tiles * problem.sequences * problem.heads * sharing<PASS>(problem);
+    }
+    __device__ static int first_item(const Problem& problem) { return blockIdx.x * sharing<PASS>(problem); }
+    __device__ static int next_item(const Problem& problem, int item) {
+        if (PASS != kDkv) return item + gridDim.x;
+        item++;
+        return begins(problem, item) ? item + (gridDim.x - 1) * sharing<PASS>(problem) : item;
+    }
+    // Whether an item is the first for its own rows.
+    __device__ static bool begins(const Problem& problem, int item) { return item % sharing<PASS>(problem) == 0; }
 };
 
 // Walks through a tile's blocks: runs of (first row, blocks, states, first group).
@@ -117,7 +141,8 @@ template <int BLOCK>
 struct Blocks {
     const int* run;
     int runs, left = 0, start = 0, states = 0, group = 0;
-    __device__ Blocks(const Problem& problem, const Work& work)
+    template <Pass PASS>
+    __device__ Blocks(const Problem& problem, const Work<PASS>& work)
         : run(problem.plan + work.tile[4]), runs(work.tile[5]) {}
     __device__ bool next() {
         if (left == 0) {
@@ -134,23 +159,10 @@ struct Blocks {
 
 #ifdef MIMO_SM90
 
-__device__ inline int lane_id() { return threadIdx.x % kWarp; }
-
 // All lanes of a warp are done with what the barrier guards.
 __device__ inline void leave(uint32_t barrier) {
     sync_warp();
     if (lane_id() == 0) barrier_arrive(barrier);
-}
-
-// Heads of the streamed side that go past a head's own rows, one after the other: of k and v the one it shares, of q
-// and dout all that share it.
-template <Pass PASS>
-__device__ inline int first_streamed(const Problem& problem, int head) {
-    return PASS == kDkv ? head * problem.heads_per_kv : head / problem.heads_per_kv;
-}
-template <Pass PASS>
-__device__ inline int streamed_heads(const Problem& problem) {
-    return PASS == kDkv ? problem.heads_per_kv : 1;
 }
 
 template <int CHANNELS, int ROWS>
@@ -168,8 +180,9 @@ __device__ inline void produce(const Problem& problem, uint32_t base) {
     using L = Layout<PASS, CHANNELS, BLOCK>;
     Slot<L::STAGES> slot;
     uint32_t own_parity[kConsumers] = {};
-    const int items = problem.tiles * problem.sequences * problem.heads;
-    for (int item = blockIdx.x; item < items; item += gridDim.x) {
+    using Work = sm90::Work<PASS>;
+    const int items = Work::items(problem);
+    for (int item = Work::first_item(problem); item < items; item = Work::next_item(problem, item)) {
         const Work work(problem, item);
 #pragma unroll
         for (int w = 0; w < kConsumers; w++) {
@@ -183,112 +196,25 @@ __device__ inline void produce(const Problem& problem, uint32_t base) {
                 load_tile<CHANNELS, kRows>(base + L::own(w, i), problem.own[i], full, work.head, work.start(w),
                                            work.sequence);
         }
-        const int first_head = first_streamed<PASS>(problem, work.head);
-        for (int head = first_head; head < first_head + streamed_heads<PASS>(problem); head++) {
-            Blocks<BLOCK> blocks(problem, work);
-            while (blocks.next()) {
+        Blocks<BLOCK> blocks(problem, work);
+        while (blocks.next()) {
 #pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    const uint32_t full = base + L::full(slot.stage, i);
-                    const int statistics = i == 1 ? L::STATISTICS_BYTES : 0;
-                    barrier_wait(base + L::empty(slot.stage, i), slot.parity ^ 1);
-                    barrier_expect(full, L::STREAMED_BYTES + statistics);
-                    load_tile<CHANNELS, BLOCK>(base + L::streamed(slot.stage, i), problem.streamed[i], full, head,
-                                               blocks.start, work.sequence);
-                    if (statistics)
-                        tensor_load(base + L::statistics(slot.stage), problem.statistics, full, blocks.start,
-                                    work.sequence % problem.repeats, 0,
-                                    work.sequence / problem.repeats * problem.heads * problem.heads_per_kv + head);
-                }
-                slot.step();
+            for (int i = 0; i < 2; i++) {
+                const uint32_t full = base + L::full(slot.stage, i);
+                const int statistics = i == 1 ? L::STATISTICS_BYTES : 0;
+                barrier_wait(base + L::empty(slot.stage, i), slot.parity ^ 1);
+                barrier_expect(full, L::STREAMED_BYTES + statistics);
+                load_tile<CHANNELS, BLOCK>(base + L::streamed(slot.stage, i), problem.streamed[i], full,
+                                           work.streamed_head, blocks.start, work.sequence);
+                if (statistics)
+                    tensor_load(
+                        base + L::statistics(slot.stage), problem.statistics, full, blocks.start,
+                        work.sequence % problem.repeats, 0,
+                        work.sequence / problem.repeats * problem.heads * problem.heads_per_kv + work.streamed_head);
             }
+            slot.step();
         }
     }
-}
-
-// ---- products ----
-
-// A chunk's rows as the left side of products: fragments [16 channels] or a tile.
-template <int CHANNELS, bool IN_REGISTERS>
-struct Own {
-    uint32_t x[CHANNELS / 16][4];
-    __device__ void load(uint32_t tile) {
-        const int lane = lane_id(), row = threadIdx.x % kWarpgroup / kWarp * 16 + lane % 16, half = lane / 16;
-#pragma unroll
-        for (int k = 0; k < CHANNELS / 16; k++) {
-            const bool wide = k < CHANNELS / 64 * 4;
-            load_matrices(x[k], tile + k / 4 * kRows * 128 +
-                                    (wide ? swizzled<128>(row, k % 4 * 2 + half) : swizzled<32>(row, half)));
-        }
-    }
-    __device__ const uint32_t* operator[](int k) const { return x[k]; }
-};
-template <int CHANNELS>
-struct Own<CHANNELS, false> {
-    uint32_t tile;
-    __device__ void load(uint32_t at) { tile = at; }
-    __device__ uint64_t operator[](int k) const {
-        const bool in_wide = k < CHANNELS / 64 * 4;
-        return in_wide ? advanced(tile_descriptor<128>(tile), k / 4 * kRows * 128 + k % 4 * 32)
-                       : tile_descriptor<32>(tile + k / 4 * kRows * 128);
-    }
-};
-
-// s [64, BLOCK] = own [64, CHANNELS] times the rows of a tile
-template <class T, int CHANNELS, int BLOCK, bool IN_REGISTERS>
-__device__ inline void multiply(float (&s)[BLOCK / 2], const Own<CHANNELS, IN_REGISTERS>& own, uint32_t tile) {
-    constexpr int WIDE = CHANNELS / 64;
-    const uint64_t wide = tile_descriptor<128>(tile);
-#pragma unroll
-    for (int k = 0; k < WIDE * 4; k++)
-        product<T, BLOCK, 0>(s, own[k], advanced(wide, k / 4 * BLOCK * 128 + k % 4 * 32), k > 0);
-    if constexpr (CHANNELS % 64)
-        product<T, BLOCK, 0>(s, own[WIDE * 4], tile_descriptor<32>(tile + WIDE * BLOCK * 128), true);
-}
-
-template <int CHANNELS>
-struct Sums {
-    float wide[CHANNELS / 64 * 32], rest[8];
-    __device__ void clear() {
-#pragma unroll
-        for (float& x : wide) x = 0.f;
-#pragma unroll
-        for (float& x : rest) x = 0.f;
-    }
-    // Rows of a warp's lower and upper half of 16.
-    __device__ void scale(const float (&factor)[2]) {
-#pragma unroll
-        for (int i = 0; i < CHANNELS / 64 * 32; i++) wide[i] *= factor[i / 2 % 2];
-        if constexpr (CHANNELS % 64) {
-#pragma unroll
-            for (int i = 0; i < 8; i++) rest[i] *= factor[i / 2 % 2];
-        }
-    }
-    __device__ void pinned() {
-        pin(wide);
-        if constexpr (CHANNELS % 64) pin(rest);
-    }
-    __device__ float operator()(int i) const { return i < CHANNELS / 64 * 32 ? wide[i] : rest[i % 8]; }
-};
-
-// sums [64, CHANNELS] += p [64, BLOCK] times a tile [BLOCK, CHANNELS]
-template <class T, int CHANNELS, int BLOCK>
-__device__ inline void add_product(Sums<CHANNELS>& sums, const uint32_t (&p)[BLOCK / 16][4], uint32_t tile) {
-    constexpr int WIDE = CHANNELS / 64;
-    const uint64_t wide = tile_descriptor<128>(tile, BLOCK * 128);
-    const uint64_t rest = tile_descriptor<32>(tile + WIDE * BLOCK * 128);
-#pragma unroll
-    for (int k = 0; k < BLOCK / 16; k++) {
-        product<T, 64 * WIDE, 1>(sums.wide, p[k], advanced(wide, k * 16 * 128), true);
-        if constexpr (CHANNELS % 64) product<T, 16, 1>(sums.rest, p[k], advanced(rest, k * 16 * 32), true);
-    }
-}
-
-// Sums as the left side of the next product.
-template <class T, int BLOCK>
-__device__ inline void narrow_all(uint32_t (&p)[BLOCK / 16][4], const float (&s)[BLOCK / 2]) {
-#pragma unroll
-    for (int i = 0; i < BLOCK / 4; i++) p[i / 4][i % 4] = narrow(s[2 * i], s[2 * i + 1], T{});
 }
 
 // ---- masks ----
@@ -369,43 +295,6 @@ __device__ inline void hide(float (&s)[BLOCK / 2], const uint32_t (&seen)[2][BLO
     }
 }
 
-// ---- results ----
-
-// Rows of a thread's quad change places with columns: each lane then stores 8 neighbouring channels at a time.
-template <class T, int CHANNELS>
-__device__ inline void store_rows(T* out, int64_t row_stride, int rows_left, const Sums<CHANNELS>& sums,
-                                  const float (&factor)[2], int channels) {
-    const int quad = lane_id() % 4;
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-#pragma unroll
-        for (int first = 0; first < CHANNELS / 8; first += 4) {
-            uint32_t w[4];
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int at = (first + i) * 4 + 2 * h;
-                w[i] = first + i < CHANNELS / 8 ? narrow(sums(at) * factor[h], sums(at + 1) * factor[h], T{}) : 0;
-            }
-#pragma unroll
-            for (int step = 1; step < 4; step *= 2) {
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    if (i & step) continue;
-                    const bool upper = quad & step;
-                    const uint32_t got = __shfl_xor_sync(kAll, upper ? w[i] : w[i + step], step);
-                    if (upper)
-                        w[i] = got;
-                    else
-                        w[i + step] = got;
-                }
-            }
-            const int channel = (first + quad) * 8;
-            if (8 * h < rows_left && channel < channels)
-                store16(out + 8 * h * row_stride + channel, uint4{w[0], w[1], w[2], w[3]});
-        }
-    }
-}
-
 // ---- consumers ----
 
 __device__ inline float quad_max(float x) {
@@ -420,6 +309,7 @@ __device__ inline float quad_sum(float x) {
 template <Pass PASS, class T, int CHANNELS, int BLOCK>
 struct Consumer {
     using L = Layout<PASS, CHANNELS, BLOCK>;
+    using Work = sm90::Work<PASS>;
     const Problem& problem;
     const uint32_t base;
     const int warpgroup;
@@ -435,12 +325,14 @@ struct Consumer {
     __device__ Consumer(const Problem& problem, uint32_t base, int warpgroup)
         : problem(problem), base(base), warpgroup(warpgroup) {}
 
-    __device__ void begin(const Work& work) {
+    __device__ void begin(const Work& work, bool anew) {
         const int row = threadIdx.x % kWarpgroup / kWarp * 16 + lane_id() / 4, start = work.start(warpgroup);
         const int end = work.end(warpgroup);
         first_key = start + row;
-        sums[0].clear();
-        if constexpr (PASS == kDkv) sums[1].clear();
+        if (anew) {
+            sums[0].clear();
+            if constexpr (PASS == kDkv) sums[1].clear();
+        }
         if constexpr (PASS != kDkv) keys.find(problem, work.tile[6 + warpgroup], start + row, end);
 #pragma unroll
         for (int h = 0; h < 2; h++) {
@@ -639,8 +531,9 @@ __device__ inline void consume(const Problem& problem, uint32_t base, int warpgr
     Slot<L::STAGES> slot;
     uint32_t own_parity = 0;
     Consumer<PASS, T, CHANNELS, BLOCK> consumer(problem, base, warpgroup);
-    const int items = problem.tiles * problem.sequences * problem.heads;
-    for (int item = blockIdx.x; item < items; item += gridDim.x) {
+    using Work = sm90::Work<PASS>;
+    const int items = Work::items(problem);
+    for (int item = Work::first_item(problem); item < items; item = Work::next_item(problem, item)) {
         const Work work(problem, item);
         const bool empty = work.start(warpgroup) == work.end(warpgroup);
         if (!empty) {
@@ -650,12 +543,12 @@ __device__ inline void consume(const Problem& problem, uint32_t base, int warpgr
             if constexpr (L::OWN == 2) consumer.second_own.load(base + L::own(warpgroup, 1));
             if constexpr (L::ALL_IN_REGISTERS) leave(base + L::own_empty(warpgroup));
         }
-        consumer.begin(work);
-        for (int i = 0; i < streamed_heads<PASS>(problem); i++) consumer.attend(work, slot);
+        consumer.begin(work, Work::begins(problem, item));
+        consumer.attend(work, slot);
         if (!empty) {
             if constexpr (!L::ALL_IN_REGISTERS) leave(base + L::own_empty(warpgroup));
         }
-        consumer.store(work);
+        if (Work::begins(problem, item + 1)) consumer.store(work);
     }
 }
 

@@ -53,7 +53,8 @@ inline Problem make_problem(const Shape& shape, const int* plan, float scale) {
 template <Pass PASS, class T, int CHANNELS, int BLOCK>
 int start(const Problem& problem, int device, void* stream) {
     const int64_t items = int64_t{problem.tiles} * problem.sequences * problem.heads;
-    if (items > INT32_MAX) return 1;  // cudaErrorInvalidValue
+    const int sharing = PASS == kDkv ? problem.heads_per_kv : 1;
+    if (items * sharing > INT32_MAX) return 1;  // cudaErrorInvalidValue
     const int blocks = multiprocessors(device);
     return launch_wide(attention_sm90_kernel<PASS, T, CHANNELS, BLOCK>, dim3(items < blocks ? items : blocks),
                        dim3(kThreads), Layout<PASS, CHANNELS, BLOCK>::BYTES, stream, problem);

@@ -168,13 +168,6 @@ __device__ inline void tensor_load(uint32_t to, const TensorMap& map, uint32_t b
         : "r"(to), "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
         : "memory");
 }
-// 16 bytes or a multiple, between addresses that are.
-__device__ inline void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 :
-                 : "r"(to), "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
-                 : "memory");
-}
 // What this thread has stored in shared memory may be read by copies and tensor cores once the readers are behind a
 // barrier.
 __device__ inline void fence_async() { asm volatile("fence.proxy.async.shared::cta;" : : : "memory"); }

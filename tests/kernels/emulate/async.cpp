@@ -1,136 +1,17 @@
 #include "async.h"
 
 #include <algorithm>
-#include <deque>
-#include <map>
-#include <random>
 #include <set>
-#include <vector>
 
-#include "fibres.h"
-#include "machine.h"
-#include "sm90.cuh"
+#include "async_state.h"
 
 namespace mimo::emulated::async {
-namespace {
 
-constexpr int kBarriers = 64, kWarpgroups = 8;
-constexpr int kNamedBarriers = 16;
-constexpr uint32_t kPoison = 0x7fbadbad;  // a signalling NaN that no product makes
-
-// Whose doings have an order among themselves: threads, the products of a warpgroup, the copies that a barrier counts.
-using Agent = uint16_t;
-constexpr Agent kNobody = 0xffff;
-
-// Per agent how far its doings are known; `fenced`: those stores of threads that copies and products may read.
-struct Knowledge {
-    std::vector<uint32_t> seen, fenced;
-
-    void clear(size_t agents) { seen.assign(agents, 0), fenced.assign(agents, 0); }
-    void learn(const Knowledge& other) {
-        for (size_t i = 0; i < seen.size(); i++) {
-            seen[i] = std::max(seen[i], other.seen[i]);
-            fenced[i] = std::max(fenced[i], other.fenced[i]);
-        }
-    }
-};
-
-struct Moment {
-    Agent agent;
-    uint32_t time;
-};
-
-struct Word {  // 4 bytes of shared memory
-    Moment writer{kNobody, 0};
-    bool barrier = false;
-    std::vector<Moment> readers;  // since it was written
-};
-
-struct Barrier {
-    std::string name;
-    Agent copies;
-    int arrivals = 0, pending = 0, maker = 0;
-    int64_t bytes = 0;
-    uint32_t phase = 0, made = 0, issued = 0;
-    bool fenced = false;
-    Knowledge gathering, released;
-};
-
-struct NamedBarrier {
-    int expected = 0, arrived = 0;
-    uint32_t round = 0;
-    Knowledge gathering;
-    std::vector<int> waiting;
-};
-
-struct Copy {
-    uint32_t barrier, bytes;
-    std::vector<std::pair<uint32_t, std::string>> pieces;  // shared address, bytes
-};
-
-struct Product {
-    std::vector<float*> x;           // per thread
-    std::vector<const uint32_t*> a;  // per thread; nullptr: a_tile
-    uint64_t a_tile, tile;
-    int columns;
-    bool transposed, half, add, done = false;
-    int group = -1;
-};
-
-struct Range {
-    uintptr_t begin, end;
-    bool readable;  // a fragment; else a sum
-    int product;
-};
-
-struct Warpgroup {
-    Meeting meeting;
-    std::vector<Product> products;              // under way, oldest first
-    std::map<float*, std::vector<float>> sums;  // of products under way, by the first thread's registers
-    int committed = 0, retired = 0;             // groups
-    uint32_t time = 0;                          // of the newest product
-    std::deque<uint32_t> group_time;            // of groups under way
-    int registers = 0, changing = 0;
-    bool fenced = false;
-};
-
-struct Thread {
-    Knowledge knows;
-    std::vector<Range> registers;  // of products under way
-    std::string waits_for;
-};
-
-struct State {
-    int threads = 0, mode = kEarly, agents = 0;
-    size_t shared_bytes = 0;
-    std::mt19937 chance;
-    std::vector<Word> words;
-    std::vector<Thread> thread;
-    std::map<uint32_t, Barrier> barriers;
-    NamedBarrier named[kNamedBarriers];
-    Warpgroup group[kWarpgroups];
-    std::vector<Meeting> warps;
-    std::deque<Copy> copies;
-    int free_registers = 0;
-    // What the threads of a warpgroup bring to a product, by thread.
-    struct Offer {
-        float* x;
-        const uint32_t* a;
-        uint64_t a_tile, tile;
-        int columns;
-        bool transposed, half, add;
-    };
-    std::vector<Offer> offers;
-};
 State state;
 
-int me() { return current_thread(); }
-Knowledge& mine() { return state.thread[me()].knows; }
-Warpgroup& my_group() { return state.group[me() / sm90::kWarpgroup]; }
-Agent products_of(int group) { return static_cast<Agent>(state.threads + group); }
-void release() { mine().seen[me()]++; }  // what comes now is later than what others have been told of
+namespace {
 
-std::string at(uint32_t address) { return "the shared memory + " + std::to_string(address) + " bytes"; }
+Agent products_of(int group) { return static_cast<Agent>(state.threads + group); }
 
 std::string who(Agent agent) {
     if (agent < state.threads) return "thread " + std::to_string(agent);
@@ -192,23 +73,7 @@ std::string write_words(uint32_t address, size_t bytes, Moment by, Agent issuer,
     return "";
 }
 
-void require(bool condition, const std::string& message) {
-    if (!condition) fail(message);
-}
-void require_none(const std::string& wrong) {
-    if (!wrong.empty()) fail(wrong);
-}
-
 // ---- barriers ----
-
-Barrier& barrier_at(uint32_t address) {
-    const auto found = state.barriers.find(address);
-    require(found != state.barriers.end(), "no barrier was made at " + at(address));
-    Barrier& barrier = found->second;
-    require(barrier.maker == me() || mine().seen[barrier.maker] >= barrier.made,
-            "barrier '" + barrier.name + "' is used by a thread that nothing tells of its making");
-    return barrier;
-}
 
 void end_phase_if_full(Barrier& barrier) {
     if (barrier.pending > 0 || barrier.bytes != 0) return;
@@ -217,16 +82,6 @@ void end_phase_if_full(Barrier& barrier) {
     barrier.pending = barrier.arrivals;
     barrier.phase++;
     progress();
-}
-
-void arrive(Barrier& barrier) {
-    require(barrier.pending > 0, "more arrivals at barrier '" + barrier.name + "' than it counts in a phase (" +
-                                     std::to_string(barrier.arrivals) + ")");
-    barrier.gathering.learn(mine());
-    release();
-    barrier.pending--;
-    progress();
-    end_phase_if_full(barrier);
 }
 
 // ---- copies ----
@@ -247,22 +102,6 @@ void finish_copy(size_t i) {
 
 bool now() { return state.mode == kEarly || (state.mode == kByChance && state.chance() % 2); }
 
-void issue(Copy copy) {
-    Barrier& barrier = barrier_at(copy.barrier);
-    require(barrier.fenced, "barrier '" + barrier.name + "' counts a copy and was made without fence_barrier_init");
-    const Moment moment{barrier.copies, ++barrier.issued};
-    for (const auto& [address, bytes] : copy.pieces)
-        require_none(write_words(address, bytes.size(), moment, static_cast<Agent>(me()), true));
-    state.copies.push_back(std::move(copy));
-    if (now()) finish_copy(state.copies.size() - 1);
-}
-
-std::string read_operand(const char* from, size_t bytes) {
-    const std::string wrong = shadow.access(reinterpret_cast<uintptr_t>(from), bytes, false, me());
-    if (!wrong.empty()) fail(wrong);
-    return std::string(from, bytes);
-}
-
 // ---- products ----
 
 float widen16(uint16_t bits, bool half) { return half ? from_half(bits) : __uint_as_float(uint32_t{bits} << 16); }
@@ -279,8 +118,6 @@ Descriptor decode(uint64_t bits) {
     return {static_cast<uint32_t>(bits & 0x3fff) << 4, static_cast<uint32_t>(bits >> 16 & 0x3fff) << 4,
             static_cast<uint32_t>(bits >> 32 & 0x3fff) << 4, swizzle == 1 ? 128 : 32};
 }
-
-uint32_t swizzle(uint32_t address, int width) { return address ^ ((address >> 7 & (width / 16 - 1)) << 4); }
 
 // The address of value (row, k) of a tile [rows, 16] that a product reads; transposed: its rows are neighbours in
 // memory.
@@ -370,6 +207,53 @@ void compute_some(Warpgroup& group) {
 }
 
 }  // namespace
+
+std::string at(uint32_t address) { return "the shared memory + " + std::to_string(address) + " bytes"; }
+
+void require(bool condition, const std::string& message) {
+    if (!condition) fail(message);
+}
+
+void require_none(const std::string& wrong) {
+    if (!wrong.empty()) fail(wrong);
+}
+
+Barrier& barrier_at(uint32_t address) {
+    const auto found = state.barriers.find(address);
+    require(found != state.barriers.end(), "no barrier was made at " + at(address));
+    Barrier& barrier = found->second;
+    require(barrier.maker == me() || mine().seen[barrier.maker] >= barrier.made,
+            "barrier '" + barrier.name + "' is used by a thread that nothing tells of its making");
+    return barrier;
+}
+
+void arrive(Barrier& barrier) {
+    require(barrier.pending > 0, "more arrivals at barrier '" + barrier.name + "' than it counts in a phase (" +
+                                     std::to_string(barrier.arrivals) + ")");
+    barrier.gathering.learn(mine());
+    release();
+    barrier.pending--;
+    progress();
+    end_phase_if_full(barrier);
+}
+
+void issue(Copy copy) {
+    Barrier& barrier = barrier_at(copy.barrier);
+    require(barrier.fenced, "barrier '" + barrier.name + "' counts a copy and was made without fence_barrier_init");
+    const Moment moment{barrier.copies, ++barrier.issued};
+    for (const auto& [address, bytes] : copy.pieces)
+        require_none(write_words(address, bytes.size(), moment, static_cast<Agent>(me()), true));
+    state.copies.push_back(std::move(copy));
+    if (now()) finish_copy(state.copies.size() - 1);
+}
+
+std::string read_operand(const char* from, size_t bytes) {
+    const std::string wrong = shadow.access(reinterpret_cast<uintptr_t>(from), bytes, false, me());
+    if (!wrong.empty()) fail(wrong);
+    return std::string(from, bytes);
+}
+
+uint32_t swizzle(uint32_t address, int width) { return address ^ ((address >> 7 & (width / 16 - 1)) << 4); }
 
 void set_asynchrony(int mode, int seed) {
     state.mode = mode;
@@ -559,174 +443,3 @@ void change_registers(int count, bool grow, Place place) {
 }
 
 }  // namespace mimo::emulated::async
-
-namespace mimo::sm90 {
-
-using namespace emulated;
-using namespace emulated::async;
-
-int make_tensor_map(TensorMap* map, const void* base, const TensorShape& shape) {
-    bool takes = reinterpret_cast<uintptr_t>(base) % 16 == 0;
-    for (int i = 0; i < 4; i++) takes = takes && shape.size[i] > 0 && shape.box[i] > 0 && shape.box[i] <= 256;
-    for (uint64_t stride : shape.stride) takes = takes && stride % 16 == 0 && stride < uint64_t{1} << 40;
-    const uint32_t row = shape.box[0] * shape.element_bytes;
-    takes = takes && row % 16 == 0 && (shape.swizzle == 0 || row <= static_cast<uint32_t>(shape.swizzle));
-    if (!takes) return 1;
-    *map = {static_cast<const char*>(base), shape};
-    return 0;
-}
-
-float load_shared(uint32_t address) {
-    require(address % 4 == 0, "a misaligned access: 4 bytes at " + at(address));
-    require_none(touch_shared(address, 4, false));
-    float value;
-    std::memcpy(&value, shared_begin() + address, 4);
-    return value;
-}
-
-void store_shared(uint32_t address, float value) {
-    require(address % 4 == 0, "a misaligned access: 4 bytes at " + at(address));
-    require_none(touch_shared(address, 4, true));
-    std::memcpy(shared_begin() + address, &value, 4);
-}
-
-void barrier_init(uint32_t address, int arrivals, const char* name) {
-    require(address % 8 == 0 && address + 8 <= state.shared_bytes, "a barrier at " + at(address));
-    require(state.barriers.size() < kBarriers, "more barriers than the emulator knows");
-    require(arrivals > 0, "barrier '" + std::string(name) + "' of no arrivals");
-    Barrier barrier;
-    barrier.name = name;
-    barrier.copies = static_cast<Agent>(state.threads + kWarpgroups + state.barriers.size());
-    barrier.arrivals = barrier.pending = arrivals;
-    barrier.maker = me();
-    barrier.made = mine().seen[me()];
-    barrier.gathering.clear(state.agents);
-    barrier.released.clear(state.agents);
-    require(state.barriers.emplace(address, barrier).second, "a barrier is made twice at " + at(address));
-    state.words[address / 4].barrier = state.words[address / 4 + 1].barrier = true;
-}
-
-void fence_barrier_init() {
-    for (auto& [address, barrier] : state.barriers) barrier.fenced = barrier.fenced || barrier.maker == me();
-}
-
-void barrier_arrive(uint32_t address) { arrive(barrier_at(address)); }
-
-void barrier_expect(uint32_t address, uint32_t bytes) {
-    Barrier& barrier = barrier_at(address);
-    barrier.bytes += bytes;
-    arrive(barrier);
-}
-
-void barrier_wait(uint32_t address, uint32_t parity) {
-    Barrier& barrier = barrier_at(address);
-    require(parity < 2, "barrier '" + barrier.name + "' has no parity " + std::to_string(parity));
-    state.thread[me()].waits_for = "barrier '" + barrier.name + "', parity " + std::to_string(parity);
-    while ((barrier.phase & 1) == parity) wait();
-    state.thread[me()].waits_for.clear();
-    mine().learn(barrier.released);
-}
-
-void sync_warp(Place place) {
-    const int warp = me() / kLanes;
-    state.thread[me()].waits_for = "the other lanes of a warp at sync_warp";
-    if (meet(state.warps[warp], kLanes, place)) async::join(warp * kLanes, kLanes);
-    state.thread[me()].waits_for.clear();
-}
-
-static void arrive_named(int number, int threads, bool waits) {
-    require(number > 0 && number < kNamedBarriers, "no named barrier " + std::to_string(number));
-    NamedBarrier& barrier = state.named[number];
-    require(threads % kLanes == 0 && threads > 0 && threads <= state.threads,
-            "named barrier " + std::to_string(number) + " of " + std::to_string(threads) + " threads");
-    require(barrier.arrived == 0 || barrier.expected == threads,
-            "threads disagree about how many meet at named barrier " + std::to_string(number));
-    barrier.expected = threads;
-    barrier.gathering.learn(mine());
-    release();
-    progress();
-    if (waits) barrier.waiting.push_back(me());
-    const uint32_t round = barrier.round;
-    if (++barrier.arrived == threads) {
-        for (int t : barrier.waiting) state.thread[t].knows.learn(barrier.gathering);
-        barrier.waiting.clear();
-        barrier.gathering.clear(state.agents);
-        barrier.arrived = 0;
-        barrier.round++;
-    }
-    if (!waits) return;
-    state.thread[me()].waits_for = "named barrier " + std::to_string(number);
-    while (barrier.round == round) wait();
-    state.thread[me()].waits_for.clear();
-}
-void named_sync(int barrier, int threads) { arrive_named(barrier, threads, true); }
-void named_arrive(int barrier, int threads) { arrive_named(barrier, threads, false); }
-
-void tensor_load(uint32_t to, const TensorMap& map, uint32_t barrier, int c0, int c1, int c2, int c3) {
-    const TensorShape& shape = map.shape;
-    const int alignment = shape.swizzle ? 8 * shape.swizzle : 128;
-    require(to % alignment == 0,
-            "a copied tile at " + at(to) + "; expected a multiple of " + std::to_string(alignment));
-    const int64_t start[4] = {c0, c1, c2, c3};
-    const uint32_t row_bytes = shape.box[0] * shape.element_bytes;
-    Copy copy{barrier, 0, {}};
-    for (uint32_t i = 0; i < shape.box[1] * shape.box[2] * shape.box[3]; i++) {
-        const int64_t at[3] = {start[1] + i % shape.box[1], start[2] + i / shape.box[1] % shape.box[2],
-                               start[3] + i / shape.box[1] / shape.box[2]};
-        bool inside = true;
-        const char* from = map.base;
-        for (int d = 0; d < 3; d++) {
-            inside = inside && at[d] >= 0 && at[d] < shape.size[d + 1];
-            if (inside) from += at[d] * static_cast<int64_t>(shape.stride[d]);
-        }
-        std::string row(row_bytes, '\0');
-        const int64_t first = std::max<int64_t>(start[0], 0);
-        const int64_t last = std::min<int64_t>(start[0] + shape.box[0], shape.size[0]);
-        if (inside && first < last) {
-            const size_t bytes = (last - first) * shape.element_bytes;
-            row.replace((first - start[0]) * shape.element_bytes, bytes,
-                        read_operand(from + first * shape.element_bytes, bytes));
-        }
-        for (uint32_t piece = 0; piece < row_bytes; piece += 16) {
-            const uint32_t place = to + i * row_bytes + piece;
-            copy.pieces.emplace_back(shape.swizzle ? async::swizzle(place, shape.swizzle) : place,
-                                     row.substr(piece, 16));
-        }
-        copy.bytes += row_bytes;
-    }
-    issue(std::move(copy));
-}
-
-void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
-    require(to % 16 == 0 && bytes % 16 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0,
-            "a bulk copy of " + std::to_string(bytes) + " bytes to " + at(to) + "; expected multiples of 16");
-    issue({barrier, bytes, {{to, read_operand(static_cast<const char*>(from), bytes)}}});
-}
-
-void fence_async() { mine().fenced[me()] = mine().seen[me()]; }
-
-void load_matrices(uint32_t (&x)[4], uint32_t row, Place place) {
-    require(row % 16 == 0, "ldmatrix of a row at " + at(row));
-    require_none(touch_shared(row, 16, false));
-    // Lane i gets words of rows i / 4, which other lanes name.
-    for (int i = 0; i < 4; i++) {
-        const uint32_t from = shuffle_bits(0xffffffffu, row, 8 * i + me() % kLanes / 4, place);
-        std::memcpy(&x[i], shared_begin() + from + me() % 4 * 4, 4);
-    }
-}
-
-void product_fence(Place place) {
-    if (meet(my_group().meeting, kWarpgroup, place)) my_group().fenced = true;
-}
-
-void product_commit(Place place) {
-    Warpgroup& group = my_group();
-    if (!meet(group.meeting, kWarpgroup, place)) return;
-    for (Product& product : group.products) {
-        if (product.group < 0) product.group = group.committed;
-    }
-    group.committed++;
-    group.fenced = false;
-}
-
-}  // namespace mimo::sm90

@@ -80,7 +80,6 @@ void named_sync(int barrier, int threads);
 void named_arrive(int barrier, int threads);
 
 void tensor_load(uint32_t to, const TensorMap& map, uint32_t barrier, int c0, int c1, int c2, int c3);
-void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier);
 void fence_async();
 
 void load_matrices(uint32_t (&x)[4], uint32_t row, Place place = Place::here());
