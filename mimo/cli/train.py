@@ -37,6 +37,8 @@ class Train(Clips):
         trust_pickle: read tokenizer weights that hold pickled objects, which can run any code. It is not remembered.
         encoder_weights: the folder that REPA's encoder reads (with --model.repa-weight); "hog" has none, and latents
             that were encoded with their features need none.
+        init: a run folder, a checkpoint or an exported network whose averaged weights the run begins with: VideoMAR's
+            second phase, whose clips and tokenizer are others. It is not remembered: checkpoints hold the weights.
         ignore_labels: train a network without classes on clips that have them.
         ignore_actions: train a network without actions on clips that have them.
         keep_every: checkpoints whose step is a multiple of this are never deleted.
@@ -57,6 +59,7 @@ class Train(Clips):
     tokenizer_weights: Path | None = None
     trust_pickle: bool = False
     encoder_weights: Path | None = None
+    init: Path | None = None
     ignore_labels: bool = False
     ignore_actions: bool = False
     keep_every: int | None = None
@@ -164,6 +167,7 @@ class Train(Clips):
             tokenizer_weights=self.tokenizer_weights,
             trust_pickle=self.trust_pickle,
             encoder_weights=self.encoder_weights,
+            init=self.init,
             device=device,
             compile=self.compile,
             ignore=ignore,

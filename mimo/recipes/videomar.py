@@ -24,7 +24,8 @@ What the paper leaves open, and how it is decided here:
 - *Guidance* of 3.0 is constant over the mask steps, in the eps of every step of the token diffusion.
 - *Temperature* is the factor on the noise of every step of the token diffusion (MAR), 0.9 + 10^-(t+1) at latent frame
   t, counted from the given image as frame 0. The noise that a token starts from is not scaled.
-- *Curriculum*: how long each stage takes is not said; see TrainConfig.stages.
+- *Curriculum*: how long each stage takes is not said; see TrainConfig.stages. The second phase has another tokenizer,
+  so it is a run of its own that begins with the first one's averaged weights (`mimo train --init`).
 """
 
 from __future__ import annotations

@@ -285,6 +285,8 @@ def _require_memory(sampler: Sampler, request: Request, lengths: Lengths, precis
         "the video": 4 * pixels,
         "the steps": 24 * sampler.config.steps,
     }
+    if c.token_depth:  # see MaskedRun.noise
+        needed["the noise of a frame"] = 4 * request.count * c.tokens * c.token_channels * sampler.config.steps
     if device.type == "cpu":
         needed["the video"] += pixels
     elif (there := memory_of(torch.device("cpu"))) < pixels:

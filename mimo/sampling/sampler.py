@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from mimo.config import SampleConfig
-from mimo.diffusion import FlowSchedule, VPredictionSchedule
+from mimo.diffusion import EpsilonSchedule, FlowSchedule, VPredictionSchedule
 from mimo.network.network import MiMo
 from mimo.recipes import recipe_type
 from mimo.sampling.at_once import AtOnceRun
@@ -43,7 +43,7 @@ from mimo.tokenizers.weights import checksum
 from mimo_kernels import FrameCache, guided_step
 
 MODULATION_BYTES = 2**28  # memory for what the norms are told in all steps of a frame
-SCHEDULES = {"ddim": VPredictionSchedule, "euler": FlowSchedule}
+SCHEDULES = {"ddim": VPredictionSchedule, "euler": FlowSchedule, "ddpm": EpsilonSchedule}
 AnyRun = FrameRun | AtOnceRun
 
 
@@ -245,6 +245,9 @@ class Sampler:
             raise ValueError(
                 f"sampler={config.sampler!r}: a {model.config.parameterization!r} network is sampled by {expected!r}"
             )
+        most = getattr(SCHEDULES[config.sampler](), "num_timesteps", config.steps)
+        if config.steps > most:
+            raise ValueError(f"steps={config.steps}: expected 1..{most}")
         self.model, self.config = model, config
         self.history = recipe.history_policy(model.config)
         if policy is not None and config.window is not None:

@@ -30,6 +30,7 @@ from mimo.training.average import EMA
 from mimo.training.changes import changes, require_same_run
 from mimo.training.conditions import check_conditions, check_interval, check_places
 from mimo.training.distributed import World, distribute, reducing, whole
+from mimo.training.initial import begin_with
 from mimo.training.log import Sums
 from mimo.training.schedule import learning_rate
 
@@ -42,6 +43,8 @@ class Trainer:
         stages: the datasets of config.stages, which differ from `dataset` in the shape of their samples alone.
         tokenizer_weights, trust_pickle: see `config_tokenizer`. Checkpoints remember where the weights lay, and their
             checksum.
+        init: a run folder, a checkpoint or an exported network whose averaged weights training begins with; its shapes
+            of clips and its tokenizer may be others.
         encoder_weights: the folder of the encoder that a network with repa_weight > 0 is aligned with; not needed where
             the dataset holds its features. Remembered as the tokenizer's are.
         device: None picks this process's GPU, or the CPU.
@@ -61,6 +64,7 @@ class Trainer:
         stages: Sequence[Clips] = (),
         tokenizer_weights: str | Path | None = None,
         trust_pickle: bool = False,
+        init: Path | None = None,
         encoder_weights: str | Path | None = None,
         device: torch.device | None = None,
         compile: bool = False,
@@ -72,6 +76,8 @@ class Trainer:
         with self.world.together():
             check_places(dataset, model_config, ignore)
             self._prepare(tokenizer_weights, trust_pickle, compile)
+            if init is not None:
+                begin_with(self.model, init)
             self._prepare_stages(stages)
             self._prepare_encoder(encoder_weights)
         self.configs["told"] = told or {}

@@ -15,6 +15,7 @@ from mimo.config import SampleConfig, TrainConfig
 from mimo.data import DataError, ShapesDataset, UnreadableVideo, VideoReader, open_dataset, write_video
 from mimo.data.text import read_text
 from mimo.diffusion import EpsilonSchedule
+from mimo.errors import InputError
 from mimo.network.cross import Text
 from mimo.network.frames import Asked, FrameBatch
 from mimo.network.network import MiMoOutput
@@ -363,11 +364,11 @@ def shapes(frames: int, height: int, width: int) -> ShapesDataset:
     return ShapesDataset(num_frames=frames, height=height, width=width, length=20)
 
 
-def trainer_of(stages=STAGES, **options) -> Trainer:
+def trainer_of(stages=STAGES, init=None, **options) -> Trainer:
     training = TrainConfig(**OPTIMISATION | {"stages": stages} | options)
     datasets = [shapes(*map(int, stage.split(":")[1].split("x"))) for stage in stages]
     sampling = SampleConfig(sampler="ddpm", steps=2, mask_steps=2, context_frames=1, num_frames=FRAMES)
-    return Trainer(MiMoConfig(**TOKENIZED), training, sampling, shapes(FRAMES, 4, 4), stages=datasets)
+    return Trainer(MiMoConfig(**TOKENIZED), training, sampling, shapes(FRAMES, 4, 4), stages=datasets, init=init)
 
 
 def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -408,6 +409,26 @@ def test_a_checkpoint_of_a_stage_is_sampled_in_its_shape(tmp_path):
         trainer.save(tmp_path / str(step))
         loaded = load(tmp_path / str(step))
         assert loaded.model.config.latent_shape == shape == trainer.shape.latent_shape
+
+
+def test_a_second_phase_begins_with_the_weights_of_the_first(tmp_path):
+    """Another resolution and tokenizer, the same weights; and what has no such weights is refused."""
+    first = trainer_of(())
+    first.start_data()
+    first.train_step()
+    folder = first.save(tmp_path / "run")
+    wider = MiMoConfig(**TOKENIZED | {"width": 3, "compression": (1, 4, 2)})
+    given = TrainConfig(**OPTIMISATION), SampleConfig(sampler="ddpm", num_frames=FRAMES), shapes(FRAMES, 8, 6)
+    for source in (tmp_path / "run", folder):
+        second = Trainer(wider, *given, init=source)
+        for name, tensor in second.model.state_dict().items():
+            assert torch.equal(tensor, first.ema.tensors[name]) and torch.equal(tensor, second.ema.tensors[name])
+        assert second.step == 0
+    train(second)
+    with pytest.raises(InputError, match="token_width|shape|head"):
+        Trainer(MiMoConfig(**TOKENIZED | {"token_width": 8}), *given[:2], shapes(FRAMES, 4, 4), init=folder)
+    with pytest.raises(InputError, match="does not exist"):
+        trainer_of((), init=tmp_path / "nothing")
 
 
 @pytest.mark.parametrize(
@@ -565,6 +586,8 @@ def test_a_run_of_stages_from_videos_and_texts(folder, tmp_path, capsys):
     assert "--text nothing: No such file" in refused(capsys, *again, "--text", "nothing")
     assert "expected features 7 wide" in refused(capsys, *again, "--text", wide(tmp_path))
     assert "--history-guidance 2: this model was trained" in refused(capsys, *again, "--history-guidance", 2)
+    assert "steps=1001: expected 1..1000" in refused(capsys, *again, "--steps", 1001)
+    assert "for the noise of a frame" in refused(capsys, *again, "--steps", 1000, "--count", 10**9)
     assert "--mask-steps 0: expected more than zero" in refused(capsys, *again, "--mask-steps", 0)
     assert "--token-temperature" in refused(capsys, *again, "--token-temperature", -1, 1)
     assert "temperature=(1.0, 0.5): expected (1.0, 1.0)" in refused(capsys, *again, "--temperature", 1, 0.5)
