@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from mimo.config import MiMoConfig
 from mimo.network.cross import CrossAttention, Told
 from mimo.network.fp8 import Projection
-from mimo.network.frames import Part, Sizes, Tracks
+from mimo.network.packed import Part, Sizes, Tracks
 from mimo_kernels import (
     AxialRoPE,
     FrameMask,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mimo.config import MiMoConfig
 from mimo.network.blocks import Block, Norm, added_positions
-from mimo.network.frames import Decoding
+from mimo.network.packed import Decoding
 from mimo_kernels import AxialRoPE, frame_attention, scatter_tokens
 
 

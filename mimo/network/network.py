@@ -33,8 +33,9 @@ from mimo.network.blocks import (
     sinusoid,
 )
 from mimo.network.cross import Text, Told, across_mask, attend_across
-from mimo.network.frames import Asked, Decoding, FrameBatch, FrameList, Kind, Packed, Sizes, frame_rows, is_predicted
+from mimo.network.frames import Asked, FrameBatch, FrameList, Kind, frame_rows, is_predicted
 from mimo.network.heads import Decoder, Projection
+from mimo.network.packed import Decoding, Packed, Sizes
 from mimo.network.token_diffusion import TokenDiffusion
 from mimo.pretrained import Pretrained
 from mimo_kernels import AxialRoPE, FrameMask, FrameRows, frame_attention, gather_tokens
