@@ -110,6 +110,8 @@ def small(name: str, changes: dict):
         "frames": min(config.frames, 5),
     }
     layer = 3 if config.decoder_layer == config.depth else 2
+    if getattr(config, "coarse_stride", 0):
+        size |= {"coarse_stride": 2, "fine_frames": 3}
     size |= {"decoder_layer": layer, "decoder_depth": min(config.decoder_depth, 1)}
     if getattr(config, "repa_weight", 0) > 0:  # there are commits that do not know it
         size |= {"repa_layer": 2, "repa_channels": 16, "repa_hidden": 16}
