@@ -15,6 +15,8 @@ What the paper leaves open, and how it is decided here:
 - *Blocks*: a spatial and a temporal layer are a pre-norm transformer block each, attention and an MLP of 4 D: 40 blocks
   of 1280 and a head of 3 x 1024 are 0.81 B parameters, "approximately 850 million" in App. A.1; temporal layers without
   an MLP would make them 0.54 B. No QK-norm, as in MAR. Observed and masked frames share all weights and norms.
+- *Temporal attention*: an observed frame sees itself beside those before it, as Fig. 3's "each frame only attends to
+  itself and its preceding observation frames" has it; otherwise the first one would see nothing.
 - *Mask ratio*: MAR's, a normal distribution around 1 cut off at 0.7, one number per step; which tokens, per frame.
   Masked places hold one learned token and go through all blocks (a decoder alone, where MAR has an encoder without
   them).
@@ -25,19 +27,22 @@ What the paper leaves open, and how it is decided here:
   of L adds max_noise l / (L - 1) N(0, 1) to the latents, so that level 0 is clean; levels are uniform, one per clip.
   "Concatenated with hidden states": the projection of a concatenation is the sum of two projections, and that of one of
   L embeddings is one of L vectors: it is added. With CTF the complete frames are noisy; with MTF the tokens that are
-  not masked. What is predicted is clean. A frame being made, and a finished one, are told level 0.
+  not masked. What is predicted is clean. A frame being made is told level 0, a finished one the level of the noise that
+  SampleConfig.history_noise adds to it, 0 by default.
 - *Intervals* are uniform in 1..25 (App. A.2), one embedding each, added to all tokens of a clip.
 - *Sampling*: within a frame MAR's loop: a random order, a cosine schedule over 64 steps, 100 steps of token diffusion
   each, temperature 1.
 - *Positions in long videos*: linear interpolation, end to end: frame t of T' > T stands at t (T - 1) / (T' - 1),
   between the embeddings of its two neighbours (SampleConfig.interpolate).
 - *Classes and texts* are not in the paper; with config.cross_attention they are told as in VideoMAR.
-- The learning rates are missing from the text: MAR's 1e-4 x batch / 256 would be 1e-4 for K600. See mimo.presets.
+- *Numbers missing from the text*: the learning rates (here MAR's rule, 1e-4 x batch / 256) and the resolution (here
+  256 x 256, that of the systems it compares with on UCF-101). Epochs are turned into steps in mimo.presets.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,7 +76,7 @@ class MAGI(MaskedTokens):
         kind = "clean" if config.teacher_forcing == "complete" else "masked"
         return HistoryPolicy(None, conditions_of(config), kind=kind)
 
-    def frames(self, x: Tensor, conditions: dict[str, Tensor | None], draws: Draws, step: int | None) -> Prepared:
+    def frames(self, x: Tensor, conditions: dict[str, Any], draws: Draws, step: int | None) -> Prepared:
         complete = self.config.teacher_forcing == "complete"
         clips, frames, tokens = x.shape[:3]
         labels, text = self.told(conditions, draws)

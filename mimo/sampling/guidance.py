@@ -94,7 +94,7 @@ class Conditions:
         self.actions = self.position.new_zeros(key.sequences, key.num_frames) if key.actions else None
         self.intervals = torch.ones_like(self.position) if config.max_interval else None
         self.text = torch.zeros(key.sequences, key.text, config.text_dim, device=device) if key.text else None
-        # Levels of noise of the frames: 0, but for those that `add_noise` tells of.
+        # Levels of noise of the frames: 0, but for those that `tell_noise` tells of.
         self.noise = self.position.new_zeros(key.sequences, key.num_frames) if config.noise_levels else None
         self._levels = config.noise_levels, config.max_noise
         self.history, self._histories, self._pace = history, key.histories, key.pace
