@@ -23,6 +23,7 @@ NAMES = (
     "attn_configs",
     "lengths_bench",
     "sample_bench",
+    "rollout_bench",
     "train_bench",
     "data_pipeline",
     "report",
@@ -170,6 +171,15 @@ def test_a_long_video_is_measured_for_every_cache(modules):
     assert [row["implementation"] for row in rows] == ["no cache", "cache", "multi-level cache"]
     assert [round(row["paper_over_multi_level"], 2) for row in rows] == [12.89, 1.64, 1.0]
     assert all(row["total_s"] > 0 for row in rows) and 0 < rows[2]["cache_mib"] < rows[1]["cache_mib"]
+
+
+def test_a_rollout_is_measured_for_every_cache(modules):
+    rollout_bench = modules["rollout_bench"]
+    shape = rollout_bench.Shape("tiny", 1, 2, 1, 8, tokens=8, frames=8, window=5)
+    rows = rollout_bench.bench(shape, torch.device("cpu"), seconds=0.0)
+    saved = {row["implementation"]: row["saved_mib"] for row in rows}
+    assert saved["paged"] < saved["torch.cat"] and saved["paged"] < saved["cloned cache"]
+    assert all(row["ms"] > 0 for row in rows)
 
 
 def test_training_step_is_measured_for_every_version(modules, monkeypatch):

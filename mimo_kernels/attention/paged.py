@@ -275,9 +275,10 @@ def _table(op: str, mask: FrameMask | None, q: Tensor) -> Tensor | None:
         checks.refuse(op, "self_mask", f"is a {type(mask).__name__}", "a FrameMask")
     if not torch.compiler.is_compiling():
         mask.check_unchanged()
-    if mask.num_clips != 1 or mask.num_tokens != q.shape[1]:
-        found = f"has {mask.num_clips} clips and {mask.num_tokens} tokens"
-        checks.refuse(op, "self_mask", found, f"one clip of {q.shape[1]} tokens, the new rows of a sequence")
+    tokens = q.shape[1]
+    if (mask.num_clips, mask.num_queries, mask.num_keys) != (1, tokens, tokens):
+        found = f"has {mask.num_clips} clips, {mask.num_queries} queries and {mask.num_keys} keys"
+        checks.refuse(op, "self_mask", found, f"one clip of {tokens} tokens, the new rows of a sequence")
     return mask.pattern_for(q)
 
 

@@ -66,7 +66,13 @@ def test_paged_frame_attention_and_guided_step(dtype):
         cache.append([seq], k[None], v[None])
     view = cache.view([seq])
     out = paged_frame_attention(q, k, v, cache, layer=0, view=view, backend="triton")
-    split = _triton_op(q, k, v, *cache.pool[0], view.page_table, view.page_rows, view.num_pages, 0.1, splits=3)
+    tables = view.tables, None, torch.zeros(1, 2, device="cuda"), None
+    split, *_ = _triton_op(q, k, v, *cache.keys_and_values(0), *tables, 0.1, splits=3)
+    inputs = [draw(1, 40, heads, 72, dtype=dtype) for heads in (4, 2, 2)]
+    more = {"self_mask": FrameMask.block_causal([[15, 25]]), "backend": "triton", "return_lse": True}
+    finish(paged_frame_attention(*inputs, cache, layer=0, view=view, **more), inputs)
+    one, *_ = (x[:, :1].detach() for x in inputs)  # few tiles: the gradient is split
+    finish(paged_frame_attention(one.requires_grad_(), k[:, :1], v[:, :1], cache, layer=0, view=view), [one])
     x, velocities = draw(5, 7, grad=False), draw(3, 5, 7, dtype=dtype, grad=False)
     weights, coefficients = draw(3, grad=False), draw(4, 2, grad=False)
     guided_step(x, velocities, weights, coefficients, torch.tensor([3], device="cuda"), backend="triton")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mimo_kernels import AxialRoPE, FrameCache, paged_frame_attention, qk_norm_rope
+from mimo_kernels import AxialRoPE, FrameCache, FrameMask, paged_attention, paged_frame_attention, qk_norm_rope
 from mimo_kernels.attention.paged import _triton_op
 from mimo_kernels.ops.rope import qk_norm_rope_cache
 from mimo_kernels.testing import assert_within_budget, poisoned_memory
@@ -165,3 +165,125 @@ def test_nothing_waits_for_the_device():
 def test_a_pool_beyond_the_free_memory_is_refused():
     with pytest.raises(ValueError, match=r"the cache needs .* GiB for .* pages, the budget is"):
         FrameCache(28, 16, 72, num_pages=10**7, dtype=torch.bfloat16, device=DEVICE)
+
+
+def dense(q, k, v, history, bias, mask, dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of one layer, with grouped heads; history: per row a list of (keys, values) [n, kv_heads, d]."""
+    outs, lses = [], []
+    for place, frames in enumerate(history):
+        group = q.shape[2] // k.shape[2]
+        keys, values = (
+            torch.cat([*(f[i] for f in frames), own[place]]).to(dtype).repeat_interleave(group, 1)
+            for i, own in ((0, k), (1, v))
+        )
+        scores = torch.einsum("qhd,khd->hqk", q[place].to(dtype), keys) * q.shape[-1] ** -0.5
+        length = len(keys) - k.shape[1]
+        counts = torch.tensor([len(f[0]) for f in frames], device=DEVICE, dtype=torch.int64)
+        added = bias[place, : len(frames)].to(dtype).repeat_interleave(counts)
+        seen = torch.cat([torch.ones(q.shape[1], length, dtype=torch.bool), mask.to_dense()], 1).to(DEVICE)
+        scores = torch.cat([scores[..., :length] + added, scores[..., length:]], -1).masked_fill(~seen, -torch.inf)
+        outs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), values))
+        lses.append(scores.logsumexp(-1))
+    return torch.stack(outs), torch.stack(lses)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("kv_heads, group, dim", [(2, 1, 72), (1, 4, 128), (2, 3, 64), (1, 1, 208)])
+@pytest.mark.parametrize("tokens, page_size", [(256, 64), (24, 16), (196, 196)])
+def test_gradients_of_everything_at_once(dtype, kv_heads, group, dim, tokens, page_size):
+    """Grouped heads, a bias per frame, a mask over the new rows, lse; twice the same bits."""
+    torch.manual_seed(0)
+    pages = 4 * FrameCache.pages_for(1, tokens, page_size=page_size)
+    cache = FrameCache(1, kv_heads, dim, num_pages=pages, page_size=page_size, dtype=dtype, device=DEVICE)
+    cache.pool.fill_(float("nan"))
+    a, b = cache.new_sequence(), cache.new_sequence()
+    history: list = [[], [], []]
+    for seqs in ([a, b], [a]):
+        k, v = draw(2, len(seqs), tokens, kv_heads, dim, dtype=dtype).unbind()
+        cache.append(seqs, [k], [v])
+        for place in range(len(seqs)):
+            history[place].append((k[place], v[place]))
+    view = cache.view([a, b, None])
+    leaves = [draw(3, tokens, heads, dim, dtype=dtype) for heads in (kv_heads * group, kv_heads, kv_heads)]
+    bias, mask = draw(3, 2, dtype=torch.float32), FrameMask.block_causal([[tokens // 2, tokens - tokens // 2]])
+    dout, dlse = draw(*leaves[0].shape, dtype=dtype), draw(3, kv_heads * group, tokens, dtype=torch.float32)
+
+    def gradients(run, kind):
+        given = [x.to(kind).requires_grad_() for x in leaves]
+        results = run(*given)
+        return [*results, *torch.autograd.grad(results, given, [dout.to(results[0].dtype), dlse.to(results[1].dtype)])]
+
+    def attend(q, k, v):
+        more = {"frame_bias": bias, "self_mask": mask, "return_lse": True, "backend": "triton"}
+        return paged_frame_attention(q, k, v, cache, layer=0, view=view, **more)
+
+    with poisoned_memory():
+        once, again = (gradients(attend, dtype) for _ in range(2))
+    assert all(map(torch.equal, once, again))
+    exact, rough = (
+        gradients(lambda q, k, v, kind=kind: dense(q, k, v, history, bias, mask, kind), kind)
+        for kind in (torch.float64, dtype)
+    )
+    for name, x, r, e in zip(("out", "lse", "dq", "dk", "dv"), once, rough, exact):
+        assert_within_budget(x, r, e, name=name, atol=1e-3 if name == "lse" else 1e-5)
+
+
+def test_captured_forward_and_backward_follow_the_view():
+    """One graph of a call and its gradients, replayed as the cache goes on."""
+    torch.manual_seed(0)
+    tokens, dtype = 64, torch.bfloat16
+    cache = FrameCache(1, 2, 72, num_pages=12, dtype=dtype, device=DEVICE)
+    seq = cache.new_sequence()
+    view = cache.view([seq], max_pages=10)
+    leaves = [draw(1, tokens, heads, 72, dtype=dtype).requires_grad_() for heads in (4, 2, 2)]
+    dout, mask = draw(1, tokens, 4, 72, dtype=dtype), FrameMask.block_causal([[32, 32]])
+
+    def step() -> list[torch.Tensor]:
+        out = paged_frame_attention(*leaves, cache, layer=0, view=view, self_mask=mask, backend="triton")
+        return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(3):
+        cache.append([seq], *draw(2, 1, 1, tokens, 2, 72, dtype=dtype).unbind())
+        view.refresh()
+        with torch.no_grad():
+            for leaf in leaves:
+                leaf.copy_(draw(*leaf.shape, dtype=dtype))
+        graph.replay()
+        assert all(map(torch.equal, captured, step()))
+    assert not cache._book.held_alone()
+
+
+def test_captured_attention_to_the_pages_of_others():
+    """Page table and lengths are read on the device: the graph follows what is written to them."""
+    torch.manual_seed(0)
+    pool = draw(2, 9, 16, 2, 64, dtype=torch.bfloat16)
+    q, k, v = (draw(2, 16, heads, 64, dtype=torch.bfloat16) for heads in (8, 2, 2))
+    table = torch.zeros(2, 4, dtype=torch.int32, device=DEVICE)
+    lengths = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+
+    def attend() -> torch.Tensor:
+        return paged_attention(q, k, v, *pool, table, lengths, backend="triton")
+
+    attend()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend()
+    for lens, pages in (([0, 5], [8, 1, 2, 3]), ([64, 33], [4, 0, 7, 2]), ([17, 16], [1, 2, 3, 4])):
+        lengths.copy_(torch.tensor(lens, dtype=torch.int32))
+        table.copy_(torch.tensor([pages, pages[::-1]], dtype=torch.int32))
+        graph.replay()
+        history = [
+            [[x[page[: -(-n // 16)]].flatten(0, 1)[:n] for x in pool]] if n else []
+            for n, page in zip(lens, table.long().cpu())
+        ]
+        bias, mask = torch.zeros(2, 1, device=DEVICE), FrameMask.bidirectional([[16]])
+        exact, rough = (dense(q, k, v, history, bias, mask, kind)[0] for kind in (torch.float64, torch.bfloat16))
+        assert_within_budget(out, rough, exact.float())

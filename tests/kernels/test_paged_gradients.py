@@ -433,10 +433,12 @@ def test_wrong_use_is_named():
         return paged_frame_attention(q, k, v, cache, layer=0, view=view, **options)
 
     for message, options in {
-        r"self_mask has 1 clips and 4 tokens, expected one clip of 5 tokens, the new rows": {
+        r"self_mask has 1 clips, 4 queries and 4 keys, expected one clip of 5 tokens, the new rows": {
             "self_mask": FrameMask.block_causal([[4]])
         },
-        r"self_mask has 2 clips and 5 tokens, expected one clip": {"self_mask": FrameMask.block_causal([[2], [3]])},
+        r"self_mask has 2 clips, 5 queries and 5 keys, expected one clip": {
+            "self_mask": FrameMask.block_causal([[2], [3]])
+        },
         r"self_mask is a list, expected a FrameMask$": {"self_mask": [5]},
         r"frame_bias has shape \[2, 1\], expected \[1, frames\]$": {"frame_bias": torch.zeros(2, 1)},
         r"frame_bias has 0 columns, expected 1 or more, a column per frame": {"frame_bias": torch.zeros(1, 0)},
