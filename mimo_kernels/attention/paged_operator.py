@@ -18,7 +18,7 @@ PAGES = "Tensor k_pages, Tensor v_pages, Tensor tables, Tensor? lengths, Tensor?
 def sample(tokens: int) -> tuple:
     """Two heads of q for one of the cache; a page, and the beginning of another one."""
     torch.manual_seed(tokens)
-    q = torch.randn(1, tokens, 2, 8)
+    q = torch.randn(1, tokens, 4, 8)
     k_self, v_self = torch.randn(2, 1, tokens, 2, 8).unbind()
     k_pages, v_pages = torch.randn(2, 3, 16, 2, 8).unbind()
     tables = torch.tensor([[2, 2, 0, 16, 5, 0, 1]], dtype=torch.int32)
