@@ -77,6 +77,7 @@ class Clips:
                 scores[..., :length] += bias[place, : len(seen)].to(dtype).repeat_interleave(counts)
             if mask is not None:
                 scores[..., length:].masked_fill_(~mask.to_dense(), -torch.inf)
+            scores = scores.masked_fill(scores == -torch.inf, -torch.inf)  # no gradient goes there
             lse = scores.logsumexp(-1)
             probabilities = (scores - torch.where(lse == -torch.inf, 0.0, lse)[..., None]).exp()
             outs.append(torch.einsum("hqk,khd->qhd", probabilities, values))

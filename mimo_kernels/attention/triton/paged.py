@@ -301,7 +301,8 @@ SM80 = {
 }
 SM86 = {**SM80, 128: (Config(64, 32, 4, 3),) * 2}  # 99 KiB of shared memory instead of 163
 SM90 = {128: (Config(128, 64, 8, 3), Config(64, 64, 4, 3)), 256: (Config(64, 32, 8, 3),) * 2}
-HALF = {80: SM80, 86: SM86, 90: SM90, 100: SM90, 120: SM86}
+SM100 = {128: SM90[128], 224: (Config(64, 32, 8, 2),) * 2, 256: SM90[256]}
+HALF = {80: SM80, 86: SM86, 90: SM90, 100: SM100, 120: SM86}
 SINGLE = {128: (Config(32, 16, 8, 2),) * 2, 256: (Config(16, 16, 8, 2),) * 2}
 COMBINE_ROWS = 16
 PRECISION = "ieee"  # of fp32 products: not tf32
