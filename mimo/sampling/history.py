@@ -81,13 +81,10 @@ class CachePolicy:
             self.pages(frames, tokens, page_size)
             for frames in (key.num_frames, key.context_frames, key.num_frames - key.context_frames)
         )
-        if (
-            self.coarse_tokens
-        ):  # a window is encoded again for every trajectory, behind the coarse frames of the context
+        if self.coarse_tokens:  # the window is encoded again for every trajectory, behind shared coarse frames
+            made = key.num_frames - key.context_frames
             own = self.pages(min(self.window or 0, key.num_frames), tokens, page_size)
-            own += (key.num_frames - key.context_frames) * FrameCache.pages_for(
-                1, self.coarse_tokens, page_size=page_size
-            )
+            own += FrameCache.pages_for(made, self.coarse_tokens, page_size=page_size)
         # Trajectories share the context's pages, so K of them need less than K times one.
         return key.histories * min(key.sequences * whole, key.clips * shared + key.sequences * own)
 
