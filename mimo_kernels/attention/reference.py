@@ -120,10 +120,14 @@ def _calls(frames: Tensor, *, share: bool) -> list[_Call]:
 
 
 def _together(groups: list[_Call], group: _Call) -> bool:
-    """Whether a group joins those of a call: small ones, adjacent, that see much the same keys."""
+    """Whether a group joins those of a call: small ones, adjacent, that see much the same keys. Those of another clip
+    see none of the same: hidden keys are multiplied by 0, and 0 times NaN is NaN, which has to stay in its clip."""
     few = all(_count([rows]) <= FEW_ROWS for rows in (groups[-1].rows, group.rows))
     rows = slice(groups[0].rows.start, group.rows.stop)
     if not few or groups[-1].rows.stop != group.rows.start or _count([rows]) > CALL_ROWS:
+        return False
+    seen = _union(groups)
+    if not any(part.start < key.stop and key.start < part.stop for part in seen for key in group.keys):
         return False
     allowed = sum(_count([some.rows]) * _count(some.keys) for some in (*groups, group))
     computed = _count([rows]) * _count(_union([*groups, group]))
