@@ -24,6 +24,8 @@ from .frame_masks import cases, slices, tables
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MASK = FrameMask.teacher_forcing([[3, 0, 5], [3, 0, 5]], [[6, 1, 4], [6, 1, 4]])
+FEW_ASK = FrameMask.block_causal([[11, 3, 5]] * 2, queries=slice(1, None))
+SLICED = FrameMask.from_slices([(0, 30)] * 5, [(7 * i, 7 * i + 4) for i in range(5)], num_queries=30, num_keys=40)
 RAGGED = FrameMask.teacher_forcing([[3, 4], [5]], [[2, 6], [1]], drop_history=[[False, True], [False]])
 
 
@@ -269,7 +271,7 @@ def test_memory_is_linear_in_the_tokens():
     assert 0 < largest < 40 * mask.num_tokens * 8 * 4 < mask.num_tokens**2 / 8
 
 
-@pytest.mark.parametrize(("mask", "kv_heads"), [(MASK, 2), (RAGGED, 1)])
+@pytest.mark.parametrize(("mask", "kv_heads"), [(MASK, 2), (RAGGED, 1), (FEW_ASK, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_operators_pass_opcheck(mask, kv_heads, dtype):
     q, k, v = (x.detach().unsqueeze(0).requires_grad_() for x in tensors(mask, dtype=dtype, kv_heads=kv_heads))
@@ -307,6 +309,16 @@ def test_compiles_whole_and_once_for_all_lengths():
         torch.testing.assert_close(actual, expected)
         torch.testing.assert_close(gradients(*actual, inputs), gradients(*expected, inputs))
     # The first lengths as constants, then all others as variables.
+    assert counter.frame_count == 2
+
+
+def test_compiles_once_for_all_counts_of_keys():
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(frame_attention, fullgraph=True, backend=counter)
+    for i in range(3):
+        mask = FrameMask.block_causal([[4 + i, 3, 5 + 2 * i]], queries=slice(1, None))
+        inputs = [x.detach() for x in tensors(mask)]
+        torch.testing.assert_close(compiled(*inputs, mask), frame_attention(*inputs, mask))
     assert counter.frame_count == 2
 
 
@@ -357,6 +369,13 @@ def test_triton_comes_first_on_a_gpu():
     assert torch.cuda.is_available() or (backends["triton"] and backends["cuda"])
 
 
+def test_the_cuda_backend_refuses_masks_it_does_not_know(monkeypatch):
+    monkeypatch.setattr(frame_module, "_serving_backend", lambda *_: "cuda")
+    reason = "backend 'cuda' cannot serve: the mask has 30 queries and 40 keys, expected as many of both in each clip; "
+    with pytest.raises(ValueError, match=reason + "a row of the mask sees 5 intervals of keys, expected at most 3"):
+        frame_attention(*tensors(SLICED), SLICED, backend="cuda")
+
+
 def test_the_cuda_backend_says_every_reason():
     reason = "backend 'cuda' cannot serve: q, k and v are torch.float32, .*; head_dim is 16, "
     reason += "expected one of 64, 72, 80, 128"
@@ -391,6 +410,8 @@ def bad(message, q=(38, 2, 16), k=None, v=None, mask=MASK, dtype=torch.float32, 
         bad("k has shape [1, 38, 2, 16], expected [38, kv_heads, 16]", k=(1, 38, 2, 16)),
         bad("v has shape [37, 2, 16], expected [38, 2, 16] (as k)", k=(38, 2, 16), v=(37, 2, 16)),
         bad("v has shape [38, 1, 16], expected [38, 2, 16] (as k)", k=(38, 2, 16), v=(38, 1, 16)),
+        bad("q has 38 tokens, expected 16 as the mask has", mask=FEW_ASK),
+        bad("k has shape [16, 2, 16], expected [38, kv_heads, 16]", q=(16, 2, 16), mask=FEW_ASK),
         bad("head_dim is 12, expected a multiple of 8 from 8 to 256", q=(38, 2, 12)),
         bad("head_dim is 264, expected a multiple of 8 from 8 to 256", q=(38, 2, 264)),
         bad("q has 39 tokens, expected 38 as the mask has, or a mask made for this sequence", q=(39, 2, 16)),

@@ -144,6 +144,59 @@ def test_drawing():
     ]
 
 
+def test_drawing_of_other_keys_than_queries():
+    assert repr(FrameMask.block_causal([[3, 0, 4, 5]] * 2, queries=slice(-2, None))).splitlines() == [
+        "FrameMask.block_causal: 2 clips, 18 queries, 24 keys, 176 pairs (40.7% of all), queries=slice(-2, None, None)",
+        "clip 0, and the other 1 alike: rows see columns",
+        "       0 2 3",
+        "  2  4 ■ ■ ·",
+        "  3  5 ■ ■ ■",
+    ]
+    mask = FrameMask.from_slices([(0, 4), (4, 8), (0, 8)], [(0, 4), (4, 8), (10, 12)], num_queries=9, num_keys=12)
+    assert repr(mask).splitlines()[1:] == [
+        "clip 0: rows see columns",
+        "        k0 k1 k2 k3",
+        "  q0  4 ■  ·  ·  ■",
+        "  q1  4 ·  ■  ·  ■",
+        "  q2  1 ·  ·  ·  ·",
+    ]
+    mask = FrameMask.teacher_forcing([[2, 3]], [[4, 5]], future_first=True, window_tokens=6)
+    assert repr(mask).splitlines() == [
+        "FrameMask.teacher_forcing: 1 clip, 14 tokens, 65 pairs (33.2% of all), window_tokens=6, future_first=True",
+        "clip 0: rows see columns",
+        "        f0 f1 h0 h1",
+        "  f0  4 ■  ·  ·  ·",
+        "  f1  5 ·  ■  ▒  ·",
+        "  h0  2 ·  ·  ■  ·",
+        "  h1  3 ·  ·  ■  ■",
+    ]
+
+
+def test_slices_are_a_union():
+    """Ranges that touch, overlap or repeat are one interval; tensors and lists say the same."""
+    q_ranges, k_ranges = [(0, 6), (0, 6), (2, 6), (2, 4), (3, 3)], [(0, 4), (4, 6), (1, 5), (9, 10), (0, 10)]
+    mask = FrameMask.from_slices(q_ranges, k_ranges, num_queries=6, num_keys=10)
+    assert mask.frames.tolist() == [[0, 2, 0, 6, 0, 0, 0, 0], [2, 4, 0, 6, 9, 10, 0, 0], [4, 6, 0, 6, 0, 0, 0, 0]]
+    assert mask.clip_lens == [6] and mask.key_lens == [10] and mask.num_pairs == 38
+    given = torch.tensor(q_ranges), torch.tensor(k_ranges, dtype=torch.int32)
+    assert torch.equal(FrameMask.from_slices(*given, num_queries=6, num_keys=10).frames, mask.frames)
+    nobody = FrameMask.from_slices([], [], num_queries=3)
+    assert nobody.to_dense().shape == (3, 3) and nobody.num_pairs == 0
+
+
+def test_from_table_of_other_keys_than_queries():
+    rows = [[0, 2, 0, 3, 0, 0, 0, 0], [2, 4, 5, 7, 0, 0, 0, 0], [4, 5, 8, 9, 0, 0, 0, 0]]
+    mask = FrameMask.from_table(torch.tensor(rows), clip_lens=[2, 3], key_lens=[5, 4])
+    assert mask.num_queries == 5 and mask.num_keys == 9 and mask.uniform is None
+    alike = FrameMask.from_table(torch.tensor([rows[0], [2, 4, 5, 8, 0, 0, 0, 0]]), clip_lens=[2, 2], key_lens=[5, 5])
+    assert alike.uniform == (2, 2) and alike.repeats == 2 and alike.num_keys == 10
+    # As many rows in each, but not as many keys.
+    assert FrameMask.from_table(alike.frames, clip_lens=[2, 2], key_lens=[5, 6]).uniform is None
+    # Columns that no group uses go.
+    wide = torch.nn.functional.pad(torch.tensor(rows), (0, 4))
+    assert FrameMask.from_table(wide, clip_lens=[2, 3], key_lens=[5, 4]).frames.tolist() == rows
+
+
 def test_drawing_where_the_output_is_ascii():
     code = "from mimo_kernels.attention import FrameMask; print(FrameMask.block_causal([[2] * 12], window=2))"
     said = {}
@@ -237,6 +290,56 @@ def test_lists_that_change_while_they_are_read(change, outer):
             "drop_history[0][0] is 0; expected a bool",
         ),
         (lambda: FrameMask.block_causal([[1]], window=0), "window is 0; expected a number of frames >= 1"),
+        (
+            lambda: FrameMask.block_causal([[1]], window_tokens=0),
+            "window_tokens is 0; expected a number of tokens >= 1",
+        ),
+        (
+            lambda: FrameMask.block_causal([[1]], window=2, window_tokens=3),
+            "window is 2 and window_tokens is 3; expected one",
+        ),
+        (lambda: FrameMask.block_causal([[1]], queries=2), "queries is 2; expected a slice of frames"),
+        (
+            lambda: FrameMask.block_causal([[1]], queries=slice(0, 4, 2)),
+            "queries is slice(0, 4, 2); expected a slice from int to int, without a step",
+        ),
+        (
+            lambda: FrameMask.block_causal([[1]], queries=slice("a", None)),
+            "queries is slice('a', None, None); expected",
+        ),
+        (lambda: FrameMask.teacher_forcing([[1]], [[1]], future_first=1), "future_first is 1; expected a bool"),
+        (
+            lambda: FrameMask.block_causal([[3, 4]], queries=slice(1, None)).num_tokens,
+            "num_tokens: this mask has 4 queries and 7 keys; expected as many of both",
+        ),
+        (
+            lambda: FrameMask.from_slices([(0, 4)], [(0, 9)], num_queries=8),
+            "k_ranges[0] is (0, 9); expected (start, end) with 0 <= start <= end <= 8, which is num_queries",
+        ),
+        (
+            lambda: FrameMask.from_slices([(4, 2)], [(0, 9)], num_queries=8, num_keys=9),
+            "q_ranges[0] is (4, 2); expected (start, end) with 0 <= start <= end <= 8, which is num_queries",
+        ),
+        (
+            lambda: FrameMask.from_slices([(0, 4)], [(0, 4), (1, 2)], num_queries=8),
+            "q_ranges has 1 ranges and k_ranges has 2; expected the same number",
+        ),
+        (lambda: FrameMask.from_slices(5, [], num_queries=8), "q_ranges is 5; expected a list of (start, end)"),
+        (lambda: FrameMask.from_slices([(1,)], [(1, 2)], num_queries=8), "q_ranges[0] is (1,); expected (start, end)"),
+        (
+            lambda: FrameMask.from_slices([], [], num_queries=-1),
+            "num_queries is -1; expected a token count, an int in 0",
+        ),
+        (
+            lambda: FrameMask.from_slices([], [], num_queries=1, num_keys=2**31),
+            "num_keys is 2147483648; expected a token",
+        ),
+        (lambda: table([0, 4], clip_lens=[4], key_lens=[2, 2]), "key_lens has 2 clips and clip_lens has 1; expected"),
+        (lambda: table([0, 4, 0, 3], key_lens=[2]), "frames[0] has key intervals 0..3, 0..0, 0..0; expected"),
+        (
+            lambda: FrameMask.from_table(torch.zeros(2, 9, dtype=torch.int32)),
+            "of shape [2, 9]; expected int32 or int64",
+        ),
         (lambda: FrameMask.block_causal([[1]], window=1.0), "window is 1.0; expected a number of frames >= 1"),
         (lambda: FrameMask.block_causal([[1]], sink=-1), "sink is -1; expected a number of frames >= 0"),
         (

@@ -82,6 +82,42 @@ def test_short_tiles_stand_where_they_cost_least():
         assert mask.num_pairs / schedule("keys", mask, 128, 64)[2] > keys
 
 
+EXECUTED = {
+    "k600": [38535168, 36372480, 39583744, 36896768],
+    "dropped": [24059904, 19103744, 23822336, 19587072],
+    "window": [17825792, 12648448, 20709376, 13631488],
+    "far": [2064384, 1939456, 2064384, 1939456],
+}
+
+
+def test_executed_pairs_of_the_masks_of_training():
+    """What the planner made of them when a row had three intervals at most: more intervals cost nothing there."""
+    drops = torch.rand(32, 16, generator=torch.Generator().manual_seed(0)) < 0.1
+    short = [[40] * 16] * 32, [[64] * 16] * 32
+    masks = {
+        "k600": FrameMask.teacher_forcing([[160] * 5] * 32, [[256] * 5] * 32),
+        "dropped": FrameMask.teacher_forcing(*short, drop_history=drops),
+        "window": FrameMask.teacher_forcing(*short, window=4, sink=1),
+        "far": FrameMask.block_causal([[64] * 16] * 3 + [[33] * 20]),
+    }
+    executed = {
+        name: [schedule(kind, mask, *sizes)[2] for kind in ("rows", "keys") for sizes in ((128, 64), (64, 32))]
+        for name, mask in masks.items()
+    }
+    assert executed == EXECUTED
+
+
+def test_what_a_schedule_holds_is_linear_in_the_intervals():
+    """Rows of 300 intervals: a segment for each in every tile, and nothing that grows with their square."""
+    ranges = [(10 * i, 10 * i + 7) for i in range(300)]
+    mask = FrameMask.from_slices([(0, 256)] * 300, ranges, num_queries=256, num_keys=3000)
+    assert mask.frames.shape == (1, 602) and mask.num_pairs == 256 * 2100
+    check_rows(mask, 128, 64)
+    check_keys(mask, 128, 64)
+    cells, tiles, _ = schedule("rows", mask, 128, 64)
+    assert len(tiles) == 2 and len(cells) < 2 * 300 * 6 + 100
+
+
 def test_clips_share_no_tile():
     """What is hidden is multiplied by 0, and 0 times NaN is NaN: a tile of two clips would carry a NaN from one to the
     other."""

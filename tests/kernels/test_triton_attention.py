@@ -76,6 +76,25 @@ def test_masks(mask):
     check(mask)
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [
+        FrameMask.from_slices([(0, 50)] * 6, [(14 * i, 14 * i + 9) for i in range(6)], num_queries=70, num_keys=90),
+        FrameMask.teacher_forcing([[20, 7]], [[33, 18]], future_first=True, window_tokens=30),
+        FrameMask.from_slices([(0, 3)], [(0, 0)], num_queries=3, num_keys=0),
+        FrameMask.from_slices([], [], num_queries=0, num_keys=5),
+    ],
+    ids=["many intervals", "future first", "no keys", "no queries"],
+)
+def test_masks_beyond_frames(mask):
+    check(mask)
+
+
+def test_other_keys_than_queries_with_a_batch_and_with_clips_alike():
+    check(FrameMask.block_causal([[40, 9, 21]], queries=slice(-2, None)), heads=2, batch=2)
+    check(FrameMask.block_causal([[30, 9]] * 3, queries=slice(1, None)))
+
+
 def test_a_schedule_of_one_clip_serves_bands_of_clips(monkeypatch):
     monkeypatch.setattr(triton_plan, "BAND_ROWS", 120)
     mask = FrameMask.teacher_forcing([[8, 5]] * 5, [[9, 6]] * 5)
@@ -175,6 +194,9 @@ def test_compiles_as_one_graph():
 def test_opcheck():
     mask = FrameMask.teacher_forcing([[3, 4]], [[5, 2]])
     q, k, v = (x.unsqueeze(0).detach().requires_grad_() for x in tensors(mask, kv_heads=1))
+    torch.library.opcheck(torch.ops.mimo_kernels.frame_attention_triton, (q, k, v, mask.pattern, 1, 0.25))
+    mask = FrameMask.block_causal([[3, 4]], queries=slice(1, None))
+    q, k, v = (x.unsqueeze(0).detach().requires_grad_() for x in tensors(mask))
     torch.library.opcheck(torch.ops.mimo_kernels.frame_attention_triton, (q, k, v, mask.pattern, 1, 0.25))
 
 
