@@ -2,15 +2,21 @@
 script."""
 
 import importlib.util
+import os
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-from mimo_kernels.attention import FrameMask, frame_attention
+import mimo_kernels
+from mimo_kernels import AxialRoPE
+from mimo_kernels.attention import FrameMask, frame_attention, paged_frame_attention
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -120,18 +126,130 @@ def test_rollout_with_a_cache_equals_the_whole_mask():
     torch.testing.assert_close(example.rollout(q, k, v).flatten(1, 2), whole, atol=1e-5, rtol=1e-5)
 
 
+def rollout_without_a_cache(model, noise, sigmas, window=None, sink=0):
+    """The rollout of examples/self_forcing.py with keys and values in lists and torch's attention."""
+    past, made = [], []  # per finished frame and layer: keys and values
+    for number in range(noise.shape[1]):
+        first = 0 if window is None else number - window + 1
+        seen = [kept for time, kept in enumerate(past) if time >= first or time < sink]
+
+        def attend(layer, q, k, v, seen=seen):
+            keys, values = (torch.cat([*(kept[layer][i] for kept in seen), own], 1) for i, own in enumerate((k, v)))
+            return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, keys, values))).transpose(1, 2)
+
+        x, time = noise[:, number], torch.full(noise.shape[2:3], number)
+        for step, sigma in enumerate(sigmas):
+            with torch.set_grad_enabled(step + 1 == len(sigmas)):
+                clean = model(x, time, sigma, attend)
+            if step + 1 < len(sigmas):
+                x = clean + sigmas[step + 1] * (noise[:, number] - clean)
+        made.append(clean)
+        kept = {}
+
+        def write(layer, q, k, v, kept=kept, attend=attend):
+            kept[layer] = (k, v)
+            return attend(layer, q, k, v)
+
+        with torch.no_grad():
+            model(clean, time, 0.0, write)
+        past.append(kept)
+    return torch.stack(made, 1)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 3, "sink": 1}])
+def test_self_forcing_has_the_gradient_of_the_rollout_without_a_cache(options):
+    example = load("self_forcing")
+    torch.manual_seed(0)
+    model, noise = example.CausalTransformer(), torch.randn(2, 5, 6, 4)
+    cached = example.rollout(model, noise, [1.0, 0.6], **options)
+    assert_same(model, cached, rollout_without_a_cache(model, noise, [1.0, 0.6], **options))
+
+
+def test_what_a_rollout_saves_does_not_grow_with_the_history():
+    """Of a frame; torch.cat would save the whole history with every frame and layer."""
+    example = load("self_forcing")
+    torch.manual_seed(0)
+    model = example.CausalTransformer()
+    frames = []
+    for count in (2, 6):
+        cache = example.new_cache(model, 1, count, 16)
+        seq = cache.new_sequence()
+        for _ in range(count):
+            kv = torch.randn(2, 1, 16, model.heads, 16)
+            cache.append([seq], [kv[0]] * 2, [kv[1]] * 2)
+        q, k, v = torch.randn(3, 1, 16, model.heads, 16, requires_grad=True).unbind()
+        view = cache.view([seq], max_pages=8)
+        out = paged_frame_attention(q, k, v, cache, layer=0, view=view)
+        kept = [x.untyped_storage() for x in out.grad_fn.saved_tensors if x is not None]
+        frames.append(sum(x.nbytes() for x in kept if x.data_ptr() != cache.pool.untyped_storage().data_ptr()))
+    assert frames[0] == frames[1]
+
+
+def test_a_history_made_anew_is_what_the_rollout_had():
+    example = load("self_forcing")
+    torch.manual_seed(0)
+    model, frames = example.CausalTransformer(), torch.randn(2, 3, 16, 4)
+    cache = example.new_cache(model, 4, 3, 16)
+    seqs = [cache.new_sequence() for _ in range(2)]
+    view = cache.view(seqs, max_pages=3)
+
+    def attend(layer, q, k, v):
+        return paged_frame_attention(q, k, v, cache, layer=layer, view=view)
+
+    for number in range(3):
+        example.remember(model, cache, seqs, frames[:, number], torch.full((16,), number), attend)
+        view.refresh()
+    anew = example.recompute(model, cache, frames)
+    for one, other in zip(seqs, anew):
+        for number in range(3):
+            torch.testing.assert_close(cache.frame(other, number), cache.frame(one, number), atol=1e-5, rtol=1e-5)
+
+
+def test_a_sink_that_moves_with_the_window():
+    """Against attention over keys rotated once, every frame alone."""
+    example = load("rolling_sink")
+    torch.manual_seed(0)
+    rope = AxialRoPE(example.HEAD_DIM)
+    q, k, v = torch.randn(3, 1, 9, example.TOKENS, example.HEADS, example.HEAD_DIM)
+    out = example.rollout(q, k, v, rope)
+    for time in range(9):
+        first = max(0, time - example.WINDOW + 1)
+        times = list(range(first, time + 1))
+        placed = [(number, number) for number in times]
+        if 0 not in times:
+            placed.insert(0, (0, time - example.WINDOW))
+        keys = torch.cat([example.rotated(k[:, number], at, rope) for number, at in placed], 1)
+        values = torch.cat([v[:, number] for number, _ in placed], 1)
+        x = example.rotated(q[:, time], time, rope), keys, values
+        expected = F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in x)).transpose(1, 2)
+        torch.testing.assert_close(out[:, time], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_both_ways_to_shard_equal_one_process():
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command += ["--standalone", str(EXAMPLES / "sharded.py")]
+    path = os.pathsep.join([str(Path(mimo_kernels.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    errors = dict(re.findall(r"process (\d: \w+) differs from one process by at most (\S+),", done.stdout))
+    assert len(errors) == 4 and all(float(error) < 1e-5 for error in errors.values())
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [
         ("dit_block", "largest difference of the outputs"),
         ("wan", "velocity of the noisy frames: [1, 4, 3, 8, 8]"),
         ("rollout", "largest difference from attention under the whole mask"),
+        ("self_forcing", "loss of a rollout of 6 frames"),
+        ("rolling_sink", "the sink was never more than 4 frames away"),
     ],
 )
 def test_examples_run_as_scripts(name, says, capsys):
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     printed = capsys.readouterr().out
-    assert re.search(r"FrameMask\.\w+: 1 clip", printed) and says in printed
+    assert says in printed
 
 
 def test_readme_says_what_runs(capsys, monkeypatch):
