@@ -23,8 +23,8 @@ if backends.triton_available():
     from mimo_kernels.attention.triton import paged_backward as triton_backward
 
 
-def _triton_forward(q, k_self, v_self, k_pages, v_pages, tables, lengths, bias, mask, scale, splits):
-    pages = triton_paged.Pages(k_pages, v_pages, tables, lengths, bias)
+def _triton_forward(q, k_self, v_self, k_pages, v_pages, tables, lengths, bias, mask, scale, splits, scales=None):
+    pages = triton_paged.Pages(k_pages, v_pages, tables, lengths, bias, scales)
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():  # a launch goes to the current device
         own = None
         if mask is not None:
@@ -35,9 +35,9 @@ def _triton_forward(q, k_self, v_self, k_pages, v_pages, tables, lengths, bias, 
 
 
 def _triton_backward(
-    dout, dlse, q, k_self, v_self, out, lse, k_pages, v_pages, tables, lengths, bias, mask, scale
+    dout, dlse, q, k_self, v_self, out, lse, k_pages, v_pages, tables, lengths, bias, mask, scale, scales=None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    pages = triton_paged.Pages(k_pages, v_pages, tables, lengths, bias)
+    pages = triton_paged.Pages(k_pages, v_pages, tables, lengths, bias, scales)
     if not _aligned(dout):
         dout = dout.clone(memory_format=torch.contiguous_format)
     dlse = None if dlse is None else dlse.contiguous()
@@ -108,8 +108,9 @@ def paged_frame_attention(
     the view; MiMo, Eq. 27).
 
     Args:
-        q: ``[S, N, heads, head_dim]`` in the dtype and on the device of the cache, after QK-norm and RoPE. Any strides
-            as long as channels are contiguous: slices of a projection need no copy.
+        q: ``[S, N, heads, head_dim]`` in the dtype (float32, float16 or bfloat16 where that is float8) and on the
+            device of the cache, after QK-norm and RoPE. Any strides as long as channels are contiguous: slices of a
+            projection need no copy.
         k_self, v_self: ``[S, N, kv_heads, head_dim]``, likewise, with the heads of the cache. ``heads`` is a multiple
             of ``kv_heads``, and the heads of q that follow one another share one (grouped queries).
         cache: the `FrameCache` that holds the pages of `layer`.
@@ -139,7 +140,7 @@ def paged_frame_attention(
         checks.refuse(op, "view", f"is a {type(view).__name__}", "what cache.view(seqs) returns")
     cache.check_view(view)
     checks.expect_shape(op, "q", q, len(view.seqs), "N", "heads", cache.head_dim)
-    checks.expect_dtype(op, "q", q, cache.dtype, why="as the cache")
+    checks.expect_dtype(op, "q", q, *cache.row_dtypes, why="as the cache")
     checks.expect_device(op, cache.pool, q=q)
     checks.expect_count(op, "layer", layer, high=cache.num_layers - 1)
     _check_own(op, q, k_self, v_self, cache.num_kv_heads)
@@ -149,7 +150,7 @@ def paged_frame_attention(
     scale, mask = _scale(op, scale, q), _table(op, self_mask, q)
     chosen = _choose(op, backend, q, k_self, v_self)
     plain = not wants_gradient and not return_lse and mask is None and frame_bias is None
-    if chosen == "reference" and plain:
+    if chosen == "reference" and plain and cache.scales is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         for some, keys, values in view.joined(layer, q.shape[1]):
             out[some] = paged_frame_attention_ref(q[some], k_self[some], v_self[some], keys, values, scale)
@@ -159,7 +160,9 @@ def paged_frame_attention(
         checks.refuse(op, "view", found, "a pinned one where they are checkpointed: cache.view(seqs, pinned=True)")
     run = _triton_op if chosen == "triton" else paged_reference.operator
     pages = *cache.keys_and_values(layer), view.tables, None, frame_bias
-    out, lse, _ = run(q, k_self, v_self, *pages, mask, scale, view.number if wants_gradient else -1)
+    out, lse, _ = run(
+        q, k_self, v_self, *pages, mask, scale, view.number if wants_gradient else -1, None, cache.scales_of(layer)
+    )
     return (out, lse) if return_lse else out
 
 

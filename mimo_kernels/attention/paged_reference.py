@@ -34,9 +34,22 @@ class Part(NamedTuple):
 
 
 def cached_parts(
-    k_pages: Tensor, v_pages: Tensor, tables: Tensor, lengths: Tensor | None, bias: Tensor | None
+    k_pages: Tensor,
+    v_pages: Tensor,
+    tables: Tensor,
+    lengths: Tensor | None,
+    bias: Tensor | None,
+    scales: Tensor | None,
+    dtype: torch.dtype,
 ) -> list[Part]:
-    """What the pages hold. Reads the tables on the host."""
+    """What the pages hold, in dtype where they are scaled. Reads the tables on the host."""
+
+    def gathered(pages: Tensor, index: tuple[Tensor, Tensor], which: int) -> Tensor:
+        if scales is None:
+            return pages[index]
+        numbers = pages.view(torch.uint8)[index].view(pages.dtype).float()
+        return (numbers * scales[which, index[0], :, None]).to(dtype)
+
     page_size, parts = k_pages.shape[1], []
     offsets = torch.arange(page_size, device="cpu")
     for sequence, (pages, used, frames) in enumerate(_tables_on_host(tables, lengths, page_size)):
@@ -47,9 +60,8 @@ def cached_parts(
         for place, (some, at) in enumerate(zip(*starts, strict=True)):
             if len(some):
                 index = some.to(k_pages.device), at.to(k_pages.device)
-                parts.append(
-                    Part(sequence, k_pages[index], v_pages[index], None if bias is None else bias[sequence, place])
-                )
+                both = gathered(k_pages, index, 0), gathered(v_pages, index, 1)
+                parts.append(Part(sequence, *both, None if bias is None else bias[sequence, place]))
     return parts
 
 
@@ -84,7 +96,7 @@ def _by_token(x: Tensor, tokens: int) -> Tensor:
     return x.unflatten(1, (tokens, -1)).transpose(0, 1).flatten(1, 2)
 
 
-def forward(q, k_self, v_self, k_pages, v_pages, tables, lengths, bias, mask, scale, splits=None):
+def forward(q, k_self, v_self, k_pages, v_pages, tables, lengths, bias, mask, scale, splits=None, scales=None):
     out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     lse = q.new_full((len(q), q.shape[2], q.shape[1]), -torch.inf, dtype=torch.float32)
     if not q.numel():
@@ -94,7 +106,7 @@ def forward(q, k_self, v_self, k_pages, v_pages, tables, lengths, bias, mask, sc
         table = all_see_all(q.shape[1]) if mask is None else mask
         out, lse = torch.ops.mimo_kernels.frame_attention_reference(*single, table, 1, scale)
         out = out.float()
-    for part in cached_parts(k_pages, v_pages, tables, lengths, bias):
+    for part in cached_parts(k_pages, v_pages, tables, lengths, bias, scales, q.dtype):
         rows, kv_heads = q[part.sequence], part.keys.shape[1]
         q_rows, keys, values = (_by_head(x, kv_heads)[None] for x in (rows, part.keys, part.values))
         attended = reference._attend(q_rows, keys, values, None, scale)
@@ -111,7 +123,7 @@ def forward(q, k_self, v_self, k_pages, v_pages, tables, lengths, bias, mask, sc
 
 
 def backward(
-    dout, dlse, q, k_self, v_self, out, lse, k_pages, v_pages, tables, lengths, bias, mask, scale
+    dout, dlse, q, k_self, v_self, out, lse, k_pages, v_pages, tables, lengths, bias, mask, scale, scales=None
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=q.device) for x in (q, k_self, v_self))
     if q.numel():
@@ -123,7 +135,7 @@ def backward(
             dq = dq.float()
         delta = (dout.float() * out.float()).sum(-1).transpose(1, 2)  # [S, H, N]
         delta = delta if dlse is None else delta - dlse
-        for part in cached_parts(k_pages, v_pages, tables, lengths, bias):
+        for part in cached_parts(k_pages, v_pages, tables, lengths, bias, scales, q.dtype):
             s = part.sequence
             dq[s] += _dq(dout[s], q[s], lse[s], delta[s], part, scale)
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)

@@ -25,6 +25,8 @@ from mimo_kernels.core import checks
 __all__ = ["CacheView", "FrameCache", "FrameSlot", "ViewHead"]
 
 MAX_HEAD_DIM = 256
+FLOAT8 = torch.float8_e4m3fn
+MOST_FLOAT8 = 448.0  # its largest number
 
 
 @dataclass(eq=False)
@@ -56,7 +58,9 @@ class FrameCache:
             a multiple of 8 up to 256, as attention wants it.
         num_pages: pages in the pool; `pages_for` counts what a run needs.
         page_size: tokens per page. Best equal to the tokens of a frame, or a divisor of them, up to 64 or 128.
-        dtype: float32, float16 or bfloat16. device: where the pool lives.
+        dtype: float32, float16 or bfloat16; or float8_e4m3fn, a byte per number, with a scale for each page, head and
+            layer, apart for keys and values: half the memory of bfloat16, and errors of some per cent (docs/cache.md).
+            Keys and values are then handed over in any of the others. device: where the pool lives.
         budget: bytes that the pool may take; default: on a GPU what is free there, on the CPU the machine's memory.
 
     Raises ValueError when the pool does not fit into the budget, and for a device that is not there. All methods raise
@@ -88,9 +92,13 @@ class FrameCache:
         shape = (num_layers, 2, num_pages, page_size, num_kv_heads, head_dim)
         with torch.inference_mode(False):  # a tensor made in it could not serve a backward later
             self.pool = torch.zeros(shape, dtype=dtype, device=self.device)
+            # Of float8: the numbers of a page are those stored times its scale.
+            shape = num_layers, 2, num_pages, num_kv_heads
+            self.scales = torch.ones(shape, device=self.device) if dtype == FLOAT8 else None
             # The same memory for readers. Autograd refuses to go on with what was written to since it was saved: of the
             # pool it cannot know that the pages in question were not. `CacheView.hold` sees to that.
             self._layers = [tuple(x.data for x in layer.unbind()) for layer in self.pool]
+            self._layer_scales = None if self.scales is None else [layer.data for layer in self.scales]
         self._book = Book(num_pages, page_size)
 
     @staticmethod
@@ -103,7 +111,7 @@ class FrameCache:
         page_size: int = 64,
         dtype: torch.dtype = torch.float32,
     ) -> int:
-        """Bytes of the pool: ``2 * layers * pages * page_size * heads * head_dim * itemsize``.
+        """Bytes of the pool: ``2 * layers * pages * page_size * heads * head_dim * itemsize``, and of float8's scales.
 
         The reference backend of `paged_frame_attention` takes more beside it (see `CacheView.joined`), the kernels do
         not.
@@ -114,9 +122,15 @@ class FrameCache:
             checks.expect_count("FrameCache", name, value, low=1)
         if head_dim % 8 or head_dim > MAX_HEAD_DIM:
             checks.refuse("FrameCache", "head_dim", f"is {head_dim}", f"a multiple of 8 from 8 to {MAX_HEAD_DIM}")
-        if dtype not in checks.FLOATS:
-            checks.refuse("FrameCache", "dtype", f"is {dtype}", checks.FLOAT_NAMES)
-        return 2 * num_layers * num_pages * page_size * num_kv_heads * head_dim * dtype.itemsize
+        if dtype not in (*checks.FLOATS, FLOAT8):
+            checks.refuse("FrameCache", "dtype", f"is {dtype}", f"{checks.FLOAT_NAMES}, or float8_e4m3fn")
+        scales = 4 if dtype == FLOAT8 else 0  # of a page and head
+        return 2 * num_layers * num_pages * num_kv_heads * (page_size * head_dim * dtype.itemsize + scales)
+
+    @property
+    def row_dtypes(self) -> tuple[torch.dtype, ...]:
+        """Of keys and values that are written, and of the queries that ask for them."""
+        return (self.dtype,) if self.scales is None else checks.FLOATS
 
     @staticmethod
     def pages_for(num_frames: int, tokens_per_frame: int, *, sequences: int = 1, page_size: int = 64) -> int:
@@ -213,7 +227,8 @@ class FrameCache:
         unrotated = None
         if rotatable:
             shape = len(seqs), num_tokens, self.num_layers, self.num_kv_heads, self.head_dim
-            memory = torch.zeros(shape, dtype=self.dtype, device=self.device) if reuse is None else reuse.unrotated
+            dtype = self.dtype if self.scales is None else torch.float32
+            memory = torch.zeros(shape, dtype=dtype, device=self.device) if reuse is None else reuse.unrotated
             unrotated = memory.view(shape)
         return FrameSlot(seqs, num_tokens, rows, self._book, pages, unrotated=unrotated)
 
@@ -229,20 +244,39 @@ class FrameCache:
         for name, x in (("k", k), ("v", v), ("unrotated", unrotated)):
             if x is not None:
                 checks.expect_shape(op, name, x, len(slot.seqs), slot.num_tokens, self.num_kv_heads, self.head_dim)
-                checks.expect_dtype(op, name, x, self.dtype, why="as the cache")
+                checks.expect_dtype(op, name, x, *self.row_dtypes, why="as the cache")
                 _constant(op, name, x)
         checks.expect_device(op, self.pool, k=k, v=v, unrotated=unrotated)
-        keys, values, rows = self.place(slot, layer)
+        checks.expect_count(op, "layer", layer, high=self.num_layers - 1)
+        self._opened(slot)
         if slot.unrotated is not None:
             slot.unrotated[:, :, layer].copy_(unrotated)
-        keys.index_copy_(0, rows, k.flatten(0, 1))
-        values.index_copy_(0, rows, v.flatten(0, 1))
+        self._store(layer, slot.rows, k, v)
+
+    def _store(self, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> None:
+        """Frames in their rows of a layer: k, v ``[frames, num_tokens, heads, head_dim]``, rows int64
+        ``[frames * num_tokens]``."""
+        for which, x in enumerate((k, v)):
+            self._store_half(layer, which, rows, x)
+
+    def _store_half(self, layer: int, which: int, rows: Tensor, x: Tensor) -> None:
+        """`_store` of the keys, which 0, or of the values, which 1."""
+        pool = self._bytes()[layer, which].flatten(0, 1)
+        if self.scales is not None:
+            x, scales = _to_float8(x, self.page_size)
+            x = x.view(torch.uint8)
+            pages = rows.view(x.shape[:2])[:, :: self.page_size].flatten() // self.page_size
+            self.scales[layer, which].index_copy_(0, pages, scales.flatten(0, 1))
+        pool.index_copy_(0, rows, x.flatten(0, 1))
 
     def place(self, slot: FrameSlot, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """Where `write` puts one layer's keys and values, for a kernel that makes them there (`qk_norm_rope_cache`):
         the layer's keys and its values, each a view ``[num_pages * page_size, heads, head_dim]``, and the row in them
-        of every token, int64 ``[sequences * num_tokens]``. Rows that are not named belong to others.
+        of every token, int64 ``[sequences * num_tokens]``. Rows that are not named belong to others. Not of float8,
+        whose scales come from whole pages.
         """
+        if self.scales is not None:
+            checks.refuse("FrameCache.place", "the cache", f"is {self.dtype}", f"{checks.FLOAT_NAMES}, or write")
         checks.expect_count("FrameCache.place", "layer", layer, high=self.num_layers - 1)
         self._opened(slot)
         keys, values = self.pool[layer].flatten(1, 2)
@@ -321,6 +355,10 @@ class FrameCache:
         checks.expect_count("FrameCache.keys_and_values", "layer", layer, high=self.num_layers - 1)
         return self._layers[layer]
 
+    def scales_of(self, layer: int) -> Tensor | None:
+        """Of float8: fp32 ``[2, num_pages, heads]``, by what the layer's keys and values are multiplied; else None."""
+        return None if self._layer_scales is None else self._layer_scales[layer]
+
     def check_view(self, view: CacheView | ViewHead) -> None:
         """ValueError unless the view is one of this cache and shows its sequences as they are now."""
         if view.book is not self._book:
@@ -328,11 +366,20 @@ class FrameCache:
         view.check_current()
 
     def frame(self, seq: int, index: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the resident frame of time `index`: copies, each ``[layers, tokens, heads, head_dim]``."""
+        """Keys and values of the resident frame of time `index`: copies, each ``[layers, tokens, heads, head_dim]``; of
+        float8 what the bytes mean, in float32."""
         frame = self._frame(seq, index)
         pages = upload(torch.tensor(frame.pages), self.device)
-        k, v = self.pool[:, :, pages].flatten(2, 3)[:, :, : frame.num_tokens].unbind(1)
+        if self.scales is None:
+            found = self.pool[:, :, pages]
+        else:
+            found = self._bytes()[:, :, pages].view(self.dtype).float() * self.scales[:, :, pages, None, :, None]
+        k, v = found.flatten(2, 3)[:, :, : frame.num_tokens].unbind(1)
         return k, v
+
+    def _bytes(self) -> Tensor:
+        """The pool in numbers that torch copies everywhere: of float8 it copies on some devices only."""
+        return self.pool if self.scales is None else self.pool.view(torch.uint8)
 
     # Rotation
 
@@ -374,12 +421,14 @@ class FrameCache:
         _constant(op, "what turn returns", keys)
         pages = self._reserve(1, frame.num_tokens)
         try:
-            before, after = (
-                upload(self._book.rows_of(some, frame.num_tokens), self.device) for some in ([frame.pages], pages)
-            )
-            own, values = self.pool.flatten(2, 3).unbind(1)
-            own.index_copy_(1, after, keys.transpose(0, 1))
-            values.index_copy_(1, after, values.index_select(1, before))
+            after = upload(self._book.rows_of(pages, frame.num_tokens), self.device)
+            for layer in range(self.num_layers):
+                self._store_half(layer, 0, after, keys[None, :, layer])
+            old, new = (upload(torch.tensor(some), self.device) for some in (frame.pages, pages[0]))
+            for pool in (self._bytes(), self.scales):
+                if pool is not None:
+                    values = pool[:, 1]
+                    values.index_copy_(1, new, values.index_select(1, old))
         except Exception:
             self._book.give_back(pages)
             raise
@@ -433,11 +482,12 @@ class FrameCache:
             checks.refuse("FrameCache.compress", "coarse k and v", found, f"{wanted}, both alike")
         for name, x in (("coarse k", k), ("coarse v", v)):
             _constant("FrameCache.compress", name, x)
-        both = torch.stack([k, v], 1).to(self.pool)
+        both = torch.stack([k, v]).to(self.device, self.row_dtypes[0])
         pages = self._reserve(1, num_tokens)
         try:
             rows = upload(self._book.rows_of(pages, num_tokens), self.device)
-            self.pool.flatten(2, 3).index_copy_(2, rows, both)
+            for layer in range(self.num_layers):
+                self._store(layer, rows, *both[:, None, layer])
         except Exception:
             self._book.give_back(pages)
             raise
@@ -452,7 +502,10 @@ class FrameCache:
         state |= self._unrotated_state(used)
         numbers = torch.tensor(used, dtype=torch.int64, device="cpu").to(self.device)
         # Layer by layer: what is in use may be most of the device's memory.
-        return {"pages": torch.stack([layer[:, numbers].cpu() for layer in self.pool])} | state
+        pages = torch.stack([layer[:, numbers].cpu() for layer in self._bytes()]).view(self.dtype)
+        if self.scales is not None:
+            state["scales"] = self.scales[:, :, numbers].cpu()
+        return {"pages": pages} | state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Replace the content by that of a saved cache of the same layers, heads, page size and dtype.
@@ -472,11 +525,17 @@ class FrameCache:
         shape = self.num_layers, 2, "pages", self.page_size, self.num_kv_heads, self.head_dim
         checks.expect_shape("saved cache", "pages", pages, *shape)
         checks.expect_dtype("saved cache", "pages", pages, self.dtype, why="as this cache")
+        if self.scales is not None:
+            scales = state.get("scales")
+            checks.expect_shape("saved cache", "scales", scales, self.num_layers, 2, pages.shape[2], self.num_kv_heads)
+            checks.expect_dtype("saved cache", "scales", scales, torch.float32)
         if pages.shape[2] > self.num_pages:
             raise ValueError(f"the saved cache has {pages.shape[2]} pages, this one only {self.num_pages}")
         book = self._book.restored(state, pages.shape[2], self._saved_unrotated(state))
-        for layer, saved in zip(self.pool, pages, strict=True):
+        for layer, saved in zip(self._bytes(), pages.view(self._bytes().dtype), strict=True):
             layer[:, : pages.shape[2]] = saved.to(self.device)
+        if self.scales is not None:
+            self.scales[:, :, : pages.shape[2]] = state["scales"].to(self.device)
         self._book.become(book)
 
     def _unrotated_state(self, used: list[int]) -> dict[str, Tensor]:
@@ -508,7 +567,8 @@ class FrameCache:
             checks.refuse("saved cache", "unrotated_frames", f"has a frame of {min(lengths)} tokens", "1 or more")
         shape = sum(lengths), self.num_layers, self.num_kv_heads, self.head_dim
         checks.expect_shape("saved cache", "unrotated", keys, *shape)
-        checks.expect_dtype("saved cache", "unrotated", keys, self.dtype, why="as this cache")
+        expected = self.dtype if self.scales is None else torch.float32
+        checks.expect_dtype("saved cache", "unrotated", keys, expected, why="as this cache")
         return dict(zip(pages, keys.to(self.device).split(lengths), strict=True))
 
     # Bookkeeping
@@ -540,6 +600,18 @@ class FrameCache:
                 f"({_size(self.num_free_pages * page_bytes)} of a budget of {_size(self.pool.nbytes)}){waiting}"
             )
         return self._book.reserve(num_frames, num_tokens)
+
+
+def _to_float8(x: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
+    """x [frames, tokens, heads, head_dim] -> float8 of that shape, and what each page and head is multiplied by, fp32
+    [frames, pages, heads]: the largest number of a page becomes 448. A page with an infinity or NaN has a scale that is
+    one, and then all of its numbers are NaN or infinite."""
+    frames, tokens, heads, dim = x.shape
+    padded = torch.nn.functional.pad(x.float(), (0, 0, 0, 0, 0, -tokens % page_size))
+    most = padded.unflatten(1, (-1, page_size)).abs().amax((2, 4))  # [frames, pages, heads]
+    scales = torch.where(most == 0, 1.0, (most / MOST_FLOAT8).clamp(min=2.0**-100))
+    of_rows = scales.repeat_interleave(page_size, 1)[:, :tokens, :, None]
+    return (x.float() / of_rows).to(FLOAT8), scales
 
 
 def _constant(op: str, name: str, x: Tensor) -> None:

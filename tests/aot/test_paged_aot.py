@@ -20,7 +20,7 @@ MAIN = (80, 90, 100)
 
 class Case(NamedTuple):
     """backward: dq instead of the forward. options: heads of q share one of the cache, frames have a bias, and the
-    tables are another's: page numbers and lengths."""
+    tables are another's: page numbers and lengths. float8: of the pages."""
 
     arch: int
     dtype: str
@@ -30,6 +30,7 @@ class Case(NamedTuple):
     splits: int
     backward: bool = False
     options: bool = False
+    float8: bool = False
 
 
 # Every row of the tables of tile sizes on every architecture that it is for.
@@ -52,6 +53,9 @@ CASES += [Case(arch, "bf16", 128, 64, 256, 2, backward=True, options=True) for a
 CASES += [Case(80, "bf16", 64, 64, tokens, 1, backward=True) for tokens in (64, 256)]
 CASES += [Case(90, "bf16", 72, 16, 64, 4, backward=True), Case(80, "bf16", 128, 64, 64, 4, backward=True)]
 CASES += [Case(90, "fp32", dim, 64, 256, 1, backward=True) for dim in (64, 128)]
+CASES += [Case(arch, "bf16", 128, 64, 256, 1, float8=True) for arch in (80, 90, 100, 120)]
+CASES += [Case(80, "bf16", 128, 64, 64, 1, float8=True), Case(90, "bf16", 72, 1560, 1560, 2, float8=True)]
+CASES += [Case(arch, "bf16", 128, 64, 256, 1, backward=True, float8=True) for arch in (80, 90)]
 
 
 def compile_case(case: Case) -> list[dict]:
@@ -61,12 +65,15 @@ def compile_case(case: Case) -> list[dict]:
     group = 4 if case.options else 1
     module = paged_backward if case.backward else paged
     itemsize = 4 if case.dtype == "fp32" else 2
-    config = module.config_for(case.head_dim, itemsize, case.tokens * group, case.arch)
+    float8 = () if case.backward else (case.float8,)
+    config = module.config_for(case.head_dim, itemsize, case.tokens * group, case.arch, *float8)
     options = paged.options(config, case.head_dim) | {"GROUP": group, "PAGE": case.page_size, "SPLITS": case.splits}
-    options |= {"PACKED": not case.options, "HAS_BIAS": case.options}
+    options |= {"PACKED": not case.options, "HAS_BIAS": case.options, "FP8": case.float8}
     width = 1 << (case.head_dim - 1).bit_length()
     second = {"HEAD_DIM": case.head_dim, "WIDTH": width, "BM": paged.COMBINE_ROWS, "SPLITS": case.splits}
     types = dict.fromkeys(("p_tables", "p_lengths"), "*i32")
+    types |= dict.fromkeys(("p_k_scales", "p_v_scales"), "*fp32")
+    types |= dict.fromkeys(("p_k_pages", "p_v_pages"), "*u8") if case.float8 else {}
     types |= dict.fromkeys(("p_bias", "p_lse", "p_dlse", "p_partial", "p_partial_lse", "p_own_lse"), "*fp32")
     types |= dict.fromkeys(("scale", "scale_log2"), "fp32")
     if case.backward:
@@ -132,7 +139,7 @@ def compiled() -> dict[tuple, list[dict]]:
     return {tuple(case): made for case, made in json.loads(done.stdout.splitlines()[-1])}
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "sm{}-{}-d{}-page{}-n{}-splits{}-{}-{}".format(*case))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "sm{}-{}-d{}-page{}-n{}-splits{}-{}-{}-{}".format(*case))
 def test_compiles_without_spills_and_fits(compiled, case):
     arch, dtype = case[:2]
     for kernel in compiled[case]:

@@ -124,9 +124,33 @@ def add_bias(b_s, p_bias, p_table, place, m_key, max_pages, PAGE: tl.constexpr, 
 
 
 @triton.jit
-def masked_softmax_step(b_s, m_key, b_v, b_acc, b_max, b_sum, PRECISION: tl.constexpr):
+def decode_parts(b_x, DTYPE: tl.constexpr):
+    """Bytes of float8_e4m3fn -> their values times 2^-8, exactly: the bits are those of a float16 whose exponent counts
+    from 8 further up. On every architecture, also those that convert no float8."""
+    b_y = ()
+    for i in tl.static_range(len(b_x)):
+        b_bits = b_x[i].to(tl.uint16)
+        b_bits = ((b_bits & 0x80) << 8) | ((b_bits & 0x7F) << 7)
+        b_y = b_y + (b_bits.to(tl.float16, bitcast=True).to(DTYPE),)
+    return b_y
+
+
+@triton.jit
+def find_scale(p_scales, p_table, place, m_key, head, num_heads, PAGE: tl.constexpr, BN: tl.constexpr):
+    """By what products with decoded keys or values are multiplied: [1, 1], or [1, BN] where a block spans pages."""
+    if PAGE % BN == 0:
+        page = tl.load(p_table + place).to(tl.int64)
+        b_scale = tl.full([1, 1], 256.0, tl.float32) * tl.load(p_scales + page * num_heads + head)
+    else:
+        page = tl.load(p_table + place, mask=m_key, other=0).to(tl.int64)
+        b_scale = 256.0 * tl.load(p_scales + page * num_heads + head, mask=m_key, other=0.0)[None, :]
+    return b_scale
+
+
+@triton.jit
+def masked_softmax_step(b_s, m_key, b_v, b_v_scale, b_acc, b_max, b_sum, PRECISION: tl.constexpr, SCALED: tl.constexpr):
     """One step of the running softmax with the scores b_s [BM, BN] in base 2 and the values b_v of the keys m_key
-    [BN]."""
+    [BN], SCALED: times b_v_scale [1, 1 or BN]."""
     b_s = tl.where(m_key[None, :], b_s, float("-inf"))
     b_new = tl.maximum(b_max, tl.max(b_s, 1))
     # A block may have no key at all (the empty rest of a page): keep -inf - -inf out of the exponent.
@@ -134,6 +158,8 @@ def masked_softmax_step(b_s, m_key, b_v, b_acc, b_max, b_sum, PRECISION: tl.cons
     b_p = tl.exp2(b_s - b_ref[:, None])
     b_decay = tl.exp2(b_max - b_ref)
     b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+    if SCALED:
+        b_p = b_p * b_v_scale
     b_acc = add_parts(scale_parts(b_acc, b_decay[:, None]), b_p.to(b_v[0].dtype), b_v, PRECISION)
     return b_acc, b_new, b_sum
 
@@ -148,6 +174,8 @@ def paged_fwd_kernel(
     p_tables,  # int32 [S, ...]: PACKED as core/page_tables.py says, else page numbers alone
     p_lengths,  # int32 [S], tokens in the pages, without PACKED
     p_bias,  # fp32 [S, frames], without PACKED [S, max_pages]; with HAS_BIAS
+    p_k_scales,  # fp32 [pages, H], with FP8: the pages are bytes of e4m3
+    p_v_scales,
     p_out,  # [S, N, H * GROUP, D]; PARTIAL: fp32 [SPLITS, S, N, H * GROUP, D]
     p_lse,  # fp32 [S, H * GROUP, N]; PARTIAL: [SPLITS, S, N, H * GROUP], base 2
     scale_log2,
@@ -177,6 +205,7 @@ def paged_fwd_kernel(
     PAGE: tl.constexpr,
     PACKED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    FP8: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -204,11 +233,19 @@ def paged_fwd_kernel(
     for block in range(begin, tl.minimum(end, cached)):
         o_key, m_key, place = find_keys(p_table, block, num_slots, max_pages, stride_page, stride_row, PAGE, BN, PACKED)
         b_k = load_parts(p_k_pages, o_key + head * stride_head, 8, m_key, PARTS, HEAD_DIM)
+        b_v_scale = scale_log2  # of nothing, without FP8
+        if FP8:
+            b_k = decode_parts(b_k, p_q.dtype.element_ty)
         b_s = dot_parts(b_q, b_k, PRECISION) * scale_log2
+        if FP8:
+            b_s *= find_scale(p_k_scales, p_table, place, m_key, head, num_heads, PAGE, BN)
+            b_v_scale = find_scale(p_v_scales, p_table, place, m_key, head, num_heads, PAGE, BN)
         if HAS_BIAS:
             b_s = add_bias(b_s, p_bias, p_table, place, m_key, max_pages, PAGE, BN, PACKED)
         b_v = load_parts(p_v_pages, o_key + head * stride_head, 8, m_key, PARTS, HEAD_DIM)
-        b_acc, b_max, b_sum = masked_softmax_step(b_s, m_key, b_v, b_acc, b_max, b_sum, PRECISION)
+        if FP8:
+            b_v = decode_parts(b_v, p_q.dtype.element_ty)
+        b_acc, b_max, b_sum = masked_softmax_step(b_s, m_key, b_v, b_v_scale, b_acc, b_max, b_sum, PRECISION, FP8)
 
     p_k_self += (seq * stride_k_seq + head * stride_k_head) * 8
     p_v_self += (seq * stride_v_seq + head * stride_v_head) * 8
@@ -218,7 +255,7 @@ def paged_fwd_kernel(
         b_k = load_parts(p_k_self, o_row.to(tl.int64) * stride_k_row, 8, m_key, PARTS, HEAD_DIM)
         b_s = dot_parts(b_q, b_k, PRECISION) * scale_log2
         b_v = load_parts(p_v_self, o_row.to(tl.int64) * stride_v_row, 8, m_key, PARTS, HEAD_DIM)
-        b_acc, b_max, b_sum = masked_softmax_step(b_s, m_key, b_v, b_acc, b_max, b_sum, PRECISION)
+        b_acc, b_max, b_sum = masked_softmax_step(b_s, m_key, b_v, 1.0, b_acc, b_max, b_sum, PRECISION, False)
 
     # Rows and splits without keys leave 0 and a log-sum-exp of -inf (their b_max).
     b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
@@ -303,16 +340,21 @@ SM86 = {**SM80, 128: (Config(64, 32, 4, 3),) * 2}  # 99 KiB of shared memory ins
 SM90 = {128: (Config(128, 64, 8, 3), Config(64, 64, 4, 3)), 256: (Config(64, 32, 8, 3),) * 2}
 SM100 = {128: SM90[128], 224: (Config(64, 32, 8, 2),) * 2, 256: SM90[256]}
 HALF = {80: SM80, 86: SM86, 90: SM90, 100: SM100, 120: SM86}
+# Pages of float8 take registers to decode: eight warps where four would spill.
+SM80_FLOAT8 = {**SM80, 128: (Config(64, 64, 8, 3), Config(64, 32, 8, 3))}
+SM86_FLOAT8 = {**SM86, 128: (Config(64, 32, 8, 3),) * 2}
+HALF_FLOAT8 = {80: SM80_FLOAT8, 86: SM86_FLOAT8, 90: SM90, 100: SM100, 120: SM86_FLOAT8}
 SINGLE = {128: (Config(32, 16, 8, 2),) * 2, 256: (Config(16, 16, 8, 2),) * 2}
 COMBINE_ROWS = 16
 PRECISION = "ieee"  # of fp32 products: not tf32
 
 
-def config_for(head_dim: int, itemsize: int, num_rows: int, capability: int) -> Config:
-    """Tile sizes for a head dimension, an element size, the rows of a sequence (tokens times the heads of q that share
-    one of the cache) and a compute capability (90: 9.0)."""
+def config_for(head_dim: int, itemsize: int, num_rows: int, capability: int, float8: bool = False) -> Config:
+    """Tile sizes for a head dimension, an element size of q, the rows of a sequence (tokens times the heads of q that
+    share one of the cache), a compute capability (90: 9.0), and whether the pages are float8."""
     width = sum(split_head_dim(head_dim))
-    table = SINGLE if itemsize == 4 else HALF[max(known for known in HALF if known <= capability)]
+    known = max(known for known in HALF if known <= capability)
+    table = SINGLE if itemsize == 4 else (HALF_FLOAT8 if float8 else HALF)[known]
     return next(pair for limit, pair in table.items() if width <= limit)[num_rows <= SHORT]
 
 
@@ -336,7 +378,7 @@ class Pages:
 
     k, v ``[pages, page_size, heads, D]`` of equal strides; tables int32 ``[S, 1 + 3 * max_pages]`` as
     core/page_tables.py says or, with lengths int32 ``[S]``, page numbers ``[S, max_pages]``; bias fp32, per frame or,
-    with lengths, per page.
+    with lengths, per page; scales fp32 ``[2, pages, heads]`` where the pages are float8_e4m3fn.
     """
 
     k: Tensor
@@ -344,6 +386,7 @@ class Pages:
     tables: Tensor
     lengths: Tensor | None
     bias: Tensor | None
+    scales: Tensor | None = None
 
     @property
     def max_pages(self) -> int:
@@ -356,13 +399,16 @@ class Pages:
 
     def tensors(self) -> tuple[Tensor, ...]:
         unused = self.tables
-        return self.k, self.v, unused, *(unused if x is None else x for x in (self.lengths, self.bias))
+        k, v = (self.k, self.v) if self.scales is None else (x.view(torch.uint8) for x in (self.k, self.v))
+        own = self.lengths, self.bias, *((None, None) if self.scales is None else self.scales.unbind())
+        return k, v, unused, *(unused if x is None else x for x in own)
 
     def strides(self) -> tuple[int, ...]:
         return *strides(self.k), self.tables.stride(0), 0 if self.bias is None else self.bias.stride(0)
 
     def constants(self) -> dict:
-        return {"PAGE": self.k.shape[1], "PACKED": self.lengths is None, "HAS_BIAS": self.bias is not None}
+        present = {"PACKED": self.lengths is None, "HAS_BIAS": self.bias is not None, "FP8": self.scales is not None}
+        return {"PAGE": self.k.shape[1], **present}
 
 
 def strides(*tensors: Tensor) -> list[int]:
@@ -402,7 +448,7 @@ def forward(
     num_seqs, num_tokens, heads, head_dim = q.shape
     group = heads // k_self.shape[2]
     capability, num_sms = device_facts(q.device)
-    config = config_for(head_dim, q.element_size(), num_tokens * group, capability)
+    config = config_for(head_dim, q.element_size(), num_tokens * group, capability, pages.scales is not None)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = q.new_empty(num_seqs, heads, num_tokens, dtype=torch.float32)
     if not out.numel():

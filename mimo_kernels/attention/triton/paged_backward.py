@@ -24,8 +24,10 @@ from mimo_kernels.attention.triton.paged import (
     Pages,
     add_bias,
     choose_splits,
+    decode_parts,
     device_facts,
     find_keys,
+    find_scale,
     find_table,
     find_tile,
     options,
@@ -65,9 +67,11 @@ def paged_dq_kernel(
     p_q,
     p_k_pages,
     p_v_pages,
-    p_tables,  # these three as in paged_fwd_kernel
+    p_tables,  # these five as in paged_fwd_kernel
     p_lengths,
     p_bias,
+    p_k_scales,
+    p_v_scales,
     p_out,  # [S, N, H * GROUP, D]
     p_dout,
     p_lse,  # fp32 [S, H * GROUP, N]
@@ -97,6 +101,7 @@ def paged_dq_kernel(
     PAGE: tl.constexpr,
     PACKED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    FP8: tl.constexpr,
     HAS_DLSE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -128,13 +133,22 @@ def paged_dq_kernel(
         o_key, m_key, place = find_keys(p_table, block, num_slots, max_pages, stride_page, stride_row, PAGE, BN, PACKED)
         b_k = load_parts(p_k_pages, o_key + head * stride_head, 8, m_key, PARTS, HEAD_DIM)
         b_v = load_parts(p_v_pages, o_key + head * stride_head, 8, m_key, PARTS, HEAD_DIM)
+        if FP8:
+            b_k = decode_parts(b_k, p_q.dtype.element_ty)
+            b_v = decode_parts(b_v, p_q.dtype.element_ty)
         b_s = dot_parts(b_q, b_k, PRECISION) * scale_log2
+        b_dp = dot_parts(b_dout, b_v, PRECISION)
+        if FP8:
+            b_k_scale = find_scale(p_k_scales, p_table, place, m_key, head, num_heads, PAGE, BN)
+            b_s *= b_k_scale
+            b_dp *= find_scale(p_v_scales, p_table, place, m_key, head, num_heads, PAGE, BN)
         if HAS_BIAS:
             b_s = add_bias(b_s, p_bias, p_table, place, m_key, max_pages, PAGE, BN, PACKED)
-        b_dp = dot_parts(b_dout, b_v, PRECISION)
         b_p = tl.where(m_key[None, :], tl.exp2(b_s - b_lse[:, None]), 0.0)
-        b_ds = (b_p * (b_dp - b_delta[:, None])).to(p_k_pages.dtype.element_ty)
-        b_dq = add_parts(b_dq, b_ds, b_k, PRECISION)
+        b_ds = b_p * (b_dp - b_delta[:, None])
+        if FP8:
+            b_ds *= b_k_scale
+        b_dq = add_parts(b_dq, b_ds.to(p_q.dtype.element_ty), b_k, PRECISION)
 
     b_dq = scale_parts(b_dq, scale)
     if SPLITS > 1:
