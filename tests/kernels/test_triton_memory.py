@@ -4,7 +4,7 @@ interpreter."""
 import pytest
 import torch
 
-from mimo_kernels.attention import FrameMask, frame_attention
+from mimo_kernels.attention import FrameMask, frame_attention, paged_frame_attention
 from mimo_kernels.attention.paged import _triton_op as paged_op
 from mimo_kernels.testing import poisoned_memory
 
@@ -117,3 +117,15 @@ def test_paged_attention(launches, splits, kernels):
     with poisoned_memory():
         paged_op(q, k, v, *clips.cache.keys_and_values(0), view.tables, None, None, None, 0.2, splits=splits)
     assert len(launches) == kernels
+
+
+def test_paged_attention_with_everything_and_its_gradient(launches):
+    """A block spans pages; few rows, so that forward and gradient are split; then own keys alone."""
+    clips, seqs = ragged(9, heads=1, dim=24, dtype=torch.float16)
+    leaves = [x.detach().requires_grad_() for x in clips.frame(seqs[:2], 9, group=2)]
+    more = {"self_mask": FrameMask.block_causal([[4, 5]]), "frame_bias": torch.randn(2, 4), "backend": "triton"}
+    with poisoned_memory():
+        view = clips.cache.view(seqs[:2], max_pages=60)
+        out, lse = paged_frame_attention(*leaves, clips.cache, layer=0, view=view, return_lse=True, **more)
+        torch.autograd.grad([out, lse], leaves, [torch.randn_like(out), torch.randn_like(lse)])
+    assert {"paged_fwd_kernel", "paged_combine_kernel", "paged_dq_kernel", "paged_dq_sum_kernel"} <= set(launches)
