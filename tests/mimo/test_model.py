@@ -66,23 +66,26 @@ def count_by_hand(c: MiMoConfig) -> int:
     linear = lambda i, o: i * o + o  # noqa: E731
     layer_norm = 2 * d
     core = linear(d, 3 * d) + (2 * head if c.qk_norm else 0) + linear(d, d) + linear(d, hidden) + linear(hidden, d)
-    total = linear(c.channels, d) + linear(256, d) + linear(d, d)
+    channels = c.channels * c.patch**2  # of a token
+    total = linear(channels, d) + linear(256, d) + linear(d, d)
     if c.positions == "learned":
         total += (c.frames + c.tokens) * d * (2 if c.mask_weight else 1)  # the decoder has its own
     total += (c.num_classes + 1) * d if c.num_classes else 0
     total += (c.num_actions + 1) * d if c.num_actions else 0
+    total += c.max_interval * d
     if c.token_depth:  # no timestep, nothing modulated; the mask token, and a head that has a timestep of its own
         w, wide = c.token_width, c.text_dim
         total += d - linear(256, d) - linear(d, d)
         across = layer_norm + linear(d, d) + linear(wide or d, 2 * d) + (2 * head if c.qk_norm else 0) + linear(d, d)
         total += c.depth * (core + 2 * layer_norm + (across if c.cross_attention else 0)) + layer_norm
         total += 3 * wide  # null text, norm of texts
-        total += linear(c.channels, w) + linear(d, w) + linear(256, w) + linear(w, w)
+        total += (3 * c.tokens if c.learned_places else 0) * d + c.noise_levels * d
+        total += linear(channels, w) + linear(d, w) + linear(256, w) + linear(w, w)
         return (
             total
             + c.token_depth * (2 * w + 2 * linear(w, w) + linear(w, 3 * w))
             + linear(w, 2 * w)
-            + linear(w, c.channels)
+            + linear(w, channels)
         )
     total += c.depth * (core + linear(d, 6 * d))
     history_norms = 2 * c.depth - (1 if c.decoder_layer < c.depth or not c.mask_weight else 0)
