@@ -122,6 +122,7 @@ def gpu_shapes() -> list[Shape]:
         teacher_forcing("k600-b", "MiMo-B training", 32, 5, 256, 160, 12, 64),
         block_causal("far-xl", "block causal, one copy", 32, 16, 64, 18, 64),
         teacher_forcing("wan-gqa", "wan-tf with 3 query heads to a key head", 1, 21, 1560, 1560, 12, 128, kv_heads=4),
+        teacher_forcing("magi-tracks", "temporal layers of MAGI: a token per frame", 8 * 256, 16, 1, 1, 16, 80),
     ]
 
 
