@@ -110,7 +110,7 @@ def to_latents(
     labels = batch["label"].to(device) if config.num_classes else None
     actions = batch["actions"].to(device) if config.num_actions else None
     intervals = batch["interval"].to(device) if config.max_interval else None
-    conditions = {"labels": labels, "actions": actions, "intervals": intervals}
+    conditions: dict[str, Any] = {"labels": labels, "actions": actions, "intervals": intervals}
     if config.text_dim:
         text = Text.padded(batch["text"])  # on the host, where its lengths are wanted
         conditions["text"] = text._replace(features=text.features.to(device, non_blocking=True))

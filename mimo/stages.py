@@ -31,7 +31,8 @@ def parse_stages(texts: Sequence[str]) -> list[Stage]:
         match = re.fullmatch(r"([1-9]\d{0,17}):([1-9]\d{0,8})x([1-9]\d{0,8})x([1-9]\d{0,8})", text)
         if match is None:
             raise ValueError(f"stages={text!r}: expected UNTIL:FRAMESxHEIGHTxWIDTH, as 20000:5x256x256")
-        stage = Stage(*map(int, match.groups()), text)  # type: ignore[call-arg]
+        until, frames, height, width = map(int, match.groups())
+        stage = Stage(until, frames, height, width, text)
         if stages and stage.until <= stages[-1].until:
             raise ValueError(f"stages={text!r}: expected to end behind the stage before, {stages[-1].text!r}")
         stages.append(stage)

@@ -17,11 +17,14 @@ What the paper leaves open, and how it is decided here:
 - *The drawn frame* is uniform over all frames of the clip, the first one included ("spanning all the frames"), one per
   clip; the mask ratio is one per step, MAR's normal distribution around 1 cut off at 0.7.
 - *The head* predicts eps; its loss has no term for the variance (optional in MAR), a step's variance is that of
-  q(x' | x, x_0). Four draws of timestep and noise per token (MAR).
+  q(x' | x, x_0). Four draws of timestep and noise per token (MAR). Which timesteps 100 steps visit is decided in
+  mimo.diffusion.EpsilonSchedule: not the very last one.
 - *The condition* is a sequence of embeddings that every block attends to between its own attention and its MLP: one
-  learned token per class, or the features of a text (Qwen2 1.5B there, 1536 wide). 0.1 of the clips are told the null
-  token instead (MAR). It reaches the keys and values of history: the null branch of guidance has a history of its own.
+  learned token per class, or the features of a text (Qwen2 1.5B there, 1536 wide; here with a LayerNorm in front, and
+  128 tokens at most). Its tokens have no positions. 0.1 of the clips are told the null token instead (MAR). It reaches
+  the keys and values of history: the null branch of guidance has a history of its own.
 - *Guidance* of 3.0 is constant over the mask steps, in the eps of every step of the token diffusion.
+- *Positions*: axial 3D RoPE, a third of a head's channels each, base 10,000.
 - *Temperature* is the factor on the noise of every step of the token diffusion (MAR), 0.9 + 10^-(t+1) at latent frame
   t, counted from the given image as frame 0. The noise that a token starts from is not scaled.
 - *Curriculum*: how long each stage takes is not said; see TrainConfig.stages. The second phase has another tokenizer,

@@ -11,6 +11,7 @@ from torch import Tensor
 from mimo.config import SampleConfig
 from mimo.diffusion import EpsilonSchedule
 from mimo.network.network import MiMo
+from mimo.network.token_diffusion import TokenDiffusion
 from mimo.sampling.frame_run import FrameRun, frame_generator
 from mimo.sampling.guidance import Conditions, RunKey
 from mimo.sampling.history import History
@@ -52,6 +53,8 @@ class MaskedRun(FrameRun):
     def __init__(self, model: MiMo, config: SampleConfig, key: RunKey, history: History, conditions: Conditions):
         super().__init__(model, config, key, history, conditions)
         c, device = model.config, self.x.device
+        assert isinstance(model.head, TokenDiffusion)  # which token_depth > 0 means
+        self.head = model.head
         self.counts, self.schedule = mask_counts(c.tokens, config.mask_steps), EpsilonSchedule()
         self.masked = torch.ones(self.size, c.tokens, dtype=torch.bool, device=device)
         self.order = torch.zeros(self.size, c.tokens, dtype=torch.int64, device=device)
@@ -80,7 +83,7 @@ class MaskedRun(FrameRun):
             z = z.gather(2, turn[..., None].expand(*z.shape[:2], count, z.shape[-1])).flatten(1, 2)
             starts = start.gather(1, places).flatten(0, 1)
             steps = self.noise.gather(2, places.expand(len(self.noise), *places.shape)).flatten(1, 2)
-            tokens = self.model.head.sample(z, starts, steps, self.weights, self.schedule, self.config.steps)
+            tokens = self.head.sample(z, starts, steps, self.weights, self.schedule, self.config.steps)
             self.x.scatter_(1, places, tokens.view(places.shape))
             self.masked.scatter_(1, turn, False)
             done += count

@@ -398,8 +398,8 @@ class Sampler:
         class_guidance = self.config.class_guidance if given else 1.0
         own_history = not given.isdisjoint(self.history.conditions)
         branches = guidance_branches(self.config.history_guidance, class_guidance, own_history=own_history)
-        given = clips, trajectories, context_frames, num_frames, labels, actions
-        return RunKey(*given, self._dtype, tuple(branches), self._pace(num_frames), text)
+        asked = clips, trajectories, context_frames, num_frames, labels, actions
+        return RunKey(*asked, self._dtype, tuple(branches), self._pace(num_frames), text)
 
     def _pace(self, num_frames: int) -> float | None:
         """Times of training per frame, where positions are interpolated: the last frame stands where a training clip
@@ -529,8 +529,8 @@ class Sampler:
         """scale * noise on the host, ``[S, N, C]``; drawn there, so that every device makes the same video."""
         c = self.model.config
         noise = torch.empty(len(ids), c.tokens, c.token_channels, pin_memory=self._device.type == "cuda")
-        for row, *names in zip(noise, ids, positions, strict=True):
-            row.normal_(generator=frame_generator(seed, *names, use))
+        for row, number, position in zip(noise, ids, positions, strict=True):
+            row.normal_(generator=frame_generator(seed, number, position, use))
         return noise.mul_(scale)
 
 

@@ -185,8 +185,9 @@ class Trainer:
         if isinstance(dataset, LatentShards) and config.repa_weight > 0:
             stored = dataset.read_features(config.repa_encoder, config.repa_channels)
         self.encoder = None if stored and weights is None else config_encoder(config, weights)
-        for shape, _ in self.stages.values() if self.encoder is not None else ():
-            self.encoder.grid(*shape.video_shape)
+        if self.encoder is not None:
+            for shape, _ in self.stages.values():
+                self.encoder.grid(*shape.video_shape)
         if config.repa_weight == 0:
             return
         sha256 = stored if self.encoder is None else checksum(self.encoder)
