@@ -44,6 +44,23 @@ def test_build_mask_with_everything(benchmark):
     assert mask.uniform is None and mask.num_tokens == 32 * 16 * 104
 
 
+def sparse_video() -> FrameMask:
+    """Slices as users of block-sparse kernels write them: every one of 64 blocks of rows sees 12 of 64 blocks."""
+    seen = [[(17 * row + 5 * i) % 64 for i in range(12)] for row in range(64)]
+    q_ranges = [(128 * row, 128 * row + 128) for row in range(64) for _ in range(12)]
+    k_ranges = [(128 * key, 128 * key + 128) for row in seen for key in row]
+    return FrameMask.from_slices(q_ranges, k_ranges, num_queries=8192)
+
+
+def test_build_mask_from_slices(benchmark):
+    assert benchmark(sparse_video).num_pairs == 64 * 12 * 128**2
+
+
+def test_build_mask_of_the_last_frames(benchmark):
+    mask = benchmark(FrameMask.block_causal, [[1560] * 21] * 4, queries=slice(-3, None))
+    assert mask.num_queries == 12 * 1560 and mask.num_keys == 84 * 1560
+
+
 @pytest.fixture
 def sm90(monkeypatch):
     """The tile sizes of an H100."""
@@ -61,6 +78,17 @@ def test_plan(benchmark, lens, names, sm90):
         return [plan_for(name, table, mask.repeats, torch.device("cpu"), torch.bfloat16, 12, 64) for name in names]
 
     assert all(plan.executed_pairs >= mask.num_pairs for plan in benchmark(plan))
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_plan_of_slices(benchmark, name, sm90):
+    mask = sparse_video()
+
+    def plan():
+        table = mask.pattern.view(mask.pattern.shape)  # that has no plans yet
+        return plan_for(name, table, 1, torch.device("cpu"), torch.bfloat16, 12, 64, mask.num_keys)
+
+    assert benchmark(plan).executed_pairs == mask.num_pairs  # blocks of the mask are whole tiles
 
 
 class NoLaunch:

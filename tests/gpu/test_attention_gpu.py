@@ -23,6 +23,17 @@ SHAPES = {
     "wan": (FrameMask.teacher_forcing([[1560] * 3], [[1560] * 3]), 128),
     "far": (FrameMask.block_causal([[64] * 16] * 2), 64),
     "window and sink": (FrameMask.teacher_forcing([[196] * 12], [[196] * 12], window=4, sink=1), 64),
+    "window in tokens": (
+        FrameMask.teacher_forcing([[196, 50] * 4], [[196, 50] * 4], window_tokens=300, future_first=True),
+        64,
+    ),
+    "few ask": (FrameMask.block_causal([[256] * 8] * 2, queries=slice(-2, None)), 128),
+    "many intervals": (
+        FrameMask.from_slices(
+            [(0, 700), (100, 900)] * 20, [(97 * i, 97 * i + 60) for i in range(40)], num_queries=1000, num_keys=4000
+        ),
+        72,
+    ),
 }
 KERNELS = (
     triton_fwd.frame_attention_fwd_kernel,
@@ -33,8 +44,9 @@ KERNELS = (
 
 def tensors(mask, heads=2, head_dim=72, dtype=torch.bfloat16, seed=0):
     generator = torch.Generator("cuda").manual_seed(seed)
-    shape = (mask.num_tokens, heads, head_dim)
-    return [torch.randn(shape, generator=generator, device="cuda", dtype=dtype).requires_grad_() for _ in range(3)]
+    shapes = [(tokens, heads, head_dim) for tokens in (mask.num_queries, mask.num_keys, mask.num_keys)]
+    made = [torch.randn(shape, generator=generator, device="cuda", dtype=dtype) for shape in shapes]
+    return [x.requires_grad_() for x in made]
 
 
 def attend(*args, **kwargs):
