@@ -133,7 +133,7 @@ class Recipe(ABC):
     @classmethod
     @abstractmethod
     def check(cls, config: MiMoConfig) -> None:
-        """ValueError for a config that the recipe cannot serve; the network calls it too."""
+        """ValueError for a config that the recipe cannot serve."""
 
     @classmethod
     def check_alignment(cls, config: MiMoConfig) -> None:
