@@ -236,6 +236,51 @@ def test_both_ways_to_shard_equal_one_process():
     assert len(errors) == 4 and all(float(error) < 1e-5 for error in errors.values())
 
 
+@pytest.mark.parametrize(("chunks", "clean"), [([1, 2, 2], True), ([2, 1, 2, 2], False), ([2], True)])
+def test_anyflow_is_what_its_own_processor_computes(chunks, clean):
+    """Against FlexAttention under the BlockMask that the transformer builds for itself."""
+    example = load("anyflow")
+    torch.manual_seed(0)
+    transformer = example.small_transformer()
+    given = example.inputs(chunks, clean)
+    mask = example.far_mask(transformer, given["hidden_states"], chunks, clean=clean)
+    with torch.no_grad():
+        expected = transformer(**given)[0]
+        example.use_frame_masks(transformer)
+        actual = transformer(**given, attention_mask=mask)[0]
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+    loss = transformer(**given, attention_mask=mask)[0].square().sum()
+    assert all(gradient is not None for gradient in torch.autograd.grad(loss, transformer.blocks.parameters()))
+
+
+def test_a_backend_of_diffusers():
+    example = load("diffusers_backend")
+    torch.manual_seed(0)
+    mask, other = FrameMask.block_causal([[16, 16, 16]]), FrameMask.block_causal([[16, 16]])
+    transformer = load("wan").small_transformer()
+    latents, text, timestep = torch.randn(1, 4, 3, 8, 8), torch.randn(1, 5, 16), torch.tensor([500])
+
+    def run():
+        return transformer(latents, timestep, text, return_dict=False)[0]
+
+    plain = run()
+    for block in transformer.blocks:
+        block.attn1.set_processor(DenseMaskProcessor(mask))
+    expected = run()
+    for block in transformer.blocks:
+        block.attn1.set_processor(WanAttnProcessor())
+    example.register()
+    example.register()
+    transformer.set_attention_backend("frame_mask")
+    assert torch.equal(run(), plain)  # no mask: torch's own attention
+    with example.frame_mask(other):  # neither for one of other counts
+        assert torch.equal(run(), plain)
+    with example.frame_mask(mask):
+        assert_same(transformer, run(), expected)
+    transformer.reset_attention_backend()
+    assert torch.equal(run(), plain)
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [
@@ -243,6 +288,8 @@ def test_both_ways_to_shard_equal_one_process():
         ("wan", "velocity of the noisy frames: [1, 4, 3, 8, 8]"),
         ("rollout", "largest difference from attention under the whole mask"),
         ("self_forcing", "loss of a rollout of 6 frames"),
+        ("anyflow", "velocity: [1, 4, 4, 8, 8]"),
+        ("diffusers_backend", "velocity under a block-causal mask: [1, 4, 3, 8, 8]"),
         ("rolling_sink", "the sink was never more than 4 frames away"),
     ],
 )
