@@ -14,6 +14,7 @@ rows that a new frame is written to (``FrameSlot``). Nothing is ever read back f
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,8 +94,8 @@ class FrameCache:
         with torch.inference_mode(False):  # a tensor made in it could not serve a backward later
             self.pool = torch.zeros(shape, dtype=dtype, device=self.device)
             # Of float8: the numbers of a page are those stored times its scale.
-            shape = num_layers, 2, num_pages, num_kv_heads
-            self.scales = torch.ones(shape, device=self.device) if dtype == FLOAT8 else None
+            of_scales = num_layers, 2, num_pages, num_kv_heads
+            self.scales = torch.ones(of_scales, device=self.device) if dtype == FLOAT8 else None
             # The same memory for readers. Autograd refuses to go on with what was written to since it was saved: of the
             # pool it cannot know that the pages in question were not. `CacheView.hold` sees to that.
             self._layers = [tuple(x.data for x in layer.unbind()) for layer in self.pool]
@@ -228,8 +229,9 @@ class FrameCache:
         if rotatable:
             shape = len(seqs), num_tokens, self.num_layers, self.num_kv_heads, self.head_dim
             dtype = self.dtype if self.scales is None else torch.float32
-            memory = torch.zeros(shape, dtype=dtype, device=self.device) if reuse is None else reuse.unrotated
-            unrotated = memory.view(shape)
+            before = None if reuse is None else reuse.unrotated
+            made = torch.zeros(shape, dtype=dtype, device=self.device) if before is None else before
+            unrotated = made.view(shape)
         return FrameSlot(seqs, num_tokens, rows, self._book, pages, unrotated=unrotated)
 
     def write(self, slot: FrameSlot, layer: int, k: Tensor, v: Tensor, unrotated: Tensor | None = None) -> None:
@@ -249,7 +251,7 @@ class FrameCache:
         checks.expect_device(op, self.pool, k=k, v=v, unrotated=unrotated)
         checks.expect_count(op, "layer", layer, high=self.num_layers - 1)
         self._opened(slot)
-        if slot.unrotated is not None:
+        if slot.unrotated is not None and unrotated is not None:
             slot.unrotated[:, :, layer].copy_(unrotated)
         self._store(layer, slot.rows, k, v)
 
@@ -404,7 +406,7 @@ class FrameCache:
         turned: dict[Frame, Frame] = {}
         try:
             for frame in frames:
-                turned[frame] = self._store_turned(frame, turn(frame.unrotated))
+                turned[frame] = self._store_turned(frame, turn)
         except Exception:
             self._book.give_back([frame.pages for frame in turned.values()])
             raise
@@ -412,9 +414,11 @@ class FrameCache:
             now = [turned.get(frame, frame) for frame in self._book.sequence(seq).frames]
             self._book.set_frames(seq, now)
 
-    def _store_turned(self, frame: Frame, keys: Tensor) -> Frame:
-        """The frame in pages of its own that belong to nobody yet, with these keys and its values."""
+    def _store_turned(self, frame: Frame, turn: Callable[[Tensor], Tensor]) -> Frame:
+        """The frame in pages of its own that belong to nobody yet, with its keys turned, and its values."""
         op = "FrameCache.rotate"
+        assert frame.unrotated is not None
+        keys = turn(frame.unrotated)
         checks.expect_shape(op, "what turn returns", keys, *frame.unrotated.shape)
         checks.expect_dtype(op, "what turn returns", keys, frame.unrotated.dtype, why="as the unrotated keys")
         checks.expect_device(op, self.pool, **{"what turn returns": keys})
@@ -526,7 +530,7 @@ class FrameCache:
         checks.expect_shape("saved cache", "pages", pages, *shape)
         checks.expect_dtype("saved cache", "pages", pages, self.dtype, why="as this cache")
         if self.scales is not None:
-            scales = state.get("scales")
+            scales: Any = state.get("scales")
             checks.expect_shape("saved cache", "scales", scales, self.num_layers, 2, pages.shape[2], self.num_kv_heads)
             checks.expect_dtype("saved cache", "scales", scales, torch.float32)
         if pages.shape[2] > self.num_pages:
@@ -559,7 +563,7 @@ class FrameCache:
         """Keys before RoPE by the first page of their frame, from a saved state; empty where it has none."""
         if "unrotated_frames" not in state:
             return {}
-        table, keys = state["unrotated_frames"], state.get("unrotated")
+        table, keys = state["unrotated_frames"], state.get("unrotated", torch.empty(0))
         checks.expect_shape("saved cache", "unrotated_frames", table, "n", 2)
         checks.expect_dtype("saved cache", "unrotated_frames", table, torch.int64)
         pages, lengths = table.T.tolist()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,7 +42,8 @@ def _aligned_heads(x: Tensor) -> Tensor:
 def _apart(q: Tensor, k: Tensor | None, v: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Queries, keys and values [rows, heads, head_dim]; without k, q is the packed projection of all three."""
     if k is None:
-        return aligned(q).unbind(1)
+        q, k, v = aligned(q).unbind(1)
+        return q, k, v
     return _aligned_heads(q), _aligned_heads(k), None if v is None else _aligned_heads(v)
 
 
@@ -330,7 +331,7 @@ def _check(
 def _check_apart(op: str, qkv: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
     if len(qkv) not in (2, 3):
         checks.refuse(op, "qkv", f"has length {len(qkv)}", "(q, k) or (q, k, v), or one packed tensor")
-    q, k, v = (*qkv, None)[:3]
+    q, k, v = qkv[0], qkv[1], qkv[2] if len(qkv) == 3 else None
     checks.expect_shape(op, "q", q, "rows", "heads", "head_dim")
     checks.expect_floating(op, "q", q)
     checks.expect_shape(op, "k", k, q.shape[0], "kv_heads", q.shape[2])
@@ -347,7 +348,7 @@ def _check_weights(op: str, q: Tensor, kv_heads: int, q_weight: Tensor | None, k
     if (q_weight is None) != (k_weight is None):
         given, missing = ("k_weight", "q_weight") if q_weight is None else ("q_weight", "k_weight")
         checks.refuse(op, given, f"is given but {missing} is None", "both or none")
-    if q_weight is None:
+    if q_weight is None or k_weight is None:
         return 0
     checks.expect_tensor(op, "q_weight", q_weight)
     wide = list(q_weight.shape) != [dim] and list(q_weight.shape) == [heads * dim]
@@ -439,14 +440,16 @@ def qk_norm_rope(
         checks.refuse(op, "return_v", "is set but qkv is (q, k)", "(q, k, v)")
     chosen = backends.choose(op, backend, call.refusals)
     if q_weight is None and rope is None:
-        apart = call.q.unbind(1) if call.k is None else (call.q, call.k, call.v)
+        apart: tuple[Any, ...] = call.q.unbind(1) if call.k is None else (call.q, call.k, call.v)
         return apart if return_v else apart[:2]
     if chosen == "reference":
-        options = {"eps": eps, "interleaved": interleaved, "return_v": return_v}
-        return qk_norm_rope_ref(qkv, q_weight, k_weight, coords, rope, **options)
-    given = q_weight, k_weight, *_with_table(call.rotation, rope, call.q.device), eps, interleaved
-    q, k, v = _operator(call.q, call.k, *given, return_v and call.k is None)
-    return (q, k, v if call.k is None else call.v) if return_v else (q, k)
+        given = qkv, q_weight, k_weight, coords, rope
+        return qk_norm_rope_ref(*given, eps=eps, interleaved=interleaved, return_v=return_v)
+    rest = q_weight, k_weight, *_with_table(call.rotation, rope, call.q.device), eps, interleaved
+    q, k, v = _operator(call.q, call.k, *rest, return_v and call.k is None)
+    if not return_v:
+        return q, k
+    return q, k, v if call.v is None else call.v
 
 
 def qk_norm_rope_cache(
@@ -490,8 +493,8 @@ def qk_norm_rope_cache(
     checks.expect_device(op, q, k_cache=k_cache, v_cache=v_cache, cache_rows=cache_rows)
     if backends.choose(op, backend, call.refusals) == "reference":
         checks.expect_indices(op, "cache_rows", cache_rows, k_cache.shape[0])
-        options = {"eps": eps, "interleaved": interleaved, "return_v": True}
-        q, k, v = qk_norm_rope_ref(qkv, q_weight, k_weight, coords, rope, **options)
+        inputs = qkv, q_weight, k_weight, coords, rope
+        q, k, v = qk_norm_rope_ref(*inputs, eps=eps, interleaved=interleaved, return_v=True)
         k_cache.index_copy_(0, cache_rows, k)
         v_cache.index_copy_(0, cache_rows, v)
         return q, k
@@ -551,10 +554,11 @@ def qk_norm_rope_ref(
     if isinstance(qkv, Tensor) and (q_weight is None or q_weight.shape[0] == qkv.shape[3]):
         qk, v = qkv.split([2, 1], dim=1)  # queries and keys go through together: [rows, 2, heads, head_dim]
         v = v.squeeze(1)
-        weight = None if q_weight is None else torch.stack([q_weight, k_weight])[:, None]
+        weight = None if q_weight is None or k_weight is None else torch.stack([q_weight, k_weight])[:, None]
         q, k = _norm_and_rotate(qk, weight, coords, rope, eps, interleaved).unbind(1)
     else:
-        q, k, v = qkv.unbind(1) if isinstance(qkv, Tensor) else (*qkv, None)[:3]
+        apart: tuple[Any, ...] = qkv.unbind(1) if isinstance(qkv, Tensor) else qkv
+        q, k, v = (*apart, None)[:3]
         q, k = (
             _norm_and_rotate(x[:, None], weight, coords, rope, eps, interleaved).squeeze(1)
             for x, weight in ((q, q_weight), (k, k_weight))
@@ -590,6 +594,7 @@ def _turns_of_rows(coords: Tensor | None, rope: AxialRoPE | Tensor, dtype: torch
             checks.expect_indices("qk_norm_rope", "coords", coords, rope.shape[0])
             rope = rope.index_select(0, coords)
         return rope.to(dtype)[:, None, None]
+    assert coords is not None
     if dtype == torch.float64:
         _largest_position(coords)
         angle = coords.long()[:, rope.axes(coords.device)] * rope.frequencies(coords.device)
