@@ -84,10 +84,9 @@ def parts(head_dim: int) -> int:
     return len(split_head_dim(head_dim))
 
 
-def compiled(name: str, arch: int, dtype: str, head_dim: int, sharing: int, config) -> dict:
-    """A row of the table: what the compiler made of one kernel."""
+def compile_kernel(name: str, arch: int, dtype: str, head_dim: int, sharing: int, config):
+    """One kernel as Triton compiles it."""
     from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
 
     from mimo_kernels.attention.triton import backward as triton_bwd
@@ -131,7 +130,14 @@ def compiled(name: str, arch: int, dtype: str, head_dim: int, sharing: int, conf
             )
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def compiled(name: str, arch: int, dtype: str, head_dim: int, sharing: int, config) -> dict:
+    """A row of the table: what the compiler made of one kernel."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    result = compile_kernel(name, arch, dtype, head_dim, sharing, config)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(result.asm["cubin"])
