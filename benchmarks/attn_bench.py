@@ -112,6 +112,21 @@ def ragged(name, what, clips, frames, tokens, kept, heads, head_dim) -> Shape:
     return Shape(name, what, FrameMask.teacher_forcing(history, future), heads, head_dim)
 
 
+def last_frames(name, what, clips, frames, tokens, asked, heads, head_dim) -> Shape:
+    mask = FrameMask.block_causal([[tokens] * frames] * clips, queries=slice(-asked, None))
+    return Shape(name, what, mask, heads, head_dim)
+
+
+def slices(name, what, chunks, tokens, heads, head_dim) -> Shape:
+    """Every chunk sees the first one, the one in the middle before it, the latest two and itself: up to four intervals,
+    told as ranges of queries and of keys."""
+    seen = [sorted({0, chunk // 2, max(chunk - 2, 0), max(chunk - 1, 0), chunk}) for chunk in range(chunks)]
+    pairs = [(chunk, other) for chunk, others in enumerate(seen) for other in others]
+    q_ranges, k_ranges = ([(i * tokens, (i + 1) * tokens) for i in side] for side in zip(*pairs))
+    mask = FrameMask.from_slices(q_ranges, k_ranges, num_queries=chunks * tokens)
+    return Shape(name, what, mask, heads, head_dim)
+
+
 def gpu_shapes() -> list[Shape]:
     return [
         teacher_forcing("k600-xl", "MiMo-XL training", 32, 5, 256, 160, 16, 72),
@@ -123,6 +138,8 @@ def gpu_shapes() -> list[Shape]:
         block_causal("far-xl", "block causal, one copy", 32, 16, 64, 18, 64),
         teacher_forcing("wan-gqa", "wan-tf with 3 query heads to a key head", 1, 21, 1560, 1560, 12, 128, kv_heads=4),
         teacher_forcing("magi-tracks", "temporal layers of MAGI: a token per frame", 8 * 256, 16, 1, 1, 16, 80),
+        last_frames("rollout", "the last 3 of 21 frames ask", 1, 21, 1560, 3, 12, 128),
+        slices("slices", "from_slices, up to 4 intervals", 32, 1024, 12, 128),
     ]
 
 
@@ -133,6 +150,8 @@ def cpu_shapes() -> list[Shape]:
         block_causal("cpu-causal", "block causal, one copy", 2, 16, 64, 4, 64),
         ragged("cpu-ragged", "24..48 kept per clip, 4..16 frames", 3, (4, 16), 64, (24, 48), 4, 64),
         teacher_forcing("cpu-gqa", "cpu-tf with 4 query heads to a key head", 2, 16, 64, 64, 4, 64, kv_heads=1),
+        last_frames("cpu-rollout", "the last 3 of 16 frames ask", 2, 16, 64, 3, 4, 64),
+        slices("cpu-slices", "from_slices, up to 4 intervals", 16, 64, 4, 64),
     ]
 
 
@@ -147,9 +166,9 @@ def bench(
     mask, heads, head_dim = shape.mask, shape.heads, shape.head_dim
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     generator = torch.Generator(device).manual_seed(0)
-    counts = (heads, shape.kv_heads or heads, shape.kv_heads or heads, heads)
-    shapes = [(mask.num_tokens, count, head_dim) for count in counts]
-    q, k, v, dout = (torch.randn(size, device=device, dtype=dtype, generator=generator) for size in shapes)
+    asked, seen = (mask.num_queries, heads, head_dim), (mask.num_keys, shape.kv_heads or heads, head_dim)
+    sizes = (asked, seen, seen, asked)
+    q, k, v, dout = (torch.randn(size, device=device, dtype=dtype, generator=generator) for size in sizes)
     inputs = [x.requires_grad_() for x in (q, k, v)]
 
     exact = exact_attention(mask, *inputs, dout)
@@ -165,7 +184,7 @@ def bench(
             row["note"] = f"failed: {common.one_line(error)}"
         ours = peer if label == OURS else ours
         for direction in ("forward", "backward"):
-            timed = {"shape": shape.name, "direction": direction, "head_dim": head_dim, "tokens": mask.num_tokens}
+            timed = {"shape": shape.name, "direction": direction, "head_dim": head_dim, "tokens": mask.num_queries}
             timed |= row
             if peer is not None and direction == "backward" and peer.forward_only:
                 timed["note"] = "forward only"
@@ -268,7 +287,7 @@ def main() -> int:
     for shape in budget.of(shapes):
         mask = shape.mask
         print(
-            f"{shape.name}: {shape.what}; {mask.num_clips} clips, {mask.num_tokens} tokens, "
+            f"{shape.name}: {shape.what}; {mask.num_clips} clips, {mask.num_queries} queries, "
             f"{mask.num_pairs} pairs, {shape.heads} x {shape.head_dim}",
             flush=True,
         )

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from mimo_kernels.attention import FrameMask, frame_attention
+from mimo_kernels.attention import FrameMask, frame_attention, sm90
 
 MAX_DENSE_BYTES = 8 * 2**30
 MAX_GATHERED_BYTES = 16 * 2**30
@@ -58,16 +58,23 @@ class Implementation:
 
     def clips_first(self, x: Tensor) -> Tensor:
         """[tokens, h, d] -> [clips, h, rows, d] where all clips are alike, else [1, h, tokens, d]."""
-        return x.unflatten(0, self.mask.uniform or (1, self.mask.num_tokens)).transpose(1, 2)
+        return x.unflatten(0, (self.mask.repeats, -1)).transpose(1, 2)
 
     def one_clip(self) -> FrameMask:
         """The mask that `clips_first` tensors need."""
-        return FrameMask.from_table(self.mask.pattern) if self.mask.uniform else self.mask
+        mask = self.mask
+        if mask.repeats == 1:
+            return mask
+        return FrameMask.from_table(mask.pattern, clip_lens=mask.clip_lens[:1], key_lens=mask.key_lens[:1])
 
 
 class Ours(Implementation):
     def __init__(self, mask, device, heads, head_dim, kv_heads=None, backend: str = "auto"):
         super().__init__(mask, device, heads, head_dim, kv_heads)
+        if backend == "cuda":
+            reasons = sm90.device_refusals(device) or sm90.input_refusals(torch.bfloat16, head_dim)
+            if reasons := reasons or sm90.mask_refusals(mask):
+                raise Unavailable("; ".join(reasons))
         self.name = "frame_attention" if backend == "auto" else f"frame_attention, {backend}"
         self.backend = backend
 
@@ -104,18 +111,16 @@ class Flex(Implementation):
         if flash:
             self.name = "FlexAttention on FlashAttention-4"
         self.forward_only = not compiled
-        self.rows = mask.uniform[1] if mask.uniform else mask.num_tokens
+        rows, keys = (count // mask.repeats for count in (mask.num_queries, mask.num_keys))
         mask_mod = mask_mod or self.one_clip().to_mask_mod(device)
-        self.make = partial(
-            create_block_mask, mask_mod, None, None, self.rows, self.rows, device=str(device), _compile=compiled
-        )
+        self.make = partial(create_block_mask, mask_mod, None, None, rows, keys, device=str(device), _compile=compiled)
         self.block_mask = self.make()  # compiles, where it is compiled
         _synchronize(device)
         start = time.perf_counter()
         self.block_mask = self.make()
         _synchronize(device)
         self.prepare_seconds["mask"] = time.perf_counter() - start
-        self.pairs = touched_pairs(mask, 128, 128) if compiled else self.rows * mask.num_tokens
+        self.pairs = touched_pairs(mask, 128, 128) if compiled else rows * mask.num_keys
         if compiled:
             self.padded_dim = -(-head_dim // 16) * 16 if flash else 1 << (head_dim - 1).bit_length()
             torch._dynamo.reset()  # every shape is compiled for itself: that is how it runs fastest
@@ -144,20 +149,21 @@ class DenseSDPA(Implementation):
     ):
         """packed: one matrix for all clips; None: only where the clips are not alike."""
         super().__init__(mask, device, heads, head_dim, kv_heads)
-        if packed is False and not mask.uniform:
+        if packed is False and mask.repeats < mask.num_clips:
             raise Unavailable("the clips are not alike")
-        self.backend, self.packed = backend, packed or not mask.uniform
+        self.backend, self.packed = backend, packed or mask.repeats < mask.num_clips
         details = [backend.name.split("_")[0].lower()] if backend else ["packed" if packed else "per clip"]
         self.name = ", ".join(["SDPA, dense mask", *details])
-        rows = mask.num_tokens if self.packed else mask.uniform[1]
-        size = 3 * rows**2  # as bool, and as the bias of two bytes that SDPA makes of it
+        clips = 1 if self.packed else mask.repeats
+        rows, keys = mask.num_queries // clips, mask.num_keys // clips
+        size = 3 * rows * keys  # as bool, and as the bias of two bytes that SDPA makes of it
         if size > MAX_DENSE_BYTES:
-            raise Unavailable(f"a dense mask of {rows} x {rows} takes {size / 2**30:.0f} GiB")
+            raise Unavailable(f"a dense mask of {rows} x {keys} takes {size / 2**30:.0f} GiB")
         start = time.perf_counter()
         self.dense = dense(mask if self.packed else self.one_clip(), device)
         _synchronize(device)
         self.prepare_seconds["mask"] = time.perf_counter() - start
-        self.pairs = rows * mask.num_tokens
+        self.pairs = clips * rows * keys
 
     def clips_first(self, x):
         return x.unsqueeze(0).transpose(1, 2) if self.packed else super().clips_first(x)
@@ -395,11 +401,11 @@ def exact_attention(mask: FrameMask, q: Tensor, k: Tensor, v: Tensor, dout: Tens
     q, k, v, dout = (x.detach().float() for x in (q, k, v, dout))
     sharing = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(sharing, 1) for x in (k, v))
-    totals = [torch.zeros_like(q) for _ in range(4)]
+    totals = [torch.zeros_like(x) for x in (q, q, k, v)]
     out, dq, dk, dv = (split(x) for x in totals)
     for row_start, row_end, *bounds in mask.pattern.tolist():
         rows = slice(row_start, row_end)
-        keys = torch.cat([torch.arange(*bounds[i : i + 2], device=q.device) for i in (0, 2, 4)])
+        keys = torch.cat([torch.arange(*bounds[i : i + 2], device=q.device) for i in range(0, len(bounds), 2)])
         leaves = split(q)[:, :, rows], split(k)[:, :, keys], split(v)[:, :, keys]
         leaves = [x.detach().requires_grad_() for x in leaves]
         weights = (leaves[0] @ leaves[1].transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
@@ -414,7 +420,7 @@ def exact_attention(mask: FrameMask, q: Tensor, k: Tensor, v: Tensor, dout: Tens
 
 def dense(mask: FrameMask, device: torch.device) -> Tensor:
     """`mask.to_dense()`, made on the device."""
-    seen = torch.zeros(mask.num_tokens, mask.num_tokens, dtype=torch.bool, device=device)
+    seen = torch.zeros(mask.num_queries, mask.num_keys, dtype=torch.bool, device=device)
     for row_start, row_end, *bounds in mask.frames.tolist():
         for start, end in zip(bounds[::2], bounds[1::2]):
             seen[row_start:row_end, start:end] = True
@@ -424,7 +430,7 @@ def dense(mask: FrameMask, device: torch.device) -> Tensor:
 def touched_pairs(mask: FrameMask, rows_per_tile: int, keys_per_tile: int) -> int:
     """Query-key pairs in the tiles of a clip that hold any allowed pair: what a tiled kernel computes."""
     table, repeats = mask.pattern.tolist(), mask.repeats
-    rows, total, first = mask.num_tokens // max(repeats, 1), 0, 0
+    rows, total, first = mask.num_queries // max(repeats, 1), 0, 0
     for start in range(0, rows, rows_per_tile):
         end = min(start + rows_per_tile, rows)
         while table[first][1] <= start:

@@ -196,8 +196,13 @@ def print_suggestions(rows: list[dict], arch: int) -> None:
             print(f"    BAND_ROWS = {value}  # {math.exp(mean(gains)):.3f} x; {len(gains)} passes of shapes")
 
 
+def tuned_shapes() -> list[Shape]:
+    """Those of a training run: as many queries as keys, of as many heads."""
+    return [s for s in gpu_shapes() if s.kv_heads is None and s.mask.num_queries == s.mask.num_keys]
+
+
 def chosen_shapes(names: list[str] | None, head_dims: list[int] | None) -> list[Shape]:
-    shapes = [shape for shape in gpu_shapes() if names is None or shape.name in names]
+    shapes = [shape for shape in tuned_shapes() if names is None or shape.name in names]
     if head_dims is None:
         return shapes
     by_dim = {dim: [shape for shape in shapes if shape.head_dim == dim] for dim in head_dims}
@@ -209,7 +214,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("bench_results"))
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
     parser.add_argument("--head-dims", nargs="+", type=int, help="those of the shapes by default")
-    parser.add_argument("--shapes", nargs="+", choices=[shape.name for shape in gpu_shapes()], help="all by default")
+    parser.add_argument("--shapes", nargs="+", choices=[shape.name for shape in tuned_shapes()], help="all by default")
     parser.add_argument(
         "--configs", nargs="+", type=parsed, help="TILExBLOCKxWARPSxSTAGES to try beside the present ones"
     )

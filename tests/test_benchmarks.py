@@ -49,6 +49,8 @@ def results(modules, tmp_path_factory):
         attn_bench.teacher_forcing("tiny", "alike clips", 2, 3, 8, 5, 2, 24),
         attn_bench.ragged("mixed", "ragged clips", 2, (2, 3), 6, (3, 5), 1, 16),
         attn_bench.teacher_forcing("shared", "heads that share keys", 1, 2, 8, 5, 4, 16, kv_heads=2),
+        attn_bench.last_frames("asked", "the last frame asks", 2, 3, 4, 1, 1, 16),
+        attn_bench.slices("slices", "four intervals", 6, 2, 1, 16),
     ]
     device = torch.device("cpu")
     saved: dict[str, list[int]] = {shape.name: [] for shape in shapes}
@@ -67,7 +69,7 @@ def results(modules, tmp_path_factory):
 def test_every_row_is_checked_and_has_its_figures(results):
     rows = json.loads((results / "attention.json").read_text())["rows"]
     measured = [row for row in rows if "ms" in row]
-    for shape in ("tiny", "mixed", "shared"):
+    for shape in ("tiny", "mixed", "shared", "asked", "slices"):
         names = {row["implementation"] for row in measured if row["shape"] == shape}
         assert {"frame_attention", "FlexAttention, eager", "SDPA, dense mask, packed"} <= names
         varlen = {"varlen, gathered, torch flash", "varlen calls + merge, torch flash"}
@@ -100,7 +102,7 @@ def test_page_and_readme_show_what_was_measured(modules, results, tmp_path):
     report.write_readme(readme, report.readme_table(loaded))
     text = readme.read_text()
     assert text.startswith("before\n<!-- benchmarks -->\n") and text.endswith("<!-- /benchmarks -->\nafter\n")
-    assert "old" not in text and all(text.count(f"| {name} |") == 2 for name in ("tiny", "mixed", "shared"))
+    assert "old" not in text and all(text.count(f"| {name} |") == 2 for name in ("tiny", "shared", "asked"))
     with pytest.raises(ValueError, match="has no <!-- benchmarks -->"):
         report.write_readme(results / "attention.csv", "table")
 

@@ -42,9 +42,10 @@ KERNELS = (
 )
 
 
-def tensors(mask, heads=2, head_dim=72, dtype=torch.bfloat16, seed=0):
+def tensors(mask, heads=2, head_dim=72, dtype=torch.bfloat16, seed=0, kv_heads=None):
     generator = torch.Generator("cuda").manual_seed(seed)
-    shapes = [(tokens, heads, head_dim) for tokens in (mask.num_queries, mask.num_keys, mask.num_keys)]
+    kv_heads = kv_heads or heads
+    shapes = [(mask.num_queries, heads, head_dim), *[(mask.num_keys, kv_heads, head_dim)] * 2]
     made = [torch.randn(shape, generator=generator, device="cuda", dtype=dtype) for shape in shapes]
     return [x.requires_grad_() for x in made]
 
@@ -54,6 +55,7 @@ def attend(*args, **kwargs):
 
 
 def dense_attention(q, k, v, seen):
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = torch.einsum("ihd,jhd->hij", q, k) * q.shape[-1] ** -0.5
     scores = scores.masked_fill(~seen, -torch.inf)
     weights = torch.where(seen.any(1, keepdim=True), scores, 0.0).softmax(-1) * seen
@@ -116,6 +118,13 @@ def test_the_shapes_that_matter(shape):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_head_dims(head_dim, dtype):
     check(FrameMask.teacher_forcing([[160, 130, 40]], [[256, 64, 100]]), head_dim=head_dim, dtype=dtype)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (6, 2)])
+@pytest.mark.parametrize("head_dim", [64, 72, 128])
+def test_heads_that_share_keys(heads, kv_heads, head_dim):
+    mask = FrameMask.teacher_forcing([[160, 130, 40]], [[256, 64, 100]])
+    check(mask, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
 
 
 @pytest.mark.parametrize("shape", ["k600", "minecraft", "wan"])

@@ -34,6 +34,12 @@ def test_the_shapes_that_matter(shape):
     suite.check(mask, head_dim=head_dim)
 
 
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (6, 2)])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_heads_that_share_keys(heads, kv_heads, head_dim):
+    suite.test_heads_that_share_keys(heads, kv_heads, head_dim)
+
+
 @pytest.mark.parametrize("shape", ["k600", "minecraft", "wan"])
 def test_twenty_runs_give_the_same_bits(shape):
     suite.test_twenty_runs_give_the_same_bits(shape)
