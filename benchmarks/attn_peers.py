@@ -23,7 +23,7 @@ MAX_DENSE_BYTES = 8 * 2**30
 MAX_GATHERED_BYTES = 16 * 2**30
 
 
-# What the package index does not have, as its authors tell it: H100, bf16, head dim 128, 32k tokens. Not measured here.
+# What the package index does not have, as others tell it: H100, bf16, head dim 128, 32k tokens. Not measured here.
 _TOLD = ("implementation", "mask", "forward_tflops", "backward_tflops", "source")
 _BY_MAGI = "MagiAttention's benchmarks of kernels"
 PUBLISHED = tuple(
