@@ -32,7 +32,7 @@ from pathlib import Path
 import common
 
 LIMIT_SECONDS = {"build": 120, "tests": 240}
-SHARES = {"attn_bench": 4, "lengths_bench": 1, "ops_bench": 3, "sample_bench": 3, "train_bench": 3}
+SHARES = {"attn_bench": 4, "lengths_bench": 1, "ops_bench": 3, "rollout_bench": 1, "sample_bench": 3, "train_bench": 3}
 DEFAULT_SHARE = 1
 GRACE_SECONDS = 30  # beyond its share, before a benchmark is stopped
 TEST_WORKERS = 8
