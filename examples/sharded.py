@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mimo_kernels.attention import FrameMask, frame_attention
+from mimo_kernels.attention import FrameCache, FrameMask, frame_attention, paged_frame_attention
 
 
 class Exchange(torch.autograd.Function):
@@ -47,6 +47,25 @@ def heads_sharded(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask) -> Tensor:
     return to_tokens(frame_attention(*(to_heads(x) for x in (q, k, v)), mask))
 
 
+def rollout(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Sampling with the heads sharded: q, k, v [frames, tokens of mine, heads, d] -> as q, frame after frame. The pages
+    of this process hold all tokens of its heads."""
+    frames, tokens, heads, head_dim = q.shape
+    size = dist.get_world_size()
+    pages = FrameCache.pages_for(frames, tokens * size, page_size=16)
+    cache = FrameCache(1, heads // size, head_dim, num_pages=pages, page_size=16, dtype=q.dtype, device=q.device)
+    seqs = [cache.new_sequence()]
+    view = cache.view(seqs, max_pages=pages)
+    made = []
+    for frame in zip(q, k, v):
+        q_now, k_now, v_now = (to_heads(x)[None] for x in frame)
+        out = paged_frame_attention(q_now, k_now, v_now, cache, layer=0, view=view)
+        made.append(to_tokens(out[0]))
+        cache.append(seqs, [k_now.detach()], [v_now.detach()])
+        view.refresh()
+    return torch.stack(made)
+
+
 def context_parallel(q: Tensor, k: Tensor, v: Tensor, masks: list[FrameMask]) -> Tensor:
     """q, k, v [tokens of mine, heads, d] -> as q. masks: of every process, all queries by the keys that it has."""
     queries = torch.cat(Exchange.apply(*[q] * dist.get_world_size()))  # everybody's, for everybody
@@ -76,6 +95,10 @@ def keys_of_process(mask: FrameMask, size: int) -> list[FrameMask]:
     return masks
 
 
+def say(rank: int, name: str, error: float) -> None:
+    print(f"process {rank}: {name} differs from one process by at most {error:.1e}", flush=True)
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -95,7 +118,12 @@ def main() -> None:
         error = max(
             (one - other[share]).abs().max().item() for one, other in zip((out, *found), (expected, *gradients))
         )
-        print(f"process {rank}: {name} differs from one process by at most {error:.1e}, gradients included", flush=True)
+        say(rank, name, error)
+    frames = torch.randn(3, 4, 4 * size, 2 * size, 16)
+    mask = FrameMask.block_causal([[4 * size] * 4])
+    expected = frame_attention(*(x.flatten(0, 1) for x in frames), mask).unflatten(0, (4, -1))
+    mine = slice(4 * rank, 4 * rank + 4)
+    say(rank, "rollout", (rollout(*frames[:, :, mine]) - expected[:, mine]).abs().max().item())
     dist.destroy_process_group()
 
 
