@@ -208,6 +208,7 @@ class Recipe(ABC):
             return parts
         (clips, frames, height, width), patch = latents.shape[:4], self.config.patch
         shape = (clips, frames, height // patch, width // patch)
+        assert isinstance(model.projection, nn.Module)  # as repa_weight > 0
         alignment = self.alignment.loss(model.projection, output.features, prepared.keep, features, shape)
         return parts._replace(total=parts.total + self.config.repa_weight * alignment, alignment=alignment.detach())
 

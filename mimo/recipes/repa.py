@@ -78,7 +78,7 @@ class Alignment:
             raise ValueError(f"features=None: expected {expected} with repa_weight={self.config.repa_weight}")
         if features.dim() != 5 or (features.shape[0], features.shape[4]) != (expected[0], expected[4]):
             raise ValueError(f"features are {list(features.shape)}: expected {expected}")
-        grid = tuple(features.shape[1:4])
+        grid = features.shape[1], features.shape[2], features.shape[3]
         losses = []
         for (_, kind), rows in hidden.items():
             kept = keep if kind == "clean" else None

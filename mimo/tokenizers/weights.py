@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -16,13 +16,20 @@ from torch import nn
 
 from mimo import records
 from mimo.errors import InputError
-from mimo.tokenizers.protocols import Tokenizer
 
 
-def checksum(tokenizer: Tokenizer | nn.Module) -> str:
-    """SHA-256 of what decides a tokenizer's latents besides its architecture: parameters, buffers and the factor
-    `scale`, however and wherever they are stored. Of a tokenizer that is computed it is that of its `definition`, a
-    text, as the last bits of what is computed differ from machine to machine."""
+class Weighed(Protocol):
+    """What has weights: a tokenizer, an encoder, any nn.Module."""
+
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]: ...
+
+    def named_buffers(self) -> Iterable[tuple[str, torch.Tensor]]: ...
+
+
+def checksum(tokenizer: Weighed) -> str:
+    """SHA-256 of what decides a tokenizer's latents, or an encoder's features, besides its architecture: parameters,
+    buffers and the factor `scale`, however and wherever they are stored. Of one that is computed it is that of its
+    `definition`, a text, as the last bits of what is computed differ from machine to machine."""
     definition: str | None = getattr(tokenizer, "definition", None)
     if definition is not None:
         return hashlib.sha256(definition.encode()).hexdigest()
