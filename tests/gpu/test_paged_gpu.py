@@ -5,7 +5,7 @@ import torch
 
 from mimo_kernels import AxialRoPE, FrameCache, FrameMask, paged_attention, paged_frame_attention, qk_norm_rope
 from mimo_kernels.attention.paged import _triton_op
-from mimo_kernels.ops.rope import qk_norm_rope_cache
+from mimo_kernels.ops.rope import apply_rope, qk_norm_rope_cache
 from mimo_kernels.testing import assert_within_budget, poisoned_memory
 
 DEVICE = torch.device("cuda")
@@ -287,3 +287,27 @@ def test_captured_attention_to_the_pages_of_others():
         bias, mask = torch.zeros(2, 1, device=DEVICE), FrameMask.bidirectional([[16]])
         exact, rough = (dense(q, k, v, history, bias, mask, kind)[0] for kind in (torch.float64, torch.bfloat16))
         assert_within_budget(out, rough, exact.float())
+
+
+@pytest.mark.parametrize("page_size", [64, 40])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pages_of_float8(dtype, page_size):
+    """Kernels against the reference over the same bytes, forward and backward; a frame is rotated in between."""
+    rope = AxialRoPE(128)
+    coords = torch.zeros(100, 3, dtype=torch.int32, device="cuda")
+    cache = FrameCache(1, 2, 128, num_pages=24, page_size=page_size, dtype=torch.float8_e4m3fn, device="cuda")
+    seq = cache.new_sequence()
+    generator = torch.Generator("cuda").manual_seed(0)
+    for _ in range(3):
+        k, v = torch.randn(2, 1, 1, 100, 2, 128, generator=generator, device="cuda").to(dtype)
+        cache.append([seq], k, v, k)
+    cache.rotate([seq], 0, lambda keys: apply_rope(keys, coords + 5, rope))
+    given = torch.randn(1, 70, 8, 128, generator=generator, device="cuda").to(dtype)
+    results = []
+    for backend in ("triton", "reference"):
+        q, k, v = (x.detach().requires_grad_() for x in (given[:, :, :4], given[:, :, 4:6], given[:, :, 6:]))
+        out = paged_frame_attention(q, k, v, cache, layer=0, view=cache.view([seq]), backend=backend)
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))])
+    for actual, expected in zip(*results, strict=True):
+        difference = (actual.float() - expected.float()).norm() / expected.float().norm()
+        assert difference < 2e-2
