@@ -315,7 +315,9 @@ class MiMoConfig(_Record):
             _require(not (value and headless), name, value, "none without a token head (token_depth=0)")
         _require(levels != 1, "noise_levels", levels, "two or more, of which the lowest is none, or 0")
         cross = self.cross_attention
-        _require(not cross or self.token_depth, "cross_attention", cross, "False without a token head (token_depth=0)")
+        _require(
+            not cross or self.token_depth > 0, "cross_attention", cross, "False without a token head (token_depth=0)"
+        )
         one = (self.num_classes > 0) != (self.text_dim > 0)
         _require(not cross or one, "cross_attention", cross, "either num_classes or text_dim, and not both, with it")
         _require(cross or not self.text_dim, "text_dim", self.text_dim, "0 without cross_attention")

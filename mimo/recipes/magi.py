@@ -48,7 +48,7 @@ import torch
 from torch import Tensor
 
 from mimo.config import MiMoConfig
-from mimo.network.frames import Frame, FrameBatch, FrameList
+from mimo.network.frames import Frame, FrameBatch, FrameList, Kind
 from mimo.recipes.base import Draws, HistoryPolicy, Prepared, conditions_of
 from mimo.recipes.masked_tokens import MaskedTokens
 
@@ -73,7 +73,7 @@ class MAGI(MaskedTokens):
 
     @classmethod
     def history_policy(cls, config: MiMoConfig) -> HistoryPolicy:
-        kind = "clean" if config.teacher_forcing == "complete" else "masked"
+        kind: Kind = "clean" if config.teacher_forcing == "complete" else "masked"
         return HistoryPolicy(None, conditions_of(config), kind=kind)
 
     def frames(self, x: Tensor, conditions: dict[str, Any], draws: Draws, step: int | None) -> Prepared:
