@@ -158,7 +158,10 @@ def test_guided_step_compiles(compiled, arch):
 
 
 def test_pages_stream_in_while_the_tensor_cores_work(compiled):
-    assert all(compiled[case][0]["LDGSTS"] > 0 for case in CASES if case[1] == "bf16")
+    """All but the gradient with more than 128 channels, which has registers and shared memory for one block at a time
+    before sm_90."""
+    streaming = [case for case in CASES if case.dtype == "bf16" and not (case.backward and case.head_dim > 128)]
+    assert all(compiled[case][0]["LDGSTS"] > 0 for case in streaming)
 
 
 if __name__ == "__main__":
