@@ -20,7 +20,8 @@ DRAWN_CLIPS = 2
 MARKS = {"■": "#", "▒": "+", "·": ".", "…": "~"}  # of a drawing, and what stands for them in ASCII
 
 Lens = Sequence[Sequence[int]] | torch.Tensor
-Block = tuple[str, int, int] | None  # of a drawing: name, first row or key, end; None: some that are not shown
+Block = tuple[str, int, int]  # of a drawing: name, first row or key, end
+Drawn = list[Block | None]  # None: some that are not shown
 
 
 class FrameMask:
@@ -293,7 +294,7 @@ class FrameMask:
             lines.append(f"  {name:>{width}}  {end - first:>{counts},} {seen}")
         return [line.rstrip() for line in lines]
 
-    def _blocks(self, clip: int, table: list[list[int]]) -> tuple[list[Block], list[Block]]:
+    def _blocks(self, clip: int, table: list[list[int]]) -> tuple[Drawn, Drawn]:
         """The rows and the columns of a drawing."""
         row, key = sum(self.clip_lens[:clip]), sum(self.key_lens[:clip])
         history, future = self.history_lens[clip], self.future_lens[clip]
@@ -304,12 +305,13 @@ class FrameMask:
             # No frames are known of the keys: what is seen alike is a block.
             stop = key + self.key_lens[clip]
             places = {place for group in table for place in group[KEYS:] if key < place < stop} | {key, stop}
-            columns = [(f"k{i}", *ends) for i, ends in enumerate(pairwise(sorted(places)))]
-            return _abbreviated([(f"q{name}", *ends) for name, *ends in rows]), _abbreviated(columns)
+            keys = [(f"k{i}", first, end) for i, (first, end) in enumerate(pairwise(sorted(places)))]
+            return _abbreviated([(f"q{name}", first, end) for name, first, end in rows]), _abbreviated(keys)
         copies = [("h", history), ("f", future)] if future else [("", history)]
         if self._options.get("future_first"):
             copies.reverse()
-        columns, asking = [], []
+        columns: Drawn = []
+        asking: Drawn = []
         for letter, lens in copies:
             frames = _named(letter, lens, key)
             columns += _abbreviated(frames)
@@ -320,19 +322,19 @@ class FrameMask:
             chosen = range(*self._options["queries"].indices(len(lens)))
             mine = [(f"{letter}{t}", lens[t]) for t in chosen if lens[t]]
             ends = list(accumulate((count for _, count in mine), initial=row))
-            asking = _abbreviated([(name, *ends[i : i + 2]) for i, (name, _) in enumerate(mine)])
+            asking = _abbreviated([(name, ends[i], ends[i + 1]) for i, (name, _) in enumerate(mine)])
         return asking, columns
 
 
 def _named(letter: str, lens: list[int], first: int) -> list[Block]:
     """The frames that have tokens, which begin at a row or key."""
     ends = list(accumulate(lens, initial=first))
-    return [(f"{letter}{frame}", *ends[frame : frame + 2]) for frame, count in enumerate(lens) if count]
+    return [(f"{letter}{frame}", ends[frame], ends[frame + 1]) for frame, count in enumerate(lens) if count]
 
 
-def _abbreviated(blocks: list[Block]) -> list[Block]:
+def _abbreviated(blocks: list[Block]) -> Drawn:
     shown = DRAWN_FRAMES // 2
-    return blocks if len(blocks) <= DRAWN_FRAMES else [*blocks[:shown], None, *blocks[-shown:]]
+    return [*blocks] if len(blocks) <= DRAWN_FRAMES else [*blocks[:shown], None, *blocks[-shown:]]
 
 
 def _mark(block: tuple[str, int, int], keys: list[int]) -> str:
