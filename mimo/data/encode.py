@@ -20,12 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -178,7 +179,7 @@ def _plan_features(dataset: VideoDataset, encoder: Encoder | None, name: str | N
     if encoder is None:
         return {}
     shape = *encoder.grid(dataset.num_frames, dataset.height, dataset.width), encoder.channels
-    return {"encoder": name, "encoder_sha256": checksum(encoder), "features_shape": list(shape)}
+    return {"encoder": name, "encoder_sha256": checksum(cast(nn.Module, encoder)), "features_shape": list(shape)}
 
 
 def _encoded_shards(

@@ -8,7 +8,7 @@ same numbers and use their own part: how a global batch is split changes nothing
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -190,7 +190,7 @@ class Trainer:
                 self.encoder.grid(*shape.video_shape)
         if config.repa_weight == 0:
             return
-        sha256 = stored if self.encoder is None else checksum(self.encoder)
+        sha256 = stored if self.encoder is None else checksum(cast(nn.Module, self.encoder))
         if stored not in (None, sha256):
             raise InputError(
                 f"{dataset!r}: was encoded with an encoder of checksum {stored}, that of {weights} is {sha256}"
