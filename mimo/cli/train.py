@@ -144,6 +144,7 @@ class Train(Clips):
 
     def run_in(self, world) -> None:
         """`run`, as one of the processes of a mimo.training.distributed.World."""
+        from mimo.network.report import parameter_report
         from mimo.training.loop import train
         from mimo.training.preview import Preview
         from mimo.training.trainer import Trainer
@@ -182,7 +183,7 @@ class Train(Clips):
             resume=self.resume,
             keep_every=self.keep_every,
             preview=preview,
-            heading=f"{self.preset} on {where}, parameters:\n{trainer.model.parameter_report()}".lstrip(),
+            heading=f"{self.preset} on {where}, parameters:\n{parameter_report(trainer.model)}".lstrip(),
         )
 
 

@@ -38,6 +38,24 @@ class Text(NamedTuple):
         return cls(features, tuple((features.ne(0).any(-1) * tokens).amax(1).tolist()))
 
 
+def lengths_of(text: Text | None, clips: int) -> tuple[list[int], int]:
+    """Of the sequences of clips, the null token included, and what they are padded to."""
+    if text is None:
+        return [1] * clips, 1
+    return [max(1, length) for length in text.lengths], text.features.shape[1]
+
+
+def text_on(text: Text | None, config: MiMoConfig, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """Features, and which clips are told nothing, bool [B], on a device. ValueError for a text of other features than
+    the network knows."""
+    if text is None:
+        return None
+    if not config.text_dim or text.features.shape[2:] != (config.text_dim,):
+        found = list(text.features.shape)
+        raise ValueError(f"text features are {found}: expected [clips, tokens, text_dim={config.text_dim}]")
+    return text.features.to(device), torch.tensor([n == 0 for n in text.lengths], device=device)
+
+
 class Told(NamedTuple):
     """What a block's rows are told: `attend(q, k, v)` with q [R, h, d] and k, v [K, h, d] of the sequences; these as
     they are, [K, E], or as the keys and values that the block makes of them."""

@@ -32,7 +32,8 @@ from mimo.network.blocks import (
     attend_tracks,
     sinusoid,
 )
-from mimo.network.cross import Text, Told, across_mask, attend_across
+from mimo.network.checks import Tap, check_batch, check_frames, check_taps
+from mimo.network.cross import Text, Told, across_mask, attend_across, lengths_of, text_on
 from mimo.network.frames import Asked, FrameBatch, FrameList, Kind, frame_rows, is_predicted
 from mimo.network.heads import Decoder, Projection
 from mimo.network.packed import Decoding, Packed, Sizes
@@ -42,7 +43,6 @@ from mimo_kernels import AxialRoPE, FrameMask, FrameRows, frame_attention, gathe
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 TRAINING_ONLY = ("decoder", "projection")  # parts that sampling has no use for
-Tap = tuple[int, str]  # after this many layers, the rows of "clean" or of "noisy" (all other) frames
 
 
 class MiMoOutput(NamedTuple):
@@ -165,8 +165,8 @@ class MiMo(nn.Module, Pretrained):
             taps: what `features` is asked for: (layer, "clean" or "noisy"), layers 1..depth. Of clean frames alone the
                 network runs as far as somebody reads.
         """
-        self._check(batch)
         config = self.config
+        check_batch(config, batch)
         factorized = config.attention == "factorized"
         packed = batch.frames.packed(separate_ln=config.separate_ln, device=batch.latents.device, factorized=factorized)
         decodings = {}
@@ -176,11 +176,12 @@ class MiMo(nn.Module, Pretrained):
                 for offset in config.mask_offsets
             }
             decodings = {offset: decoding for offset, decoding in found.items() if decoding is not None}
-        self._check_taps(packed, taps, bool(decodings))
+        last_reads = self.blocks[-1].norm2.weight is not None or not config.separate_ln
+        check_taps(config, packed, taps, bool(decodings), last_reads=last_reads)
         given = batch.latents, batch.timestep, batch.tokens, batch.labels, batch.actions, batch.intervals
         across = text = None
         if self.config.cross_attention:
-            across, text = self._across(batch), self._text(batch.text, batch.latents.device)
+            across, text = self._across(batch), text_on(batch.text, config, batch.latents.device)
         given = *given, batch.noise, batch.masked, batch.asked
         return self.compute(packed, decodings, tuple(taps), *given, across, text)
 
@@ -388,8 +389,8 @@ class MiMo(nn.Module, Pretrained):
         if not self.config.cross_attention:
             return None
         device = self.embed.weight.device
-        embedded = self._sequences(labels, self._text(text, device), sequences, device)
-        mask = across_mask([self.config.tokens] * sequences, *_lengths(text, sequences))
+        embedded = self._sequences(labels, text_on(text, self.config, device), sequences, device)
+        mask = across_mask([self.config.tokens] * sequences, *lengths_of(text, sequences))
         attend = attend_across(mask, self.backend)
         return [Told(attend, keys_values=block.cross.keys_values(embedded)) for block in self.blocks]
 
@@ -605,43 +606,8 @@ class MiMo(nn.Module, Pretrained):
         """Which rows are told what: all rows, and those of frames that are not clean."""
         clips = batch.frames.clips
         every = ([sum(f.tokens for f in clip if not last or is_predicted(f)) for clip in clips] for last in (0, 1))
-        all_rows, predicted = (across_mask(rows, *_lengths(batch.text, len(clips))) for rows in every)
+        all_rows, predicted = (across_mask(rows, *lengths_of(batch.text, len(clips))) for rows in every)
         return all_rows, predicted
-
-    def _text(self, text: Text | None, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """Features and which clips are told nothing, bool [B], on a device."""
-        if text is None:
-            return None
-        if not self.config.text_dim or text.features.shape[2:] != (self.config.text_dim,):
-            found, expected = list(text.features.shape), self.config.text_dim
-            raise ValueError(f"text features are {found}: expected [clips, tokens, text_dim={expected}]")
-        return text.features.to(device), torch.tensor([n == 0 for n in text.lengths], device=device)
-
-    def parameter_report(self) -> str:
-        """A table of parameter counts by part; decoder and projection are needed in training only."""
-        parts: dict[str, list[Any]] = {
-            "embedding": [self.embed, self.embed_coarse, self.positions, self.places],
-            "conditioning": [self.time, self.classes, self.actions, self.intervals, self.noise, self.text_norm],
-            "attention": [module for block in self.blocks for module in (block.attention, block.cross)],
-            "MLP": [block.mlp for block in self.blocks],
-            "norms and modulation": [
-                norm for block in self.blocks for norm in (block.norm1, block.norm_cross, block.norm2)
-            ],
-            "head": [self.norm, self.head],
-            "decoder": [self.decoder],
-            "projection": [self.projection],
-        }
-        counts: dict[str, int] = {
-            name: sum(p.numel() for m in modules if m is not None for p in m.parameters())
-            for name, modules in parts.items()
-        }
-        if self.mask_token is not None:
-            counts["embedding"] += self.mask_token.numel()
-        if self.null_text is not None:
-            counts["conditioning"] += self.null_text.numel()
-        total = sum(counts.values())
-        counts |= {"total": total, "total when sampling": total - sum(counts[name] for name in TRAINING_ONLY)}
-        return "\n".join(f"{name:<22}{count:>15,}" for name, count in counts.items())
 
     def _time(self, timestep: Tensor) -> Tensor:
         return self.time(sinusoid(timestep).to(self.time[0].weight.dtype))
@@ -679,7 +645,7 @@ class MiMo(nn.Module, Pretrained):
             time = position
         else:
             if isinstance(position, int):
-                self._check_frames(position + 1)
+                check_frames(self.config, position + 1)
                 if self.rope is not None:
                     self.rope.tables_on(device, position)
             time = torch.full((sequences,), position, device=device)
@@ -687,73 +653,6 @@ class MiMo(nn.Module, Pretrained):
         coords = place.repeat(sequences, 1, 1).to(time.dtype if time.is_floating_point() else torch.int32)
         coords[:, :, 0] = time[:, None]
         return coords.flatten(0, 1)
-
-    def _check_frames(self, frames: int) -> None:
-        if self.config.positions == "learned" and frames > self.config.frames:
-            raise ValueError(f"{frames} frames: learned positions end at {self.config.frames}")
-
-    def _check(self, batch: FrameBatch) -> None:
-        """Refuses what does not fit, by name."""
-        config, frames = self.config, batch.frames.frames
-        expected = [len(frames), config.tokens, config.token_channels]
-        if list(batch.latents.shape) != expected:
-            raise ValueError(
-                f"latents are {list(batch.latents.shape)}: expected {expected}, [frames, tokens, channels]"
-            )
-        known = {"clean", "noisy" if self.mask_token is None else "masked"} | (
-            {"coarse"} if config.coarse_stride else set()
-        )
-        if unknown := {frame.kind for frame in frames} - known:
-            embeds = " and ".join(map(repr, sorted(known)))
-            raise ValueError(f"frames are {', '.join(sorted(unknown))}: this network embeds {embeds} ones")
-        expected = config.coarse_tokens, config.coarse_stride
-        for frame in frames:
-            if frame.kind == "coarse" and (frame.tokens, frame.stride) != expected:
-                raise ValueError(
-                    f"a coarse frame has {frame.tokens} tokens, stride {frame.stride}: expected {expected[0]}, stride "
-                    f"{expected[1]}"
-                )
-        self._check_frames(1 + max((frame.time for frame in frames), default=-1))
-        modulated = sum(frame.kind in ("noisy", "coarse") for frame in frames)
-        found = 0 if batch.timestep is None else batch.timestep.numel()
-        if found != modulated:
-            raise ValueError(f"timestep has {found} numbers: expected {modulated}, one per frame that is not clean")
-        rows = sum(frame.tokens for frame in frames)
-        if (batch.masked is None) != (self.mask_token is None):
-            raise ValueError("masked rows: expected them with a token head (token_depth > 0), and only then")
-        if batch.masked is not None and batch.masked.shape != (rows,):
-            raise ValueError(f"masked is {list(batch.masked.shape)}: expected [{rows}], one per row")
-        if batch.tokens is None:
-            whole = all(frame.tokens == config.tokens or frame.kind == "coarse" for frame in frames)
-            if not whole:
-                raise ValueError(f"tokens=None: expected whole frames, of {config.tokens} tokens each")
-        elif batch.tokens.shape != (rows,):
-            raise ValueError(f"tokens are {list(batch.tokens.shape)}: expected [{rows}], one per row")
-
-    def _check_taps(self, packed: Packed, taps: Sequence[Tap], decodes: bool) -> None:
-        config = self.config
-        present = {"clean": packed.clean, "noisy": packed.predicted}
-        for layer, kind in taps:
-            if kind not in present or not 1 <= layer <= config.depth:
-                raise ValueError(f"tap {(layer, kind)}: expected (1..{config.depth}, 'clean' or 'noisy')")
-            if present[kind] is None:
-                raise ValueError(f"tap {(layer, kind)}: the batch has no {kind} frames")
-            if (
-                layer == config.depth
-                and kind == "clean"
-                and self.blocks[-1].norm2.weight is None
-                and config.separate_ln
-            ):
-                raise ValueError(
-                    f"tap {(layer, kind)}: clean rows end in the last block, as its second norm has no weights for "
-                    f"them unless training reads there (decoder_layer={config.decoder_layer})"
-                )
-            if layer == config.depth and kind == "clean" and packed.sizes is not None:
-                raise ValueError(f"tap {(layer, kind)}: expected a batch without coarse frames, which end there")
-        if packed.predicted is None and not taps and not decodes:
-            raise ValueError(
-                "clean frames alone: expected masked ones and a decoder, or taps; nothing else is computed"
-            )
 
 
 def _is_temporal(layer: int) -> bool:
@@ -764,10 +663,3 @@ def _is_temporal(layer: int) -> bool:
 @lru_cache(maxsize=64)
 def _whole_frame(tokens: int) -> FrameMask:
     return FrameMask.bidirectional([[tokens]])
-
-
-def _lengths(text: Text | None, clips: int) -> tuple[list[int], int]:
-    """Of the sequences of clips, the null token included, and what they are padded to."""
-    if text is None:
-        return [1] * clips, 1
-    return [max(1, length) for length in text.lengths], text.features.shape[1]

@@ -11,6 +11,7 @@ from mimo import MiMo, MiMoConfig
 from mimo.config import PRESETS
 from mimo.network.blocks import FixedPositions
 from mimo.network.frames import clean_and_noisy
+from mimo.network.report import parameter_report
 from mimo.recipes import build_recipe, recipe_type
 from mimo.recipes.base import step_generator
 
@@ -111,7 +112,7 @@ def test_parameter_counts_of_the_presets(name):
         model = MiMo(config)
     count = sum(parameter.numel() for parameter in model.parameters())
     assert count == count_by_hand(config)
-    report = dict(line.rsplit(maxsplit=1) for line in model.parameter_report().splitlines())
+    report = dict(line.rsplit(maxsplit=1) for line in parameter_report(model).splitlines())
     numbers = {part.strip(): int(number.replace(",", "")) for part, number in report.items()}
     assert numbers["total"] == count
     heads = [part for part in (model.decoder, model.projection) if part is not None]
