@@ -96,7 +96,8 @@ def keys_of_process(mask: FrameMask, size: int) -> list[FrameMask]:
 
 
 def say(rank: int, name: str, error: float) -> None:
-    print(f"process {rank}: {name} differs from one process by at most {error:.1e}", flush=True)
+    words = f"process {rank}: {name} differs from one process by at most {error:.1e}\n"
+    print(words, end="", flush=True)  # in one piece, beside those of others
 
 
 def main() -> None:

@@ -50,10 +50,13 @@ class Machine(RuleBasedStateMachine):
         self.slot = None
         self.count = 0
 
-    def pages(self) -> int:
+    def stored(self) -> int:
         """Pages in use: frames that sequences share are the same object and count once."""
         frames = {id(f[3]): f[1].shape[1] for frames in self.frames.values() for f in frames}
         return sum(-(-tokens // PAGE) for tokens in frames.values())
+
+    def pages(self) -> int:
+        return self.stored()
 
     def reserved(self) -> int:
         return 0 if self.slot is None else len(self.slot[0].seqs) * -(-self.slot[0].num_tokens // PAGE)
@@ -142,9 +145,9 @@ class Machine(RuleBasedStateMachine):
             with pytest.raises(ValueError, match="open frame"):
                 self.cache.state_dict()
             return
-        restored = make(max(1, self.pages()) + more)
+        restored = make(max(1, self.stored()) + more)
         restored.load_state_dict(self.cache.state_dict())
-        assert restored.num_free_pages == restored.num_pages - self.pages()
+        assert restored.num_free_pages == restored.num_pages - self.stored()
         if restored.num_pages >= self.cache.num_pages:
             self.cache = restored
 

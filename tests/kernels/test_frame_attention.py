@@ -133,10 +133,10 @@ def test_head_dims(head_dim):
 @pytest.mark.parametrize(
     ("mask", "calls"),
     [
-        (FrameMask.teacher_forcing([[1] * 8] * 6, [[1] * 8] * 6), 1),  # tracks of a factorized network
+        (FrameMask.teacher_forcing([[1] * 8] * 6, [[1] * 8] * 6), 3),  # tracks of a factorized network
         (FrameMask.block_causal([[1] * 80], window=20, sink=2), 2),
-        (FrameMask.block_causal([[3, 4, 40, 2, 1], [1, 5, 2]]), 5),
-        (FrameMask.teacher_forcing([[1, 2, 0]], [[2, 1, 3]], drop_history=[[False, True, True]]), 1),
+        (FrameMask.block_causal([[3, 4, 40, 2, 1], [1, 5, 2]]), 6),
+        (FrameMask.teacher_forcing([[1, 2, 0]], [[2, 1, 3]], drop_history=[[False, True, True]]), 4),
     ],
 )
 @pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU the reference makes a call per frame")
