@@ -35,3 +35,16 @@ def test_the_gallery_shows_the_masks_as_they_are():
 def test_every_page_is_in_the_table_of_contents():
     listed = set(re.findall(r"([\w/-]+\.md)$", (DOCS.parent / "mkdocs.yml").read_text(), re.M))
     assert listed == set(PAGES)
+
+
+def test_the_table_of_support_has_every_gpu_and_no_loop_that_spills():
+    """What is compiled anew in tests/aot has limits there; this is the page that people read."""
+    page = (DOCS / "support.md").read_text()
+    assert re.findall(r"^## (sm_\d+)", page, re.M) == ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
+    limit, most = 0, []
+    for line in page.splitlines():
+        if found := re.match(r"(\d+) KiB of shared memory", line):
+            limit = int(found[1])
+        most += [(limit, int(size)) for size in re.findall(r"\| (\d+) KiB", line)]
+    assert len(most) == 6 * 8 * 6 and all(size <= limit for limit, size in most)
+    assert "in loops" not in page

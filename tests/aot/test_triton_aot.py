@@ -30,10 +30,10 @@ if TRITON_VERSION < (3, 9):
 # architecture's own; what shares a table, and the other dtypes, are compiled at fewer.
 HEAD_DIMS = (64, 72, 96, 128, 192, 256)
 CASES = {
-    80: {"bf16": (*HEAD_DIMS, 112), "fp32": (64, 72)},
-    86: {"bf16": (72, 192, 256), "fp32": (256,)},
+    80: {"bf16": (*HEAD_DIMS, 112), "fp32": (72,)},
+    86: {"bf16": (128, 256), "fp32": (256,)},
     89: {"bf16": (72,)},
-    90: {"bf16": (*HEAD_DIMS, 112), "fp16": (72,), "fp32": (72,)},
+    90: {"bf16": (*HEAD_DIMS, 112), "fp32": (72,)},
     100: {"bf16": HEAD_DIMS},
     120: {"bf16": (72, 256), "fp32": (64,)},
 }
