@@ -56,9 +56,6 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # What takes longest begins first, so that no core is idle at the end.
-    long = ("aot/", "mimo/test_distributed.py", "test_contributing.py", "fuzz/")
-    items.sort(key=lambda item: not item.path.relative_to(ROOT / "tests").as_posix().startswith(long))
     for item in items:
         if ROOT / "tests" / "gpu" in item.path.parents:
             item.add_marker("gpu")
