@@ -18,6 +18,8 @@ once to float32. Nothing here waits for the device: a step index may itself be a
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -34,14 +36,16 @@ def _match(coefficient: Tensor, x: Tensor) -> Tensor:
     return coefficient.to(x.dtype).reshape(coefficient.shape + (1,) * (x.dim() - coefficient.dim()))
 
 
-class _Schedule:
+class _Schedule(ABC):
     """What follows from alpha(t) and sigma(t) alone."""
 
+    @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The factor of the clean latents at time t [...]."""
 
+    @abstractmethod
     def sigma(self, t: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The factor of the noise at time t [...]."""
 
     def add_noise(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t = alpha(t) x + sigma(t) eps.  x, eps [..., *], t [...]."""
@@ -51,11 +55,13 @@ class _Schedule:
         """alpha(t)^2 / sigma(t)^2."""
         return (self.alpha(t) / self.sigma(t)).square()
 
+    @abstractmethod
     def sampling_timesteps(self, steps: int, device: torch.device | str = "cpu") -> Tensor:
-        raise NotImplementedError
+        """[steps]: the timesteps t_0 > t_1 > ... that a sampler visits, and `step` counts."""
 
+    @abstractmethod
     def step(self, v: Tensor, x: Tensor, i: int | Tensor) -> Tensor:
-        raise NotImplementedError
+        """x [..., *] at t_i and the prediction v there -> x at t_{i+1}, or the clean x after the last."""
 
     def coefficients(self, steps: int, device: torch.device | str = "cpu") -> Tensor:
         """fp32 [steps, 2]: `step` is linear in x and v."""

@@ -43,6 +43,15 @@ class _RunState:
     OTHER_KEYS: ClassVar[bool] = True
 
 
+def find_run(path: Path, weights: str) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint that a path means, whose `weights` ("ema" or "model") are whole, and its state. Says which newer
+    ones were passed over, and why. Raises InputError where there is none."""
+    folder, passed_over = checkpoint.find(path, parts=[weights])
+    for reason in passed_over:
+        print(f"passed over: {reason}")
+    return folder, read_run_state(folder)
+
+
 def read_run_state(folder: Path) -> dict[str, Any]:
     """state.json of a checkpoint that a training run has written.
 

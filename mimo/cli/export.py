@@ -30,15 +30,12 @@ class Export:
 
     def run(self) -> None:
         from mimo import checkpoint, pretrained
-        from mimo.run_state import read_run_state
+        from mimo.run_state import find_run
 
         require_folder(self.out)
         if pretrained.is_export(self.out) and not self.overwrite:
             raise InputError(f"{self.out} holds a network: --overwrite replaces it")
-        folder, passed_over = checkpoint.find(self.source, parts=[self.weights])
-        for reason in passed_over:
-            print(f"passed over: {reason}")
-        state = read_run_state(folder)
+        folder, state = find_run(self.source, self.weights)
         tensors = checkpoint.read_tensors(folder, self.weights, state)
         pretrained.write(self.out, tensors, state["configs"], step=state["step"], weights=self.weights)
         print(f"{self.out}: step {state['step']} of {self.source}, weights {self.weights!r}")

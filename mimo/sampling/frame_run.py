@@ -4,6 +4,7 @@ Letters: S sequences, N tokens per frame, C latent channels.
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ def frame_generator(seed: int, sequence: int, position: int, use: str) -> torch.
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
-class FrameRun:
+class FrameRun(ABC):
     """The state of one run: the frame being made in `x`, [S, N, C], and what has been made in `history`.
 
     A subclass makes a frame in `denoise(noise, extra)`.
@@ -39,9 +40,9 @@ class FrameRun:
         self._tell(given, positions)
         self.history.begin(clips)
 
+    @abstractmethod
     def denoise(self, noise: Tensor, extra: Tensor | None = None) -> None:
         """Makes the next frame, in `x`, from noise; `extra` is added to it when it becomes history."""
-        raise NotImplementedError
 
     def remember(self) -> None:
         """The finished frame, plus what is added to it, joins the history."""

@@ -12,7 +12,7 @@ from mimo import checkpoint, pretrained
 from mimo.config import MiMoConfig, SampleConfig, TrainConfig
 from mimo.errors import InputError
 from mimo.network.network import TRAINING_ONLY, MiMo
-from mimo.run_state import KINDS, check_configs, read_run_state
+from mimo.run_state import KINDS, check_configs, find_run
 from mimo.runtime import best_device, config_tokenizer, recorded_tokenizer
 from mimo.stages import stage_at, stage_config
 from mimo.tokenizers.protocols import Tokenizer
@@ -72,10 +72,7 @@ def load(
 
 
 def _of_run(path: Path, weights: str) -> Described:
-    folder, passed_over = checkpoint.find(path, parts=[weights])
-    for reason in passed_over:
-        print(f"passed over: {reason}")
-    state = read_run_state(folder)
+    folder, state = find_run(path, weights)
     return (
         folder,
         state["configs"],

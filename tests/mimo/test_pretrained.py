@@ -10,6 +10,7 @@ import torch
 from mimo import MiMo, MiMoConfig, records
 from mimo.cli import main
 from mimo.errors import InputError
+from mimo.training.initial import begin_with
 
 TINY = (
     "--model.depth 1 --model.dim 16 --model.heads 2 --model.decoder-depth 1 --model.decoder-layer 1 --model.frames 3 "
@@ -117,6 +118,8 @@ def test_what_is_no_network_is_refused_in_one_line(exported, tmp_path, capsys):
     data[-1] ^= 1
     (flipped / "model.safetensors").write_bytes(data)
     refuses(flipped, "model.safetensors is damaged: its checksum is")
+    with pytest.raises(InputError, match="model.safetensors is damaged"):
+        begin_with(MiMo.from_pretrained(exported), flipped)
     edited = change(exported, tmp_path / "d")
     (edited / "config.json").write_text((edited / "config.json").read_text().replace('"depth": 1', '"depth": 2'))
     refuses(edited, "config.json: is damaged: its checksum is")
