@@ -11,7 +11,6 @@ a page table per sequence (``CacheView``), uploaded once per frame into buffers 
 rows that a new frame is written to (``FrameSlot``). Nothing is ever read back from the device.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,14 +19,14 @@ import torch
 from torch import Tensor
 
 from mimo_kernels.cache.book import Book, Frame
+from mimo_kernels.cache.float8 import FLOAT8, to_float8
+from mimo_kernels.cache.memory import device_of, in_words, memory_of
 from mimo_kernels.cache.view import CacheView, Times, ViewHead, upload
 from mimo_kernels.core import checks
 
 __all__ = ["CacheView", "FrameCache", "FrameSlot", "ViewHead"]
 
 MAX_HEAD_DIM = 256
-FLOAT8 = torch.float8_e4m3fn
-MOST_FLOAT8 = 448.0  # its largest number
 
 
 @dataclass(eq=False)
@@ -83,12 +82,14 @@ class FrameCache:
     ):
         self.num_layers, self.num_kv_heads, self.head_dim = num_layers, num_kv_heads, head_dim
         self.num_pages, self.page_size = num_pages, page_size
-        self.dtype, self.device = dtype, _device(device)
+        self.dtype, self.device = dtype, device_of(device)
         need = self.bytes(num_layers, num_kv_heads, head_dim, num_pages=num_pages, page_size=page_size, dtype=dtype)
         if budget is None:
-            budget = _memory(self.device)
+            budget = memory_of(self.device)
         if budget is not None and need > budget:
-            raise ValueError(f"the cache needs {_size(need)} for {num_pages} pages, the budget is {_size(budget)}")
+            raise ValueError(
+                f"the cache needs {in_words(need)} for {num_pages} pages, the budget is {in_words(budget)}"
+            )
         # Zeroed, so that what `state_dict` saves of a partly used page is the same every time.
         shape = (num_layers, 2, num_pages, page_size, num_kv_heads, head_dim)
         with torch.inference_mode(False):  # a tensor made in it could not serve a backward later
@@ -265,7 +266,7 @@ class FrameCache:
         """`_store` of the keys, which 0, or of the values, which 1."""
         pool = self._bytes()[layer, which].flatten(0, 1)
         if self.scales is not None:
-            x, scales = _to_float8(x, self.page_size)
+            x, scales = to_float8(x, self.page_size)
             x = x.view(torch.uint8)
             pages = rows.view(x.shape[:2])[:, :: self.page_size].flatten() // self.page_size
             self.scales[layer, which].index_copy_(0, pages, scales.flatten(0, 1))
@@ -600,22 +601,10 @@ class FrameCache:
             waiting = f"; {held} are held by pinned views or by a backward that has yet to run" if held else ""
             raise ValueError(
                 f"the cache is full: {num_frames} frames of {num_tokens} tokens need {need} pages "
-                f"({_size(need * page_bytes)}), {self.num_free_pages} of {self.num_pages} are free "
-                f"({_size(self.num_free_pages * page_bytes)} of a budget of {_size(self.pool.nbytes)}){waiting}"
+                f"({in_words(need * page_bytes)}), {self.num_free_pages} of {self.num_pages} are free "
+                f"({in_words(self.num_free_pages * page_bytes)} of a budget of {in_words(self.pool.nbytes)}){waiting}"
             )
         return self._book.reserve(num_frames, num_tokens)
-
-
-def _to_float8(x: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
-    """x [frames, tokens, heads, head_dim] -> float8 of that shape, and what each page and head is multiplied by, fp32
-    [frames, pages, heads]: the largest number of a page becomes 448. A page with an infinity or NaN has a scale that is
-    one, and then all of its numbers are NaN or infinite."""
-    frames, tokens, heads, dim = x.shape
-    padded = torch.nn.functional.pad(x.float(), (0, 0, 0, 0, 0, -tokens % page_size))
-    most = padded.unflatten(1, (-1, page_size)).abs().amax((2, 4))  # [frames, pages, heads]
-    scales = torch.where(most == 0, 1.0, (most / MOST_FLOAT8).clamp(min=2.0**-100))
-    of_rows = scales.repeat_interleave(page_size, 1)[:, :tokens, :, None]
-    return (x.float() / of_rows).to(FLOAT8), scales
 
 
 def _constant(op: str, name: str, x: Tensor) -> None:
@@ -623,25 +612,3 @@ def _constant(op: str, name: str, x: Tensor) -> None:
     if x.requires_grad and torch.is_grad_enabled():
         expected = f"{name}.detach(), or a call under torch.no_grad()"
         checks.refuse(op, name, "requires a gradient, which pages do not keep", expected)
-
-
-def _device(device: torch.device | str) -> torch.device:
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device is {device!r}: {str(error).splitlines()[0]}") from None
-    if found.type == "cuda" and (not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count()):
-        raise ValueError(f"device is {found}, torch sees {torch.cuda.device_count()} CUDA devices")
-    return found
-
-
-def _memory(device: torch.device) -> int | None:
-    """Bytes that a pool can take there at most, as far as somebody knows."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if device.type == "cpu" else None
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**28 else f"{num_bytes / 2**20:.2f} MiB"
