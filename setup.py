@@ -4,6 +4,9 @@ The sources include no torch header, so neither torch nor a GPU nor a driver is 
 `*.cu` compiles with the first nvcc that works: CUDA_HOME, the PATH, /usr/local/cuda, or the wheels that pyproject.toml
 requires for the build. Without one the host part is built alone, and the reason is printed and kept in the module
 (`_C.cuda_reason`). TORCH_CUDA_ARCH_LIST chooses the architectures.
+
+Without a C++ compiler, or with MIMO_EXTENSION=0, the package is pure Python: a wheel for every machine, which plans in
+Python and has no CUDA kernels. With MIMO_EXTENSION=1 a missing compiler is an error.
 """
 
 import importlib.util
@@ -20,6 +23,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError, OptionError
 
 ROOT = Path(__file__).parent.resolve()
@@ -170,6 +174,24 @@ def python_headers() -> str:
     return folder
 
 
+def left_out() -> str:
+    """Why the extension is not built; "" where it is. What somebody asked for by name is built, or is an error."""
+    wish = os.environ.get("MIMO_EXTENSION", "")
+    if wish not in ("", "0", "1"):
+        raise OptionError(f"MIMO_EXTENSION={wish!r}; expected 0 (left out) or 1 (an error where it cannot be built)")
+    if wish == "0":
+        return "MIMO_EXTENSION=0"
+    if wish == "1" or os.environ.get("CXX"):
+        return ""
+    if sys.platform != "linux":
+        return f"it is built on Linux alone, and this is {sys.platform}"
+    try:
+        host_compiler(), python_headers()
+    except CompileError as error:
+        return str(error)
+    return ""
+
+
 def ninja_command() -> list[str]:
     if importlib.util.find_spec("ninja"):
         return [sys.executable, "-m", "ninja"]
@@ -184,6 +206,20 @@ class Build(build):
     def run(self) -> None:
         shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
+
+
+class BuildPackages(build_py):
+    """Where the extension is left out, a module in its place tells everybody who imports it why."""
+
+    def run(self) -> None:
+        super().run()
+        if self.distribution.has_ext_modules() or self.editable_mode:
+            return
+        reason = f"left out of the build: {left_out()}"
+        print(f"mimo_kernels._C: {reason}", flush=True)
+        Path(self.build_lib, "mimo_kernels", "_C.py").write_text(
+            f'"""Written by setup.py."""\n\nraise ImportError({reason!r})\n'
+        )
 
 
 class BuildExtension(build_ext):
@@ -289,6 +325,6 @@ def write_if_changed(path: Path, text: str) -> None:
 
 if __name__ == "__main__":
     setup(
-        ext_modules=[Extension("mimo_kernels._C", sources=["csrc/bindings.cpp"])],
-        cmdclass={"build": Build, "build_ext": BuildExtension},
+        ext_modules=[] if left_out() else [Extension("mimo_kernels._C", sources=["csrc/bindings.cpp"])],
+        cmdclass={"build": Build, "build_py": BuildPackages, "build_ext": BuildExtension},
     )

@@ -1,10 +1,13 @@
-"""setup.py: which architectures are compiled, and that the module builds without CUDA and says why."""
+"""setup.py: which architectures are compiled, and that the module builds without CUDA, and the package without the
+module, and say why."""
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
 import types
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -95,6 +98,63 @@ def test_a_function_nobody_defines_stops_the_build(
     monkeypatch.setattr(build, "nvcc_candidates", list)
     with pytest.raises(CompileError, match="does not load: .*undefined symbol: .*missing"):
         build_in(tmp_path, build, monkeypatch, {"caller.cpp": "int missing();\nint caller = missing();\n"})
+
+
+PURE = "mimo_kernels._C: left out of the build: "
+
+
+def wheel_without_compiler(folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    """setup.py builds a wheel of the sources into folder/dist where no program is on the PATH."""
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, folder)
+    for package in ("mimo", "mimo_kernels"):
+        (folder / package).mkdir()
+        shutil.copy(ROOT / package / "__init__.py", folder / package)
+    (folder / "csrc").mkdir()
+    inherited = {name: value for name, value in os.environ.items() if name not in ("CXX", "MIMO_EXTENSION")}
+    return subprocess.run(
+        [sys.executable, "setup.py", "-q", "bdist_wheel", "-d", "dist"],
+        cwd=folder,
+        env=inherited | {"PATH": str(folder / "bin")} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_without_a_compiler_the_package_is_pure_python_and_says_why(tmp_path: Path):
+    built = wheel_without_compiler(tmp_path)
+    reason = "no C++17 compiler: g++ and c++ and clang++ not found; install g++ (Debian and Ubuntu: apt install g++)"
+    assert built.returncode == 0, built.stderr
+    assert [line for line in built.stdout.splitlines() if "_C" in line] == [PURE + reason]
+    (wheel,) = (tmp_path / "dist").iterdir()
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as files:
+        source = files.read("mimo_kernels/_C.py")
+        assert not [name for name in files.namelist() if name.endswith(".so")]
+    with pytest.raises(ImportError) as error:
+        exec(compile(source, "_C.py", "exec"), {})
+    assert str(error.value) == f"left out of the build: {reason}"
+
+
+@pytest.mark.parametrize("asked", [{"MIMO_EXTENSION": "1"}, {"CXX": "/no/such/compiler"}])
+def test_an_extension_that_was_asked_for_is_built_or_an_error(asked: dict[str, str], tmp_path: Path):
+    built = wheel_without_compiler(tmp_path, **asked)
+    assert built.returncode != 0
+    assert "error: no C++17 compiler: " in built.stderr and not (tmp_path / "dist").exists()
+
+
+def test_the_extension_may_be_left_out_by_name(build: types.ModuleType, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("CXX", raising=False)
+    for wish, reason in (("0", "MIMO_EXTENSION=0"), ("1", "")):
+        monkeypatch.setenv("MIMO_EXTENSION", wish)
+        assert build.left_out() == reason
+    monkeypatch.setenv("MIMO_EXTENSION", "no")
+    with pytest.raises(OptionError, match="^MIMO_EXTENSION='no'; expected 0 .* or 1 "):
+        build.left_out()
+    monkeypatch.delenv("MIMO_EXTENSION")
+    monkeypatch.setattr(build.sys, "platform", "darwin")
+    assert build.left_out() == "it is built on Linux alone, and this is darwin"
 
 
 def build_in(folder: Path, build: types.ModuleType, monkeypatch: pytest.MonkeyPatch, files: dict[str, str]) -> Path:
