@@ -23,13 +23,13 @@ class Clips:
     """Which clips a command reads.
 
     Args:
-        data: a folder of videos or npz trajectories, one such file, an annotation (.json), "shapes" for procedural
-            clips, or (for `mimo train`) a folder that `mimo encode` wrote.
+        data: a folder of videos or npz trajectories, one such file, an annotation (.json), "shapes" or "factors" for
+            procedural clips, or (for `mimo train`) a folder that `mimo encode` wrote.
         layout: read the folder as a paper did: kinetics600, ucf101, minecraft, dmlab or bair; what is given besides
             holds against the layout.
         annotation: JSON list of {"video_path": ..., "label": ..., "action_path": ...}; paths are relative to --data.
         allow_outside: take files that an annotation or an index names in other folders than its own and --data.
-        split: a subfolder of --data to use alone.
+        split: a subfolder of --data to use alone; of "factors" train or test.
         folder_labels: classes are the names of the folders the videos lie in.
         random_crop: draw the place of the crop; otherwise it is the centre, if the layout does not say more.
         frame_memory: MiB of decoded frames that each process of a run keeps to read again, its workers included.
@@ -46,7 +46,7 @@ class Clips:
 
     def open(self, *, encoded: bool = False, **options):
         """The dataset. encoded: latents may stand for videos. options: of `open_dataset`; None says nothing."""
-        from mimo.data import open_dataset
+        from mimo.data.datasets import MADE, open_dataset
         from mimo.data.latents import is_latents
 
         if self.frame_memory < 0:
@@ -56,14 +56,15 @@ class Clips:
         latents = is_latents(Path(self.data))
         if latents and not encoded:
             raise InputError(f"--data {self.data}: holds latents, expected videos")
-        if latents or self.data == "shapes":
+        if latents or self.data in MADE:
+            split = {"split": chosen.pop("split")} if self.data == "factors" and self.split else {}
             if chosen:
                 option = next(iter(chosen)).replace("_", "-")
                 why = "says how files are read, and these clips are " + ("encoded already" if latents else "made")
                 raise InputError(f"--data {self.data}: --{option} {why}")
             names = ("num_frames", "height", "width", *(("num_classes", "num_actions") if latents else ()))
             options = {name: options[name] for name in names}
-            chosen = {"allow_outside": self.allow_outside} if latents else {}
+            chosen = {"allow_outside": self.allow_outside} if latents else split
         else:
             chosen |= {"allow_outside": self.allow_outside, "frame_memory": self.frame_memory}
         options = {name: value for name, value in options.items() if value is not None}

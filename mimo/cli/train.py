@@ -131,11 +131,12 @@ class Train(Clips):
     def run(self) -> None:
         import torch
 
+        from mimo.data.datasets import MADE
         from mimo.training.distributed import process_group
 
         if self.keep_every is not None and self.keep_every < 1:
             raise InputError(f"--keep-every {self.keep_every}: expected at least 1")
-        if self.data != "shapes" and Path(self.data).exists():
+        if self.data not in MADE and Path(self.data).exists():
             self.data = str(Path(self.data).resolve())  # as it is remembered: it holds in every folder
         if self.annotation is not None:
             self.annotation = self.annotation.resolve()

@@ -2,6 +2,7 @@
 
 from mimo.data.datasets import LAYOUTS, NpzTrajectories, ShapesDataset, VideoFolder, open_dataset
 from mimo.data.errors import DataError, UnreadableVideo
+from mimo.data.factors import FACTORS, FactorClips
 from mimo.data.latents import LatentShards
 from mimo.data.loader import batches
 from mimo.data.protocols import ClipDataset, Clips, VideoDataset
@@ -15,10 +16,12 @@ from mimo.data.video import (
 from mimo.data.writing import contact_sheet, write_gif, write_video
 
 __all__ = [
+    "FACTORS",
     "LAYOUTS",
     "ClipDataset",
     "Clips",
     "DataError",
+    "FactorClips",
     "LatentShards",
     "NpzTrajectories",
     "ShapesDataset",

@@ -28,6 +28,7 @@ import numpy as np
 
 from mimo.data.annotation import ClipFile, read_clips, read_entries
 from mimo.data.errors import DamagedVideo, DataError, OutOfRange, UnreadableVideo
+from mimo.data.factors import FactorClips
 from mimo.data.fitting import clip_span
 from mimo.data.kept import KeptFrames
 from mimo.data.latents import LatentShards, is_latents
@@ -344,6 +345,9 @@ class ShapesDataset:
         return f"ShapesDataset({self.length} procedural clips)"
 
 
+MADE = ("shapes", "factors")  # names of datasets that lie nowhere
+
+
 # How the papers read their datasets, as options of `open_dataset`.
 LAYOUTS: dict[str, dict[str, Any]] = {
     # train/ and val/ folders of videos, searched recursively
@@ -361,19 +365,21 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def open_dataset(path: str | Path, *, layout: str | None = None, **options) -> ClipDataset:
-    """The dataset that `path` holds: "shapes", a folder of videos, of npz trajectories or of latent shards, one such
-    file, or an annotation (.json).
+    """The dataset that `path` holds: a folder of videos, of npz trajectories or of latent shards, one such file, or an
+    annotation (.json); or clips that are made, "shapes" or "factors".
 
     Args:
         layout: a name in LAYOUTS, whose options hold where `options` says nothing else.
         options: num_frames, height, width, and what VideoFolder and NpzTrajectories take, or for "shapes"
-            ShapesDataset.
+            ShapesDataset, for "factors" FactorClips.
 
     Raises: DataError when there is nothing there, nothing in it, two kinds in it, or not one readable file.
     """
     options = layout_options(layout) | options
     if str(path) == "shapes":
         return ShapesDataset(**options)
+    if str(path) == "factors":
+        return FactorClips(**options)
     if is_latents(Path(path)):
         names = ("num_classes", "num_actions", "use_labels", "use_actions", "allow_outside")
         shape = tuple(options[key] for key in ("num_frames", "height", "width"))

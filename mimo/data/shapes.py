@@ -6,6 +6,8 @@ its speed and spin; it bounces off the walls or crosses the picture.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 TEXTURES = ("plain", "stripes", "checker", "dots", "rings")
@@ -33,18 +35,21 @@ def moving_shapes(
         sides: outlines to draw from: 1 is a disc, 2 a ring, 3 and more a regular polygon.
         color: red, green and blue in 0..255 of every shape; None draws a light one per shape.
     """
-    frames = np.repeat(_background(height, width, rng)[None], num_frames, axis=0)  # [F, H, W, 3] fp32
+    frames = np.repeat(background(height, width, rng)[None], num_frames, axis=0)  # [F, H, W, 3] fp32
     side = min(height, width)
     for _ in range(rng.integers(shapes[0], shapes[1] + 1)):
         radius = side * rng.uniform(0.11, 0.22)
         centers = _path(num_frames, height, width, radius, side * rng.uniform(*speed), rng)
         angles = rng.uniform(0, 2 * np.pi) + rng.uniform(-0.2, 0.2) * np.arange(num_frames, dtype=np.float32)
-        kind = sides[rng.integers(len(sides))]
-        _draw(frames, centers, angles.astype(np.float32), np.float32(radius), kind, textures, color, rng)
+        outline = sides[rng.integers(len(sides))]
+        texture, period = textures[rng.integers(len(textures))], np.float32(radius) * rng.uniform(0.5, 1.0)
+        light = np.asarray(rng.uniform(140, 255, 3) if color is None else color, dtype=np.float32)
+        dark = light * rng.uniform(0.0, 0.7, 3).astype(np.float32)
+        draw_shape(frames, centers, angles.astype(np.float32), radius, outline, texture, period, light, dark)
     return (frames + 0.5).astype(np.uint8)
 
 
-def _background(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+def background(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
     """Four corner colours, blended, with a faint long wave: [H, W, 3] in 0..255."""
     corners = rng.uniform(20, 150, (2, 2, 3)).astype(np.float32)
     v = np.linspace(0, 1, height, dtype=np.float32)[:, None, None]
@@ -70,18 +75,30 @@ def _path(num_frames: int, height: int, width: int, radius: float, speed: float,
     return radius + np.where(phase > room, 2 * room - phase, phase)
 
 
-def _draw(
+def draw_shape(
     frames: np.ndarray,
     centers: np.ndarray,
     angles: np.ndarray,
-    radius: np.float32,
+    radius: float,
     sides: int,
-    textures: tuple[str, ...],
-    color: tuple[float, float, float] | None,
-    rng: np.random.Generator,
+    texture: str,
+    period: float,
+    light: np.ndarray,
+    dark: np.ndarray,
+    *,
+    wrap: bool = False,
 ) -> None:
-    """Paints one shape into frames [F, H, W, 3], working on a window of S x S pixels around its centre."""
-    num_frames, height, width = frames.shape[:3]
+    """Paints one shape into frames [F, H, W, 3], working on a window of S x S pixels around its centre.
+
+    Args:
+        centers: (y, x) in pixels, [F, 2]. angles: fp32 [F], how far the shape is turned.
+        radius, period: of the shape and of its texture, in pixels.
+        sides, texture: see `moving_shapes`.
+        light, dark: the two colours of the texture, fp32 [3].
+        wrap: what leaves the picture on one side comes in on the other; else it is cut off.
+    """
+    height, width = frames.shape[1:3]
+    radius = np.float32(radius)
     size = int(np.ceil(2 * radius)) + 3
     origins = np.floor(centers - radius - 1).astype(int)  # [F, 2]
     offsets = (origins - centers).astype(np.float32)
@@ -92,19 +109,13 @@ def _draw(
     u, v = cos * x + sin * y, cos * y - sin * x  # turning coordinates, [F, S, S]
 
     alpha = np.clip(0.5 - _distance(u, v, radius, sides), 0, 1)[..., None]
-    mix = np.asarray(_texture(u, v, radius, textures, rng))[..., None]
-    light = np.asarray(rng.uniform(140, 255, 3) if color is None else color, dtype=np.float32)
-    dark = light * rng.uniform(0.0, 0.7, 3).astype(np.float32)
+    mix = np.asarray(_texture(u, v, texture, np.float32(2 * np.pi / period)))[..., None]
     paint = dark + (light - dark) * mix  # [F, S, S, 3]
 
-    for f in range(num_frames):
-        top, left = origins[f]
-        y0, y1, x0, x1 = (
-            max(top, 0),
-            min(top + size, height),
-            max(left, 0),
-            min(left + size, width),
-        )
+    shifts = (-1, 0, 1) if wrap else (0,)
+    for f, down, right in itertools.product(range(len(frames)), shifts, shifts):
+        top, left = origins[f, 0] + down * height, origins[f, 1] + right * width
+        y0, y1, x0, x1 = max(top, 0), min(top + size, height), max(left, 0), min(left + size, width)
         if y0 < y1 and x0 < x1:
             window = np.s_[y0 - top : y1 - top, x0 - left : x1 - left]
             view = frames[f, y0:y1, x0:x1]
@@ -124,12 +135,8 @@ def _distance(u: np.ndarray, v: np.ndarray, radius: np.float32, sides: int) -> n
     return distance - radius if sides == 1 else np.abs(distance - np.float32(0.7) * radius) - np.float32(0.28) * radius
 
 
-def _texture(
-    u: np.ndarray, v: np.ndarray, radius: np.float32, textures: tuple[str, ...], rng
-) -> np.ndarray | np.float32:
-    """Share of the lighter colour, 0..1, with soft edges."""
-    kind = textures[rng.integers(len(textures))]
-    k = np.float32(2 * np.pi / (radius * rng.uniform(0.5, 1.0)))
+def _texture(u: np.ndarray, v: np.ndarray, kind: str, k: np.float32) -> np.ndarray:
+    """Share of the lighter colour, 0..1, with soft edges; k: 2 pi over the period."""
     if kind == "plain":
         return np.ones_like(u)
     if kind == "stripes":
