@@ -2,7 +2,7 @@
 
 import importlib
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["MiMo", "MiMoConfig"]
 
 _HOME = {"MiMo": "mimo.network.network", "MiMoConfig": "mimo.config"}

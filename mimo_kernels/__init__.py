@@ -8,7 +8,7 @@ import importlib
 
 from mimo_kernels.core.operators import OPERATORS
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # What is public beside the operators: the data that they take, and a second door to one of them.
 _EXPORTS = {operator.name: operator.family for operator in OPERATORS} | {
