@@ -1,10 +1,7 @@
-"""The presets as Markdown tables: `python -m mimo.preset_table > docs/presets.md` in the rows of the papers' tables,
-and `python -m mimo.preset_table README.md`, a line each between the marks of the README."""
+"""The presets as Markdown tables, a line each and in the rows of the papers' tables:
+`python -m mimo.preset_table > docs/presets.md`."""
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
 
 import torch
 
@@ -81,12 +78,17 @@ def rows(name: str) -> dict[str, str]:
     }
 
 
+ALL = """## All of them
+
+Parameters are those of sampling, and behind the plus those that training adds.
+
+"""
 FAMILIES = ("mimo", "acdit", "dfot", "far", "video-dit", "repa", "magi", "videomar")
 
 
 def table() -> str:
-    """The page: per family a table with the rows of the papers' tables and a column per preset."""
-    page = [HEADING]
+    """The page: all presets, then per family a table with the rows of the papers' tables and a column per preset."""
+    page = [HEADING, ALL + short_table()]
     for family in FAMILIES:
         names = [name for name in PRESETS if name.startswith(family + "-")]
         columns = [rows(name) for name in names]
@@ -101,7 +103,6 @@ SHORT = {"Depth x width": "{Depth} x {Embed dim}", "Heads": "{Heads}", "Latent T
     "Sampler": "{Sampler}",
     "Guidance": "{Guidance}",
 }
-MARKS = "<!-- presets -->\n", "<!-- /presets -->\n"
 
 
 def short_table() -> str:
@@ -119,16 +120,5 @@ def short_table() -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def with_short_table(page: str) -> str:
-    """The page, with the table of today between its marks."""
-    begin, end = MARKS
-    before, _, rest = page.partition(begin)
-    return before + begin + short_table() + end + rest.partition(end)[2]
-
-
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        readme = Path(sys.argv[1])
-        readme.write_text(with_short_table(readme.read_text()))
-    else:
-        print(table(), end="")
+    print(table(), end="")

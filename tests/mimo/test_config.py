@@ -141,9 +141,9 @@ STRATEGY = {"Recipe", "Decoder depth", "l", "lambda", "Mask ratios", "Clean fram
 
 
 def says() -> dict[str, dict[str, str]]:
-    """The committed table: preset -> row -> words."""
+    """The committed tables of the families: preset -> row -> words."""
     page, found, names = (Path(__file__).parents[2] / "docs" / "presets.md").read_text(), {}, []
-    for line in page.splitlines():
+    for line in page.partition("## mimo\n")[2].splitlines():
         if line.startswith("| "):
             row, *cells = (cell.strip() for cell in line.split("|")[1:-1])
             if row == "":
@@ -159,12 +159,7 @@ def test_the_table_of_presets_is_generated():
     page = (Path(__file__).parents[2] / "docs" / "presets.md").read_text()
     assert page == preset_table.table(), "run: python -m mimo.preset_table > docs/presets.md"
     assert sorted(says()) == sorted(PRESETS)
-
-
-def test_readme_has_every_preset():
-    page = (Path(__file__).parents[2] / "README.md").read_text()
-    assert page == preset_table.with_short_table(page), "run: python -m mimo.preset_table README.md"
-    assert all(f"| `{name}`" in page for name in PRESETS)
+    assert all(page.count(f"\n| `{name}`") == 1 for name in PRESETS)
 
 
 def test_the_table_of_presets_is_mimos_table_10():
