@@ -11,6 +11,7 @@ PACKAGES = {  # of the extra `mimo`: module and distribution
     "PIL": "pillow",
     "safetensors": "safetensors",
     "tensorboard": "tensorboard",
+    "torchmetrics": "torchmetrics",
     "tqdm": "tqdm",
     "tyro": "tyro",
 }

@@ -105,6 +105,7 @@ LATE = {
     ("mimo/encoders/__init__.py", "mimo.encoders.videomae"): "who asks for it, has transformers and its weights",
     ("mimo/encoders/videomae.py", "transformers"): "seconds of start-up, and it need not be installed",
     ("mimo/encoders/videomae.py", "transformers.utils"): "the same",
+    ("mimo/evaluation/metrics.py", "torchmetrics.functional.image"): "a second of start-up, for what compares pixels",
     ("mimo/pretrained.py", "huggingface_hub"): "half a second of start-up, for a name on the hub",
     ("mimo/tokenizers/__init__.py", "mimo.tokenizers.dcae"): "who asks for it, has diffusers and its weights",
     ("mimo/tokenizers/__init__.py", "mimo.tokenizers.videovae"): "a big network, for who asks for it",

@@ -259,7 +259,7 @@ def test_the_command_line_says_what_to_install():
     code = textwrap.dedent(WITHOUT_EXTRA) + "sys.modules['tqdm'] = sys\nsys.exit(main())"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
-    names = "av, einops, huggingface_hub, matplotlib, pillow, safetensors, tensorboard, tyro"
+    names = "av, einops, huggingface_hub, matplotlib, pillow, safetensors, tensorboard, torchmetrics, tyro"
     assert result.stderr == f"error: mimo needs {names}: pip install 'mimo-kernels[mimo]'\n"
 
 
