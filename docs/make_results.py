@@ -19,7 +19,7 @@ percentiles among them. Made by `docs/make_results.py`.
 WORDS = {  # benchmark -> what it measures
     "attention": "`frame_attention` against other ways to compute the same, each compared with float64 before it is "
     "timed: one call under a dense mask, FlexAttention, and calls of a variable-length attention whose results are "
-    'merged. "Against ours" is the time divided by that of `frame_attention`.',
+    'merged. "Against ours" is the time divided by that of `frame_attention`; the ceiling is that of a matrix product.',
     "data": "Clips per second out of videos, through a tokenizer and out of latent shards; and what of a training step "
     "is spent waiting for them.",
     "fp8": "What float8 products do to the gradients of a small network, beside bf16, and beside another batch in "
@@ -29,10 +29,16 @@ WORDS = {  # benchmark -> what it measures
 }
 COLUMNS = {  # benchmark -> key -> heading; of others all columns
     "attention": {
-        **{key: key for key in ("shape", "direction", "implementation", "ms")},
-        "useful_tflops": "useful TFLOP/s",
-        "percent_of_ceiling": "% of matmul ceiling",
-        "speedup_of_ours": "against ours",
+        **{key: key for key in ("shape", "implementation")},
+        **{
+            f"{direction} {key}": f"{direction}{words}"
+            for direction in ("forward", "backward")
+            for key, words in (
+                ("ms", ", ms"),
+                ("percent_of_ceiling", ", % of ceiling"),
+                ("speedup_of_ours", ": against ours"),
+            )
+        },
     },
     "sampling": {
         **{key: key for key in ("shape", "implementation", "frames")},
@@ -56,10 +62,20 @@ def table(rows: list[dict], columns: dict[str, str]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
+def both_directions(rows: list[dict]) -> list[dict]:
+    """A row for every shape and implementation, what is measured by direction."""
+    joined: dict[tuple, dict] = {}
+    for row in rows:
+        together = joined.setdefault((row["shape"], row["implementation"]), {**row})
+        together |= {f"{row['direction']} {key}": value for key, value in row.items()}
+    return list(joined.values())
+
+
 def section(result: dict, pictures: list[Path]) -> list[str]:
     """A benchmark on a machine."""
     name, machine, limits = result["benchmark"], result["machine"], result["ceilings"]
     rows = [row for row in result["rows"] if row.get(result["plot"]["value"]) is not None]
+    rows = both_directions(rows) if name == "attention" else rows
     keys = dict.fromkeys(key for row in rows for key in row if row[key] is not None and key not in OFF_THE_PAGE)
     lines = [f"### {name.replace('_', ' ').capitalize()}", "", *([WORDS[name], ""] if name in WORDS else [])]
     for shape, says in result.get("shapes", {}).items():

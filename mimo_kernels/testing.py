@@ -31,11 +31,11 @@ def assert_within_budget(
 
     where err is the largest and, checked as well, the root mean square deviation from `exact`.
 
-    actual: the operator's result.
-    plain:  the same computation by ordinary PyTorch operators in the dtype under test.
-    exact:  the same computation in fp32 or fp64. Infinite values have to stand at the same places in `actual`.
-
-    more:   plain and exact results of further inputs of the same kind, whose errors count as plain's too: the largest
+    Args:
+        actual: the operator's result.
+        plain: the same computation by ordinary PyTorch operators in the dtype under test.
+        exact: the same computation in fp32 or fp64. Infinite values have to stand at the same places in `actual`.
+        more: plain and exact results of further inputs of the same kind, whose errors count as plain's too: the largest
             of a few errors is luck, and a small case has few.
 
     AssertionError naming the result, its worst element and both errors.

@@ -36,19 +36,23 @@ class FrameMask:
     `from_table`.
 
     Attributes:
-        num_queries, num_keys: rows and keys, all clips together. num_tokens: where both are the same, else ValueError.
+        num_queries: rows, all clips together.
+        num_keys: keys, all clips together.
+        num_tokens: both, where they are the same, else ValueError.
         num_pairs: allowed (query, key) pairs.
-        num_clips, clip_lens, key_lens: the clips, and the rows and the keys of each.
-        history_lens, future_lens: token counts `[clips][frames]`. A mask with one copy of the frames has empty future
-        clips.
+        num_clips: the clips.
+        clip_lens: rows of each clip.
+        key_lens: keys of each clip.
+        history_lens: token counts `[clips][frames]` of the history.
+        future_lens: of the future; a mask with one copy of the frames has empty future clips.
         frames: int32 host tensor [groups, 8]: row_start, row_end and three times key_start, key_end; ascending,
             disjoint, adjacent ones merged, unused ones (0, 0). Where a group sees more than three intervals, all groups
             have cells for as many. Only frames with tokens, in row order; together they cover every row. A
             bidirectional clip is one group. Not to be written to: attention refuses a mask whose table was.
         uniform: (clips, rows per clip) when all clips have as many keys and the same table, counted from their own
             first row and key, else None.
-        pattern, repeats: the same mask with alike clips told once: a table as `frames`, and how many such clips follow
-        one another.
+        pattern: the same mask with alike clips told once: a table as `frames`.
+        repeats: how many such clips follow one another.
     """
 
     @torch.inference_mode(False)  # a table made in it could not serve training later
