@@ -62,8 +62,8 @@ def frame_by_frame(model: MiMo, latents: torch.Tensor, **conditions) -> None:
 
 @pytest.mark.parametrize("system", [system for system in TINY_SYSTEMS if system != "video-dit"])
 def test_they_are_those_of_sampling(system):
-    model = network(system).double()
-    latents = clips(model).double()
+    model = network(system)
+    latents = clips(model)
     layers = history_layers(model)
     seen = attention_inputs(model)
     with torch.no_grad():
@@ -74,9 +74,8 @@ def test_they_are_those_of_sampling(system):
     assert states[layers[-1]].shape == (2, 4 * tokens, 32)
     frame_by_frame(model, latents[1:])
     for layer, (whole, parts) in enumerate(zip(packed, seen)):
-        torch.testing.assert_close(
-            whole.unflatten(0, (2, -1))[1], torch.cat(parts), msg=lambda m, at=layer: f"into block {at}: {m}"
-        )
+        apart = (whole.unflatten(0, (2, -1))[1] - torch.cat(parts)).abs().max()
+        assert apart < 1e-4, f"into block {layer}"  # fp32 sums in another order; a frame too many moves it by 0.1
 
 
 def test_the_last_layer_is_there_if_history_goes_through_it():
