@@ -112,7 +112,6 @@ LATE = {
     ("mimo/tokenizers/dcae.py", "diffusers"): "seconds of start-up, and it need not be installed",
     ("mimo/training/log.py", "torch.utils.tensorboard"): "seconds of start-up, for runs with a folder",
     ("mimo_kernels/attention/frame.py", "mimo_kernels.attention.triton"): "Triton need not be installed",
-    ("mimo_kernels/attention/paged.py", "mimo_kernels.attention.triton.operator"): "it wants the extension",
 }
 TYPES_ALONE = {  # imports under TYPE_CHECKING
     ("mimo_kernels/attention/paged.py", "mimo_kernels.cache.pages"): "an operator, which has to load without the cache",

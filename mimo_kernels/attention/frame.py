@@ -157,8 +157,6 @@ def _choose(requested: str, device: torch.device, dtype: torch.dtype, head_dim: 
 
 
 def _refusals(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
-    if backends.extension() is None:  # which makes the mask
-        return [backends.extension_reason()]
     if backend == "reference":
         return reference.refusals(device)
     if backend == "cuda":

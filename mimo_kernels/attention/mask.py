@@ -9,8 +9,7 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from mimo_kernels.core import torch_private
-from mimo_kernels.core.backends import extension, extension_reason
+from mimo_kernels.core import host, torch_private
 
 INTERVALS = 3  # key intervals that frames need: sinks, the latest ones, their own; others may need more
 KEYS = 2  # cells of a group before those of its intervals: row_start, row_end
@@ -372,17 +371,14 @@ def _is_int(value: object) -> bool:
 def _make(
     cls: type[FrameMask], kind: str, *numbers, reach: dict | None = None, options: dict | None = None
 ) -> FrameMask:
-    """What csrc/frame_mask.cpp makes of the numbers in lists, arrays and tensors."""
-    module = extension()
-    if module is None:
-        raise ImportError(f"FrameMask needs the compiled module mimo_kernels._C: {extension_reason()}")
+    """What the planner makes of the numbers in lists, arrays and tensors."""
     options = options or {}
     if reach is not None:
         reach = _check_reach(**reach)
-        numbers = (*numbers, *(value or 0 for value in reach.values()), *options.values())
+        numbers = (*numbers, *(min(value or 0, sys.maxsize) for value in reach.values()), *options.values())
         options = reach | options
     try:
-        table = getattr(module, f"frame_table_{kind}")(*numbers)
+        table = getattr(host.planner(), f"frame_table_{kind}")(*numbers)
     except RuntimeError as error:  # of torch: tensors that stand for others
         reason = (str(error).splitlines() or [""])[0]
         raise ValueError(

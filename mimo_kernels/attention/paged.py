@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mimo_kernels.cache.pages import CacheView, FrameCache, ViewHead
 
 if backends.triton_available():
+    import mimo_kernels.attention.triton.operator  # noqa: F401  (registers what _frame_operator gives)
     from mimo_kernels.attention.triton import paged as triton_paged
     from mimo_kernels.attention.triton import paged_backward as triton_backward
 
@@ -53,8 +54,6 @@ def _triton_backward(
 
 def _frame_operator(suffix: str):
     """frame_attention's operator on Triton kernels, or its backward."""
-    import mimo_kernels.attention.triton.operator  # noqa: F401  (registers it; it wants the extension, the rest does not)
-
     return getattr(torch.ops.mimo_kernels, f"frame_attention_triton{suffix}")
 
 

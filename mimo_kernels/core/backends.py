@@ -30,7 +30,7 @@ def choose(op: str, requested: str, refusals: dict[str, list[str]]) -> str:
     return requested
 
 
-def _load(name: str) -> tuple[Any, str]:
+def load(name: str) -> tuple[Any, str]:
     """The module and "", or None and why it does not load. A broken installation raises more than ImportError."""
     try:
         return importlib.import_module(name), ""
@@ -39,9 +39,9 @@ def _load(name: str) -> tuple[Any, str]:
 
 
 # Loaded once, here: the functions below are traced by torch.compile, which cannot follow an import.
-_extension, _extension_reason = _load("mimo_kernels._C")
-_triton, _triton_reason = _load("triton")
-_torch, _ = _load("torch")
+_extension, _extension_reason = load("mimo_kernels._C")
+_triton, _triton_reason = load("triton")
+_torch, _ = load("torch")
 
 
 def extension() -> Any:

@@ -6,15 +6,15 @@ from hypothesis import strategies as st
 
 from mimo_kernels.attention import FrameMask
 from mimo_kernels.attention.triton.schedule import BAND_ROWS
-from mimo_kernels.core import backends
+from mimo_kernels.core import host
 
-LAYOUT = backends.extension().schedule_layout
+LAYOUT = host.schedule_layout()
 TILE_COLUMNS, SEGMENT, MASKED_KEYS = LAYOUT["TILE_CELLS"], LAYOUT["SEGMENT_CELLS"], LAYOUT["ROW_SEGMENT_CELLS"]
 HEADER, KEY_SEGMENT, BOUNDS = LAYOUT["HEADER_CELLS"], LAYOUT["KEY_SEGMENT_CELLS"], LAYOUT["BOUNDS_CELLS"]
 
 
 def schedule(name: str, mask: FrameMask, tile: int, block: int, band_rows: int = BAND_ROWS):
-    cells, num_tiles, executed, covered = getattr(backends.extension(), f"plan_{name}")(
+    cells, num_tiles, executed, covered = getattr(host.planner(), f"plan_{name}")(
         mask.frames.numpy(), tile, block, band_rows, mask.num_keys
     )
     assert covered == (mask.num_queries if name == "rows" else mask.num_keys)

@@ -10,8 +10,10 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.attention.flex_attention import create_mask
 
 from mimo_kernels.attention import FrameMask
+from mimo_kernels.core import host
 
 from .frame_masks import cases, dense_of_table, one_copy, slices, tables, teacher_forcing
+from .planners import PLANNERS, both_planners  # noqa: F401
 
 
 @settings(max_examples=150, deadline=None)
@@ -101,6 +103,12 @@ def test_windows_by_hand():
     assert [row.nonzero().flatten().tolist() for row in dense] == [[0], [0, 1], [0, 1, 2], [0, 2, 3], [0, 3, 4]]
     dense = FrameMask.teacher_forcing([[1] * 4], [[1] * 4], window=2, sink=1).to_dense()
     assert [row.nonzero().flatten().tolist() for row in dense[4:]] == [[4], [0, 5], [0, 1, 6], [0, 2, 7]]
+
+
+def test_a_reach_beyond_all_tokens_is_none():
+    expected = FrameMask.block_causal([[2, 3, 1]]).frames
+    for option in ("window", "window_tokens", "sink"):
+        assert torch.equal(FrameMask.block_causal([[2, 3, 1]], **{option: 2**80}).frames, expected)
 
 
 def test_metadata_is_in_frames_not_tokens():
@@ -250,7 +258,10 @@ def transformed(transform):
 
 @pytest.mark.parametrize("change", [lambda lens: lens.clear(), lambda lens: lens.extend(range(10**5))])
 @pytest.mark.parametrize("outer", [False, True])
-def test_lists_that_change_while_they_are_read(change, outer):
+@pytest.mark.parametrize("planner", PLANNERS)
+def test_lists_that_change_while_they_are_read(change, outer, planner, monkeypatch):
+    monkeypatch.setattr(host, "_planner", planner)
+
     class Three:
         def __index__(self):
             change(lens if outer else lens[0])

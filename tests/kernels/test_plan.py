@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 
 from mimo_kernels.attention import FrameMask
-from mimo_kernels.core import backends
+from mimo_kernels.core import host
 
+from .planners import both_planners  # noqa: F401
 from .plans import SIZES, blocks, check_keys, check_rows, masks, read_tile, schedule
 
 
@@ -152,7 +153,7 @@ def test_a_table_that_was_written_to_is_not_planned(name):
 
 
 def plan(name, table, tile=64, block=32, band_rows=1000):
-    return getattr(backends.extension(), f"plan_{name}")(table, tile=tile, block=block, band_rows=band_rows)
+    return getattr(host.planner(), f"plan_{name}")(table, tile=tile, block=block, band_rows=band_rows)
 
 
 @pytest.mark.parametrize("name", ["rows", "keys"])
@@ -181,7 +182,7 @@ def test_the_planner_believes_nothing_it_is_lent(name):
 @pytest.mark.parametrize("name", ["rows", "keys"])
 def test_rows_that_a_kernel_cannot_count_are_refused(name):
     """Kernels count up to a tile past the last row."""
-    rows = backends.extension().schedule_layout["MAX_ROWS"]
+    rows = host.schedule_layout()["MAX_ROWS"]
     for count in (rows + 1, 2**31 - 1):
         mask = FrameMask.bidirectional([[count]])
         with pytest.raises(ValueError, match=f"a mask of {count} rows; the kernels number at most {rows}"):

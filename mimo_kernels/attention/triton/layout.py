@@ -2,11 +2,9 @@
 
 import triton.language as tl
 
-from mimo_kernels.core.backends import extension, extension_reason
+from mimo_kernels.core.host import schedule_layout
 
-if extension() is None:
-    raise ImportError(extension_reason())
-_cells = extension().schedule_layout
+_cells = schedule_layout()
 
 TILE_END = tl.constexpr(_cells["TILE_END"])
 TILE_SEGMENTS = tl.constexpr(_cells["TILE_SEGMENTS"])

@@ -20,8 +20,6 @@ def refusals(q: Tensor, k: Tensor, v: Tensor, mask) -> list[str]:
     """Why the Triton kernels cannot serve tensors like these; empty when they can. Shapes and dtypes have passed
     frame_attention's checks."""
     reasons = backends.triton_refusals(q.device)
-    if backends.extension() is None:
-        reasons.append(backends.extension_reason())
     if not reasons and q.device.type == "cpu" and q.dtype == torch.bfloat16:
         reasons.append("Triton's interpreter multiplies bfloat16 matrices wrongly; use float32 or float16 on the CPU")
     return reasons

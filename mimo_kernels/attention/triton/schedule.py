@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mimo_kernels.attention.triton.tiles import split_head_dim
-from mimo_kernels.core.backends import extension
 from mimo_kernels.core.device_copies import DeviceCopies, OfTables
+from mimo_kernels.core.host import planner
 
 # Clips that run side by side hold about so many rows, counted once per head, as many as are computed at the same time:
 # their keys and values stay in the cache. Clips that differ share one schedule, which is ordered in bands of so many
@@ -190,7 +190,7 @@ def make_plan(
     for config in choices:
         key = (kind, config.tile, config.block, band_rows, num_keys)
         if key not in plans:
-            cells, *facts = getattr(extension(), kind)(frames.numpy(), config.tile, config.block, band_rows, clip_keys)
+            cells, *facts = getattr(planner(), kind)(frames.numpy(), config.tile, config.block, band_rows, clip_keys)
             with torch.inference_mode(False):
                 cells = DeviceCopies("the schedules of this mask", torch.frombuffer(cells, dtype=torch.int32))
             plans[key] = cells, *facts
