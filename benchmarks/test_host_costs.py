@@ -8,11 +8,13 @@ import random
 import pytest
 import torch
 
+from mimo_kernels import planner as python_planner
 from mimo_kernels.attention import FrameMask, frame_attention
 from mimo_kernels.attention.triton import backward as triton_bwd
 from mimo_kernels.attention.triton import forward as triton_fwd
 from mimo_kernels.attention.triton import schedule as triton_plan
 from mimo_kernels.attention.triton.schedule import PASSES, plan_for
+from mimo_kernels.core import backends, host
 
 RANDOM = random.Random(0)
 
@@ -24,6 +26,28 @@ LENS = {
     "ragged_16_frames": ([[RANDOM.randint(20, 44) for _ in range(16)] for _ in range(32)], [[64] * 16] * 32),
 }
 by_lens = pytest.mark.parametrize("lens", LENS.values(), ids=LENS)
+
+
+@pytest.fixture(params=["cpp", "python"])
+def planner(request, monkeypatch):
+    """Both that make masks and schedules: the extension, and Python, which serves where the extension does not load."""
+    module = backends.extension() if request.param == "cpp" else python_planner
+    if module is None:
+        pytest.skip(backends.extension_reason())
+    monkeypatch.setattr(host, "_planner", module)
+
+
+@pytest.mark.filterwarnings("ignore:masks are planned in Python:RuntimeWarning")
+@by_lens
+def test_make_and_plan(benchmark, lens, planner, sm90):
+    """What a new batch costs: its mask and the schedules of all passes."""
+
+    def make_and_plan():
+        mask = FrameMask.teacher_forcing(*lens)
+        device = torch.device("cpu")
+        return [plan_for(name, mask.pattern, mask.repeats, device, torch.bfloat16, 12, 64) for name in PASSES]
+
+    assert all(plan.num_tiles > 0 for plan in benchmark(make_and_plan))
 
 
 @by_lens
