@@ -2,10 +2,8 @@
 script."""
 
 import importlib.util
-import os
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-import mimo_kernels
 from mimo_kernels import AxialRoPE
 from mimo_kernels.attention import FrameMask, frame_attention, paged_frame_attention
+
+from . import processes
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -228,9 +227,7 @@ def test_a_sink_that_moves_with_the_window():
 def test_both_ways_to_shard_equal_one_process():
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
     command += ["--standalone", str(EXAMPLES / "sharded.py")]
-    path = os.pathsep.join([str(Path(mimo_kernels.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = processes.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     errors = dict(re.findall(r"process (\d: \w+) differs from one process by at most (\S+)", done.stdout))
     assert len(errors) == 6 and all(float(error) < 1e-5 for error in errors.values())

@@ -1,5 +1,3 @@
-import os
-import subprocess
 import sys
 
 import pytest
@@ -12,6 +10,7 @@ from torch.nn.attention.flex_attention import create_mask
 from mimo_kernels.attention import FrameMask
 from mimo_kernels.core import host
 
+from .. import processes
 from .frame_masks import cases, dense_of_table, one_copy, slices, tables, teacher_forcing
 from .planners import PLANNERS, both_planners  # noqa: F401
 
@@ -209,8 +208,8 @@ def test_drawing_where_the_output_is_ascii():
     code = "from mimo_kernels.attention import FrameMask; print(FrameMask.block_causal([[2] * 12], window=2))"
     said = {}
     for encoding in ("ascii", "utf-8"):
-        environment = os.environ | {"PYTHONIOENCODING": encoding}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+        environment = processes.environment(PYTHONIOENCODING=encoding)
+        done = processes.run([sys.executable, "-c", code], env=environment, capture_output=True)
         assert done.returncode == 0, done.stderr.decode()
         said[encoding] = done.stdout.decode(encoding)
     assert said["utf-8"].strip() == repr(FrameMask.block_causal([[2] * 12], window=2))

@@ -18,6 +18,8 @@ from mimo.diffusion import FlowSchedule, VPredictionSchedule
 from mimo.tokenizers.dcae import DCAETokenizer, far_config
 from mimo.tokenizers.videovae import VideoVAE, VideoVAEConfig, VideoVAETokenizer
 
+from .. import processes
+
 # Width and depth of a network that takes no time; what the presets say of data, tokenizer, schedule and loss stays.
 NARROW = (
     "--model.depth 1 --model.dim 16 --model.heads 2 --model.decoder-depth 1 --model.decoder-layer 1 --model.height 2 "
@@ -416,7 +418,7 @@ def test_data_check_ends_quietly_when_nobody_reads_on(videos):
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-m", "mimo", "data", "check", str(videos)]
-    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    done = processes.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -38,6 +37,8 @@ from mimo.errors import InputError
 from mimo.records import CHECKSUM
 from mimo.tokenizers import build_tokenizer
 from mimo.tokenizers.weights import checksum
+
+from .. import processes
 
 SHAPE = {"num_frames": 3, "height": 16, "width": 16}
 CONFIG = Encoding(passes=2, shard_clips=4, batch_size=3, workers=0)
@@ -519,7 +520,7 @@ def test_a_full_disk_leaves_nothing_that_is_believed_later(tmp_path):
     )
     out = tmp_path / "out"
     command = ["encode", "--preset", "mimo-tiny", "--data", folder, "--out", out, "--workers", "0"]
-    told = subprocess.run([sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True)
+    told = processes.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
     assert told.returncode == 2 and told.stderr.count("\n") == 1, told.stderr
     assert "cannot write" in told.stderr and "File too large" in told.stderr
     assert sorted(path.name for path in out.iterdir()) == ["files.json", "plan.json"]

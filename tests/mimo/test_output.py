@@ -1,6 +1,6 @@
 """What becomes of a command whose words reach nobody: the work is done, and the exit status says so."""
 
-import os
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +12,8 @@ from mimo import checkpoint
 from mimo.cli import main
 from mimo.data import write_video
 
+from .. import processes
+
 TINY = (
     "--model.depth 1 --model.dim 16 --model.heads 2 --model.decoder-depth 1 --model.decoder-layer 1 --model.frames 3 "
     "--model.height 2 --model.width 2 --model.channels 12 --model.compression 1 2 2 --model.video-frames 3"
@@ -21,23 +23,27 @@ TRAINING = (
     "--train.log-every 1 --train.save-every 2 --sample.steps 2 --sample.context-frames 1 --sample.num-frames 3 "
     "--steps 5"
 )
+# Where stdout and stderr go, as files or closed (None).
 LOST = {
-    "reader gone": None,
-    "full": ">/dev/full",
-    "closed": ">&-",
-    "both full": ">/dev/full 2>&1",
-    "both closed": ">&- 2>&-",
+    "reader gone": (),
+    "full": ("/dev/full",),
+    "closed": (None,),
+    "both full": ("/dev/full", "/dev/full"),
+    "both closed": (None, None),
 }
 needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 
 
 def run_without_reader(how: str, words: str) -> int:
     """Exit status of `mimo WORDS` with its output lost."""
-    command = f"{sys.executable} -m mimo {words}"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    if LOST[how] is not None:
-        return subprocess.run(["bash", "-c", f"{command} {LOST[how]}"], env=environment, timeout=240).returncode
-    process = subprocess.Popen(command.split(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    command = [sys.executable, "-m", "mimo", *words.split()]
+    if LOST[how]:
+        targets = dict(zip(("stdout", "stderr"), LOST[how], strict=False))
+        closed = [number for number, target in enumerate(targets.values(), 1) if target is None]
+        with contextlib.ExitStack() as stack:
+            files = {name: stack.enter_context(open(path, "w")) for name, path in targets.items() if path}
+            return processes.run(command, closed=closed, timeout=240, **files).returncode
+    process = processes.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     said = process.stderr.read().splitlines()
     assert all(line.startswith(b"sampling: ") for line in said), said  # how far it is, where that takes long
@@ -50,6 +56,14 @@ def test_training_goes_on_to_its_end(tmp_path, how):
     words = f"train --preset mimo-tiny --data shapes --out {tmp_path / 'run'} {TINY} {TRAINING}"
     assert run_without_reader(how, words) == 0
     assert [folder.name for folder in checkpoint.step_folders(tmp_path / "run")] == ["step_00000004", "step_00000005"]
+
+
+def test_training_that_a_shell_has_begun_without_output(tmp_path):
+    """Closed before Python begins."""
+    words = f"train --preset mimo-tiny --data shapes --out {tmp_path / 'run'} {TINY} {TRAINING}"
+    command = ["bash", "-c", f"{sys.executable} -m mimo {words} >&- 2>&-"]
+    assert subprocess.run(command, env=processes.environment(), timeout=240).returncode == 0
+    assert checkpoint.latest(tmp_path / "run")[0].name == "step_00000005"
 
 
 @needs_dev_full
@@ -69,16 +83,19 @@ def test_encoding_and_sampling_go_on_to_their_end(tmp_path, how):
 def test_a_report_that_nobody_can_read_is_no_success(tmp_path):
     """Of a command that only prints, what it prints is the work; a reader who leaves early has seen enough."""
     write_video(tmp_path / "clip.mp4", np.zeros((4, 16, 16, 3), np.uint8))
-    command = f"{sys.executable} -m mimo data check {tmp_path} --workers 0"
-    done = subprocess.run(["bash", "-c", f"{command} > /dev/full"], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "mimo", "data", "check", tmp_path, "--workers", "0"]
+    with open("/dev/full", "w") as full:
+        done = processes.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
     assert done.returncode == 2 and done.stderr == "error: cannot write to stdout: No space left on device\n"
-    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command} | true"], capture_output=True, timeout=120)
+    words = f"set -o pipefail; {' '.join(map(str, command))} | true"
+    done = subprocess.run(["bash", "-c", words], capture_output=True, timeout=120)
     assert done.returncode == 0 and done.stderr == b""
 
 
 def test_letters_that_the_terminal_does_not_have(tmp_path):
     run = tmp_path / "läufe"
     command = [sys.executable, *f"-m mimo train --preset mimo-tiny --data shapes --out {run} {TINY} {TRAINING}".split()]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    done = processes.run(
+        command, capture_output=True, text=True, env=processes.environment(PYTHONIOENCODING="ascii"), timeout=240
+    )
     assert done.returncode == 0 and "l\\xe4ufe" in done.stdout, done.stderr

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import mimo.checkpoint
-from mimo import MiMo, MiMoConfig, records
+from mimo import MiMo, records
 from mimo.cli import main
 from mimo.config import SampleConfig
 from mimo.errors import InputError
@@ -21,23 +21,8 @@ from mimo.sampling.history import CachePolicy
 from mimo.sampling.sampler import Sampler
 from mimo.sampling.saving import Saving, delete_folder
 
-TOKENS, CHANNELS, FRAMES = 8, 5, 9
-
-
-def network(seed: int = 0, **options) -> MiMo:
-    torch.manual_seed(seed)
-    base = {"depth": 2, "dim": 32, "heads": 2, "frames": 6, "height": 2, "width": 4, "channels": CHANNELS}
-    base |= {"mask_weight": 0.0, "parameterization": "flow", "decoder_layer": 1, "num_classes": 3, "num_actions": 4}
-    model = MiMo(MiMoConfig(**base | options)).eval()
-    for parameter in model.parameters():
-        parameter.data.add_(torch.randn_like(parameter), alpha=0.15)
-    return model
-
-
-def config(**options) -> SampleConfig:
-    base = {"sampler": "euler", "steps": 2, "num_frames": 6, "history_guidance": 1.5, "class_guidance": 2.0}
-    return SampleConfig(**base | options)
-
+from .. import processes
+from .small_streams import config, network, start
 
 OPTIONS = {
     "whole": {},
@@ -56,14 +41,6 @@ def sampler_of(model: MiMo, name: str) -> Sampler:
     options = dict(OPTIONS[name])
     sampling = {field: options.pop(field) for field in tuple(options) if field in SampleConfig().to_dict()}
     return Sampler(model, config(**sampling), **options)
-
-
-def start(sampler: Sampler, saving: Saving | None = None, seed: int = 1):
-    """Ragged contexts, two trajectories each, labels and actions."""
-    given = [torch.randn(n, TOKENS, CHANNELS, generator=torch.Generator().manual_seed(n)) for n in (3, 1)]
-    actions = torch.arange(2 * FRAMES).view(2, FRAMES) % 4
-    told = {"labels": torch.tensor([0, 2]), "actions": actions, "generator": torch.Generator().manual_seed(seed)}
-    return sampler.stream(given, FRAMES, trajectories=2, saving=saving, **told)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -306,21 +283,22 @@ KILLED = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {folder!r})
-from test_stream import *
-import time
-for frame in start(Sampler(network(), config()), Saving(Path({out!r}), every=2)):
+from small_streams import *
+for number, frame in enumerate(start(Sampler(network(), config()), Saving(Path({out!r}), every=2))):
     print("frame", flush=True)
-    time.sleep(0.2)
+    if number == 2:
+        sys.stdin.read()
 """
 
 
 def test_killed_process_is_continued(model, tmp_path):
     script = KILLED.format(folder=str(Path(__file__).parent), out=str(tmp_path / "run"))
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = processes.Popen([sys.executable, "-c", script], **pipes)
     for _ in range(3):
         assert process.stdout.readline() == "frame\n"
     os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.communicate()
     expected = list(start(Sampler(model, config())))
     continued = Sampler(model, config()).resume(Saving(tmp_path / "run", every=2))
     assert continued.progress.done == 2

@@ -24,6 +24,8 @@ from mimo.training.loop import train
 from mimo.training.schedule import learning_rate
 from mimo.training.trainer import Trainer
 
+from .. import processes
+
 NETWORK = {
     **{"depth": 2, "dim": 16, "heads": 2, "decoder_depth": 1, "decoder_layer": 1},
     **{"frames": 3, "height": 2, "width": 2, "channels": 12, "compression": (1, 2, 2), "video_frames": 3},
@@ -331,7 +333,7 @@ def test_steps_below_those_made_are_refused(tmp_path):
 def test_one_process_trains_in_a_folder(tmp_path, capsys):
     other = "import sys, time; from pathlib import Path; from mimo.training.log import only_process_in; "
     other += "lock = only_process_in(Path(sys.argv[1])); print('has it', flush=True); time.sleep(600)"
-    process = subprocess.Popen([sys.executable, "-c", other, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    process = processes.Popen([sys.executable, "-c", other, tmp_path], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "has it\n"
         for resume in (False, True):
@@ -379,10 +381,9 @@ def arguments(out):
 
 
 def start(out, *more):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "mimo", *arguments(out), *more]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+    return processes.Popen(command, start_new_session=True, **pipes)
 
 
 def wait_for(condition, process):
@@ -390,6 +391,7 @@ def wait_for(condition, process):
     while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
+        time.sleep(0.002)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -5,7 +5,6 @@ import os
 import pickle
 import socket
 import struct
-import subprocess
 import sys
 import zipfile
 
@@ -23,6 +22,8 @@ from mimo.data.video import VideoReader, read_clip, to_float, to_uint8
 from mimo.data.writing import contact_sheet, upscale, write_gif, write_video
 from mimo.errors import InputError
 from mimo.folders import atomic_path
+
+from .. import processes
 
 
 def numbered(count, height=32, width=48):
@@ -281,7 +282,7 @@ def test_what_cannot_be_written_is_named(tmp_path):
         "    try: write(f'{sys.argv[1]}/{name}', frames)\n"
         "    except ValueError as error: print(error)\n"
     )
-    told = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
+    told = processes.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
     assert told.stdout.splitlines() == [f"cannot write {tmp_path}/a.{kind}: File too large" for kind in ("mp4", "gif")]
     assert os.listdir(tmp_path) == ["file"]
 
