@@ -110,7 +110,8 @@ LATE = {
     ("mimo/tokenizers/__init__.py", "mimo.tokenizers.dcae"): "who asks for it, has diffusers and its weights",
     ("mimo/tokenizers/__init__.py", "mimo.tokenizers.videovae"): "a big network, for who asks for it",
     ("mimo/tokenizers/dcae.py", "diffusers"): "seconds of start-up, and it need not be installed",
-    ("mimo/training/log.py", "torch.utils.tensorboard"): "seconds of start-up, for runs with a folder",
+    ("mimo/training/boards.py", "torch.utils.tensorboard"): "seconds of start-up, for runs with a folder",
+    ("mimo/training/boards.py", "wandb"): "seconds of start-up, and it need not be installed",
     ("mimo_kernels/attention/frame.py", "mimo_kernels.attention.triton"): "Triton need not be installed",
 }
 TYPES_ALONE = {  # imports under TYPE_CHECKING

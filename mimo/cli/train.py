@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import tyro
 
@@ -42,6 +42,7 @@ class Train(Clips):
         ignore_labels: train a network without classes on clips that have them.
         ignore_actions: train a network without actions on clips that have them.
         keep_every: checkpoints whose step is a multiple of this are never deleted.
+        log: where the records of log.jsonl are shown: TensorBoard, or "wandb", Weights & Biases besides.
         compile: run the network through torch.compile.
         device: where to train; "auto" takes a GPU if there is one.
         model: the network and its objective.
@@ -63,6 +64,7 @@ class Train(Clips):
     ignore_labels: bool = False
     ignore_actions: bool = False
     keep_every: int | None = None
+    log: Literal["tensorboard", "wandb"] = "tensorboard"
     compile: bool = False
     device: Device = "auto"
 
@@ -122,7 +124,7 @@ class Train(Clips):
     def _told_names() -> list[str]:
         """What checkpoints remember besides the configurations. Not --trust-pickle: a checkpoint is no permission."""
         clips = [field.name for field in fields(Clips)]
-        return [*clips, "preset", "ignore_labels", "ignore_actions", "keep_every", "compile", "device"]
+        return [*clips, "preset", "ignore_labels", "ignore_actions", "keep_every", "log", "compile", "device"]
 
     def told(self) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in self._told_names()}
@@ -132,8 +134,11 @@ class Train(Clips):
         import torch
 
         from mimo.data.datasets import MADE
+        from mimo.training.boards import require_wandb
         from mimo.training.distributed import process_group
 
+        if self.log == "wandb":
+            require_wandb()
         if self.keep_every is not None and self.keep_every < 1:
             raise InputError(f"--keep-every {self.keep_every}: expected at least 1")
         if self.data not in MADE and Path(self.data).exists():
@@ -184,6 +189,7 @@ class Train(Clips):
             resume=self.resume,
             keep_every=self.keep_every,
             preview=preview,
+            wandb=self.log == "wandb",
             heading=f"{self.preset} on {where}, parameters:\n{parameter_report(trainer.model)}".lstrip(),
         )
 

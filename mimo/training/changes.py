@@ -52,6 +52,7 @@ _TOLD = {  # and whatever else was told says which clips there are
     "allow_outside": "the same files, wherever they lie",
     **dict.fromkeys(("tokenizer_weights", "encoder_weights"), "the same weights, from there"),
     "keep_every": "from the next save on",
+    "log": _SAME_STEPS,
     "compile": "the same arithmetic, rounded otherwise",
     "device": "the same arithmetic, rounded otherwise",
 }

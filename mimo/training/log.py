@@ -1,4 +1,4 @@
-"""What a training run tells the world: a progress bar, status lines, TensorBoard, and log.jsonl to plot from."""
+"""What a training run tells the world: a progress bar, status lines, boards, and log.jsonl to plot from."""
 
 import fcntl
 import itertools
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from mimo import records
 from mimo.errors import InputError
 from mimo.folders import atomic_path
 from mimo.recipes.base import LossParts
+from mimo.training.boards import Board, TensorBoard, WandbRun
 from mimo.training.distributed import World
 
 log = logging.getLogger("mimo.train")
@@ -34,16 +35,29 @@ class RunLog:
 
     RUN/log.jsonl holds one JSON object per line; rows of steps that a resumed run will repeat are removed first. A
     damaged one is kept beside it, and what can be read of it is in the new one.
+
+    Args:
+        wandb: the run's configuration, if it is logged to Weights & Biases as well.
     """
 
-    def __init__(self, out: Path | None, steps: int, *, start: int, device: torch.device, shown: bool = True):
+    def __init__(
+        self,
+        out: Path | None,
+        steps: int,
+        *,
+        start: int,
+        device: torch.device,
+        shown: bool = True,
+        wandb: dict[str, Any] | None = None,
+    ):
         self.steps, self.device, self.shown = steps, device, shown
-        self.out, self.file, self.board, self.refused = out, None, None, False
+        self.out, self.file, self.refused = out, None, False
+        self.boards: list[Board] = []
         if out is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
             self.file, damaged = _continue_log(out / "log.jsonl", start)
-            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
+            self.boards = [TensorBoard(out, start)]
+            if wandb is not None:
+                self.boards.append(WandbRun(out, wandb, self.say))
         # tqdm's disable=None: a bar on a terminal, only the status lines in a file.
         hidden = None if shown else True
         self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, leave=False, disable=hidden)
@@ -56,7 +70,7 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
-        for written in (self.file, self.board):
+        for written in (self.file, *self.boards):
             if written is not None:
                 with self._bearing_refusals():
                     written.close()
@@ -89,13 +103,13 @@ class RunLog:
             f"ETA {duration(per_step * (self.steps - step))}"
             + (f"  skipped {means['skipped']} (gradient not finite)" if means["skipped"] else "")
         )
-        if self.file is not None and self.board is not None:
+        if self.file is not None:
             with self._bearing_refusals():
                 print(json.dumps(record), file=self.file, flush=True)
                 os.fsync(self.file.fileno())  # as checkpoints are: a power failure takes neither
-                for name, value in record.items():
-                    if name != "step":
-                        self.board.add_scalar(name, value, step)
+        for board in self.boards:
+            with self._bearing_refusals():
+                board.write(step, record)
         return record
 
     @contextmanager

@@ -23,6 +23,7 @@ def train(
     keep_every: int | None = None,
     preview: Callable[[Trainer], list[Path]] | None = None,
     heading: str = "",
+    wandb: bool = False,
 ) -> list[dict[str, float]]:
     """Train to config.steps and return the records of the log, one per interval.
 
@@ -35,6 +36,7 @@ def train(
         keep_every: checkpoints whose step is a multiple of it are never deleted.
         preview: called every config.preview_every steps; returns the files it wrote.
         heading: printed when the run folder and the first batch are known to fit.
+        wandb: log to Weights & Biases too.
 
     Raises: InputError for a run folder, checkpoint or dataset that does not fit, or when another process trains in the
         run folder, and when a loss stops being finite.
@@ -44,7 +46,14 @@ def train(
     with (
         _open_run(trainer, out, resume) as notes,
         StopRequest(enabled=out is not None, world=world) as stop,
-        RunLog(folder, trainer.config.steps, start=trainer.step, device=trainer.device, shown=world.leads) as log,
+        RunLog(
+            folder,
+            trainer.config.steps,
+            start=trainer.step,
+            device=trainer.device,
+            shown=world.leads,
+            wandb=trainer.configs if wandb else None,
+        ) as log,
     ):
         for note in notes:
             log.say(note)
