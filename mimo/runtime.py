@@ -38,7 +38,7 @@ def config_tokenizer(config: MiMoConfig, weights: str | Path | None = None, *, t
     """The tokenizer of a network; ValueError when its latents are not what the network expects.
 
     Args:
-        weights, trust_pickle: as `build_tokenizer` takes them; "dct" has none.
+        weights, trust_pickle: as `build_tokenizer` takes them; "dct" and "lapped" have none.
     """
     tokenizer = build_tokenizer(
         config.tokenizer,

@@ -31,7 +31,8 @@ class Encode(Clips):
         interval: take every n-th frame of a video, or every frame if it is too short for that; a pair LOW HIGH draws n
             per clip.
         flip: mirror half of the clips.
-        tokenizer_weights: what the tokenizer reads: a folder or file, for dcae also a hub id; "dct" has none.
+        tokenizer_weights: what the tokenizer reads: a folder or file, for dcae also a hub id; "dct" and "lapped"
+            have none.
         trust_pickle: read tokenizer weights that hold pickled objects, which can run any code.
         encoder_weights: the folder that REPA's encoder reads; "hog" has none.
         device: where to encode; "auto" takes a GPU if there is one.

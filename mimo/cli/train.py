@@ -33,7 +33,8 @@ class Train(Clips):
         out: the run folder.
         steps: the same as --train.steps.
         resume: continue from the newest checkpoint in the run folder, or begin where there is none.
-        tokenizer_weights: what the tokenizer reads: a folder or file, for dcae also a hub id; "dct" has none.
+        tokenizer_weights: what the tokenizer reads: a folder or file, for dcae also a hub id; "dct" and "lapped"
+            have none.
         trust_pickle: read tokenizer weights that hold pickled objects, which can run any code. It is not remembered.
         encoder_weights: the folder that REPA's encoder reads (with --model.repa-weight); "hog" has none, and latents
             that were encoded with their features need none.

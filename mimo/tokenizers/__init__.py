@@ -2,8 +2,8 @@
 
 Every one is an nn.Module with the methods of mimo.tokenizers.protocols.
 
-`dct` is computed, the others read weights and are frozen. `weights.checksum` tells two of a kind apart: latents and
-checkpoints remember it, and are refused where it is another one.
+`dct` and `lapped` are computed, the others read weights and are frozen. `weights.checksum` tells two of a kind apart:
+latents and checkpoints remember it, and are refused where it is another one.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from pathlib import Path
 
 from mimo.errors import InputError
 from mimo.tokenizers.dct import DCTTokenizer
+from mimo.tokenizers.lapped import LappedTokenizer
 from mimo.tokenizers.protocols import Tokenizer, VariationalTokenizer
 
-TOKENIZERS = ("dct", "dcae", "videovae")
+COMPUTED = {"dct": DCTTokenizer, "lapped": LappedTokenizer}
+TOKENIZERS = (*COMPUTED, "dcae", "videovae")
 
-__all__ = ["TOKENIZERS", "DCTTokenizer", "Tokenizer", "VariationalTokenizer", "build_tokenizer"]
+__all__ = ["TOKENIZERS", "DCTTokenizer", "LappedTokenizer", "Tokenizer", "VariationalTokenizer", "build_tokenizer"]
 
 
 def build_tokenizer(
@@ -40,10 +42,10 @@ def build_tokenizer(
     """
     if name not in TOKENIZERS:
         raise InputError(f"unknown tokenizer {name!r}: known tokenizers are {', '.join(TOKENIZERS)}")
-    if name == "dct":
+    if name in COMPUTED:
         if weights is not None:
-            raise InputError(f"the tokenizer 'dct' has no weights, but {weights} was given")
-        return DCTTokenizer(compression, channels)
+            raise InputError(f"the tokenizer {name!r} has no weights, but {weights} was given")
+        return COMPUTED[name](compression, channels)
     if weights is None:
         raise InputError(f"the tokenizer {name!r} needs weights (--tokenizer-weights): name a folder or a file")
     # These read big libraries or define big networks, so only who asks for them imports them.

@@ -6,7 +6,7 @@ import torch
 from mimo import demo
 from mimo.data import ShapesDataset, open_dataset, to_float
 from mimo.errors import InputError
-from mimo.tokenizers import DCTTokenizer, build_tokenizer
+from mimo.tokenizers import DCTTokenizer, LappedTokenizer, build_tokenizer
 from mimo.tokenizers.dct import dct_matrix
 from mimo.tokenizers.weights import checksum
 
@@ -82,6 +82,49 @@ def test_temporal_dct_treats_chunks_alone():
         assert changed.nonzero().flatten().tolist() == [(frame + 3) // 4]
 
 
+@pytest.mark.parametrize("compression", [(1, 8, 8), (1, 4, 6), (1, 5, 1), (4, 8, 8)])
+def test_lapped_inverts_exactly_and_keeps_distances(compression):
+    tokenizer, x = build_tokenizer("lapped", compression=compression), video(5, 40, 24)
+    latents = tokenizer.encode(x)
+    torch.testing.assert_close(tokenizer.decode(latents), x, rtol=0, atol=2e-6)
+    if compression[0] == 1:
+        assert latents.square().sum().item() == pytest.approx((x * tokenizer.scale).square().sum().item(), rel=1e-5)
+
+
+def test_lapped_patches_overlap_by_half_and_show_no_edges():
+    """Where the DCT of patches ends with an edge, this has faded; a picture of one colour still needs one channel."""
+    tokenizer, latents = LappedTokenizer((1, 8, 8)), torch.zeros(1, 1, 3, 3, 192)
+    latents[0, 0, 1, 1, 0] = 1
+    row = tokenizer.decode(latents)[0, 0, 0, 12]
+    assert not row[:4].any() and not row[20:].any() and row[4:20].all()
+    assert row[4].abs() < 0.2 * row.max() and row[8] < 0.6 * row.max()
+    flat = tokenizer.encode(torch.full((1, 1, 3, 24, 24), 0.5))[0, 0]
+    torch.testing.assert_close(flat[..., 0], torch.full((3, 3), 0.5 / 0.4))
+    assert flat[..., 1:].abs().max() < 1e-5
+    edges = []
+    for name in ("dct", "lapped"):  # what a network gets wrong: independent errors of patches, of low frequency
+        wrong = torch.randn(1, 8, 6, 6, 6, generator=torch.Generator().manual_seed(0))
+        steps = build_tokenizer(name, channels=6).decode(wrong).diff(dim=-1).square().mean((0, 1, 2, 3))
+        edges.append((steps[7::8].mean() / steps.mean()).item())
+    assert edges[0] > 4 and edges[1] < 2, edges
+
+
+def test_lapped_channels_keep_more_of_the_demos_clips_than_those_of_patches():
+    dataset = ShapesDataset(num_frames=2, height=48, width=48, **demo.SHAPES)
+    clips = to_float(torch.stack([torch.from_numpy(dataset.sample(i, 0)["video"]) for i in range(16)]))
+    tokenizers = [build_tokenizer(name, channels=24) for name in ("dct", "lapped")]
+    lost = [(t.decode(t.encode(clips)) - clips).square().mean().item() for t in tokenizers]
+    assert lost[1] < 0.92 * lost[0]
+
+
+def test_lapped_latents_are_those_of_its_definition():
+    y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
+    clip = torch.stack([(0.5 * y + 0.7 * x).sin(), (0.2 * y - 0.4 * x).cos(), (y - x) / 10 - 0.2])[None, None]
+    assert LappedTokenizer.definition == "lapped 1"
+    first = LappedTokenizer((1, 8, 8), 24).encode(clip)[0, 0, 0, 0]
+    assert first[[0, 1, 2, 5, 23]].tolist() == pytest.approx([0.1701, 0.6264, -0.2716, 0.1237, -0.0189], abs=1e-4)
+
+
 def about_unit_variance(latents):
     deviations = latents.flatten(0, -2).std(0)
     return 0.6 < deviations[0] < 1.4 and deviations[1:].max() < deviations[0]
@@ -144,7 +187,7 @@ def test_dct_refuses_other_sizes():
         DCTTokenizer((1, 8, 8), 193)
     with pytest.raises(ValueError, match="expected 1 to 0"):
         DCTTokenizer((1, 0, 8))
-    with pytest.raises(ValueError, match="unknown tokenizer 'jpeg': known tokenizers are dct, dcae, videovae"):
+    with pytest.raises(ValueError, match="unknown tokenizer 'jpeg': known tokenizers are dct, lapped, dcae, videovae"):
         build_tokenizer("jpeg")
 
 
