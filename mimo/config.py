@@ -160,6 +160,15 @@ class MiMoConfig(_Record):
         token_draws: timesteps and noises that the token head is trained at per token and step (MAR: 4).
         parameterization: "v" (v-prediction, linear betas, zero terminal SNR), "flow" (rectified flow), or for a token
             head "epsilon" (cosine schedule, noise prediction).
+        prediction: what a "flow" network predicts, the "velocity" or the "clean" latents, whose error is weighed as one
+            of the velocity (JiT; see mimo.diffusion.FlowSchedule).
+        timestep_mean: of the normal distribution whose sigmoid is the timestep of "flow" training; more than 0 trains
+            more at much noise, where a frame shows less than those before it.
+        history_noise: standard deviation of the noise that training adds to the clean frames that others see, at most:
+            each frame's is uniform from 0 to it, and the network is not told. A sampled frame is not quite clean
+            either.
+        residual: a noisy frame is what changes, its latents minus those of the frame before it as history has it; the
+            first frame is whole. The network predicts what moves, and what does not is kept.
         min_snr_gamma: clip threshold of the min-SNR weight of L_diff; None weighs every frame 1.
         min_snr_decay: decay of fused min-SNR; None is plain min-SNR.
         tokenizer: name of the tokenizer whose latents the network sees.
@@ -216,6 +225,10 @@ class MiMoConfig(_Record):
     token_width: int = 1024
     token_draws: int = 4
     parameterization: Literal["v", "flow", "epsilon"] = "v"
+    prediction: Literal["velocity", "clean"] = "velocity"
+    timestep_mean: float = 0.0
+    history_noise: float = 0.0
+    residual: bool = False
     min_snr_gamma: float | None = None
     min_snr_decay: float | None = None
     tokenizer: str = "dct"
@@ -269,7 +282,7 @@ class MiMoConfig(_Record):
     _MAY_BE_ZERO = (
         *("decoder_depth", "mask_weight", "num_classes", "num_actions", "max_interval"),
         *("label_dropout", "history_dropout", "clean_context", "repa_weight", "token_depth", "text_dim"),
-        "noise_levels",
+        *("noise_levels", "timestep_mean", "history_noise"),
         *("coarse_stride", "fine_frames"),
     )
 
@@ -335,6 +348,11 @@ class MiMoConfig(_Record):
             _require(not self.interleaved, "interleaved", self.interleaved, "False when mask_weight is 0")
         aligns = self.repa_weight == 0 or self.repa_layer <= self.depth
         _require(aligns, "repa_layer", self.repa_layer, f"1..depth={self.depth} when repa_weight > 0")
+        flow = self.parameterization == "flow"
+        _require(flow or self.prediction == "velocity", "prediction", self.prediction, "'velocity' unless 'flow'")
+        _require(
+            flow or not self.timestep_mean, "timestep_mean", self.timestep_mean, "0 unless parameterization='flow'"
+        )
         gamma, decay = self.min_snr_gamma, self.min_snr_decay
         _require(gamma is None or self.parameterization == "v", "min_snr_gamma", gamma, "None unless v-prediction")
         _require(gamma is None or gamma > 0, "min_snr_gamma", gamma, "more than zero, or None")

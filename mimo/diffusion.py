@@ -6,6 +6,7 @@ All schedules answer the same questions, so neither training nor sampling asks w
     alpha(t), sigma(t), snr(t)                     signal, noise, (alpha / sigma)^2
     add_noise(x, eps, t)                           x_t = alpha(t) x + sigma(t) eps
     target(x, eps, t)                              what the network predicts at t
+    error_weight(t)                                what its squared error counts, None for 1
     embedding(t)                                   the number in 0..1000 that the network embeds
     sampling_timesteps(steps, device)              the timesteps t_0 > t_1 > ... that a sampler visits
     step(v, x, i)                                  from t_i to t_{i+1}, or to the clean x after the last
@@ -24,6 +25,8 @@ import torch
 from torch import Tensor
 
 from mimo_kernels.core.device_copies import DeviceCopies
+
+LEAST_NOISE = 0.05  # tau below which an error of clean latents weighs no more (JiT)
 
 
 def _table(values: Tensor) -> DeviceCopies:
@@ -54,6 +57,11 @@ class _Schedule(ABC):
     def snr(self, t: Tensor) -> Tensor:
         """alpha(t)^2 / sigma(t)^2."""
         return (self.alpha(t) / self.sigma(t)).square()
+
+    def error_weight(self, t: Tensor) -> Tensor | None:
+        """What turns the squared error of what the network predicts at t [...] into that of v or eps; None: it is
+        that."""
+        return None
 
     @abstractmethod
     def sampling_timesteps(self, steps: int, device: torch.device | str = "cpu") -> Tensor:
@@ -138,7 +146,18 @@ class FlowSchedule(_Schedule):
         `steps` sampling steps visit linspace(1, 0.001, steps) and the last one goes to 0
 
     Timesteps are float32 in (0, 1]; the network embeds 1000 tau. Sources: Liu et al. 2022, Esser et al. 2024.
+
+    A network that predicts the clean latents (prediction="clean") says v = (x_tau - x) / tau with them, and its error
+    is weighed as one of v, by 1 / tau^2 with tau not below 0.05: noise need not pass through a narrow network, whose
+    output is then the little that clean latents hold. Source: Li and He 2025 (JiT, arXiv 2511.13720).
+
+    Args:
+        prediction: what the network predicts, "velocity" or "clean" latents.
+        location: mean of n; more than 0 trains more at much noise (the m of Esser et al., Eq. 19).
     """
+
+    def __init__(self, prediction: str = "velocity", location: float = 0.0) -> None:
+        self.prediction, self.location = prediction, location
 
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - t
@@ -150,24 +169,28 @@ class FlowSchedule(_Schedule):
         return 1000 * t
 
     def sample_timesteps(self, shape, generator: torch.Generator, device: torch.device) -> Tensor:
-        """Logit-normal(0, 1), float32."""
-        return torch.randn(shape, generator=generator, device=device).sigmoid()
+        """Logit-normal(location, 1), float32."""
+        return (torch.randn(shape, generator=generator, device=device) + self.location).sigmoid()
 
     def target(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """v = eps - x, whatever t."""
-        return eps - x
+        """v = eps - x, or x, whatever t."""
+        return x if self.prediction == "clean" else eps - x
+
+    def error_weight(self, t: Tensor) -> Tensor | None:
+        return None if self.prediction == "velocity" else t.clamp(min=LEAST_NOISE).square().reciprocal()
 
     def sampling_timesteps(self, steps: int, device: torch.device | str = "cpu") -> Tensor:
         """float32 [steps]; from here on `step` takes one of these `steps` steps."""
         if steps < 1:
             raise ValueError(f"steps={steps}: expected 1 or more")
         visited = torch.linspace(1, 0.001, steps, dtype=torch.float64)
-        self._steps = _table(torch.cat([visited.diff(), -visited[-1:]]))
+        self._steps = _table(torch.stack([torch.cat([visited.diff(), -visited[-1:]]), visited]))
         return visited.float().to(device)
 
     def step(self, v: Tensor, x: Tensor, i: int | Tensor) -> Tensor:
-        """x' = x + (tau_{i+1} - tau_i) v."""
-        return x + self._steps.on(x.device)[0][i].to(x.dtype) * v
+        """x' = x + (tau_{i+1} - tau_i) v, where a network that predicts clean latents says them for v."""
+        step, tau = (column[i].to(x.dtype) for column in self._steps.on(x.device)[0])
+        return x + step * (v if self.prediction == "velocity" else (x - v) / tau)
 
 
 class EpsilonSchedule(_Schedule):
@@ -238,11 +261,15 @@ class EpsilonSchedule(_Schedule):
         return self._steps.on(torch.device(device))[0].T.contiguous()
 
 
-def build_schedule(parameterization: str) -> VPredictionSchedule | FlowSchedule | EpsilonSchedule:
-    """The schedule of MiMoConfig.parameterization: "v", "flow" or "epsilon"."""
-    schedules = {"v": VPredictionSchedule, "flow": FlowSchedule, "epsilon": EpsilonSchedule}
+def build_schedule(
+    parameterization: str, prediction: str = "velocity", location: float = 0.0
+) -> VPredictionSchedule | FlowSchedule | EpsilonSchedule:
+    """The schedule of MiMoConfig.parameterization: "v", "flow" or "epsilon". prediction, location: of "flow" alone."""
+    if parameterization == "flow":
+        return FlowSchedule(prediction, location)
+    schedules = {"v": VPredictionSchedule, "epsilon": EpsilonSchedule}
     if parameterization not in schedules:
-        raise ValueError(f"unknown parameterization {parameterization!r}: expected one of {', '.join(schedules)}")
+        raise ValueError(f"unknown parameterization {parameterization!r}: expected one of v, flow, epsilon")
     return schedules[parameterization]()
 
 

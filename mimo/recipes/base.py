@@ -116,15 +116,18 @@ class Recipe(ABC):
 
     Raises ValueError for a config that the recipe cannot serve.
 
+    teacher_forcing: noisy frames stand beside the clean ones that are their history.
     aligns: of "history" and "future", the frames whose hidden states REPA can align: whole clips of a latent's grid.
     """
 
+    teacher_forcing: ClassVar[bool] = False
     aligns: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, config: MiMoConfig, *, unmasked_from: int | None = None, backend: str = "auto") -> None:
         self.config, self.unmasked_from, self.backend = config, unmasked_from, backend
-        self.schedule = build_schedule(config.parameterization)
+        self.schedule = build_schedule(config.parameterization, config.prediction, config.timestep_mean)
         self.check(config)
+        self.check_history(config)
         self.check_alignment(config)
         self.alignment = Alignment(config, backend) if config.repa_weight > 0 else None
         if unmasked_from is not None and config.mask_ratio[1] == 0:
@@ -134,6 +137,12 @@ class Recipe(ABC):
     @abstractmethod
     def check(cls, config: MiMoConfig) -> None:
         """ValueError for a config that the recipe cannot serve."""
+
+    @classmethod
+    def check_history(cls, config: MiMoConfig) -> None:
+        """ValueError for what is asked of clean frames beside noisy ones, by a recipe without them."""
+        if not cls.teacher_forcing:
+            cls.require(config, history_noise=0.0, residual=False)
 
     @classmethod
     def check_alignment(cls, config: MiMoConfig) -> None:
@@ -217,10 +226,13 @@ class Recipe(ABC):
         assert prepared.target is not None  # this step optimises L_diff
         return weighted_squared_error(velocity.float(), prepared.target.float(), prepared.weight, backend=self.backend)
 
-    def weight(self, x: Tensor, snr: Tensor) -> Tensor:
-        """fp32 [B, T]: the mean over all elements, times (fused) min-SNR where the config says so. snr: fp32 [B, T]."""
-        config = self.config
+    def weight(self, x: Tensor, t: Tensor, snr: Tensor | None = None) -> Tensor:
+        """fp32 [B, T]: the mean over all elements, times what the schedule weighs errors at timesteps t [B, T] with and
+        (fused) min-SNR where the config says so. snr: fp32 [B, T]; None: that of t."""
+        config, snr = self.config, self.schedule.snr(t) if snr is None else snr
         weight = x.new_full(x.shape[:2], 1 / x.numel(), dtype=torch.float32)
+        if (of_errors := self.schedule.error_weight(t)) is not None:
+            weight = weight * of_errors
         if config.min_snr_gamma is None:
             return weight
         return weight * compute_loss_weight(snr, config.min_snr_gamma, "v_prediction", config.min_snr_decay)

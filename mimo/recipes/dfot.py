@@ -49,4 +49,4 @@ class DiffusionForcing(Recipe):
     def context(self, x: Tensor, noisy: Tensor, t: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
         """What the frames are in the end, of the clean ones, the noisy ones [B, T, N, C] and their schedule's timesteps
         [B, T]: their latents [B, T, N, C], the timesteps that the network is told, and their weights, [B, T] each."""
-        return noisy, self.schedule.embedding(t), self.weight(x, self.schedule.snr(t))
+        return noisy, self.schedule.embedding(t), self.weight(x, t)

@@ -37,6 +37,6 @@ class FAR(DiffusionForcing):
         snr = self.schedule.snr(t).masked_fill(clean, math.inf)  # what fused min-SNR makes of the frames behind it
         # A clip of clean frames alone has no loss, and no division by zero.
         share = frames / (frames - clean.sum(1, keepdim=True)).clamp(min=1)
-        weight = torch.where(clean, 0.0, self.weight(x, snr) * share)
+        weight = torch.where(clean, 0.0, self.weight(x, t, snr) * share)
         timestep = self.schedule.embedding(t).masked_fill(clean, CLEAN)
         return torch.where(clean[..., None, None], x, noisy), timestep, weight

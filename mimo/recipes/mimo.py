@@ -27,11 +27,17 @@ def kept_tokens(num_tokens: int, ratio: float, multiple: int = 1) -> int:
     return min(max(round(kept / multiple) * multiple, multiple), highest)
 
 
+def changes(x: Tensor, seen: Tensor) -> Tensor:
+    """What a network with `residual` makes: frames x [B, T, N, C] minus those before them in history, [B, T, N, C]."""
+    return torch.cat([x[:, :1], x[:, 1:] - seen[:, :-1]], dim=1)
+
+
 class MaskedHistory(Recipe):
     """Teacher forcing. The history drops a tube of its tokens, of a ratio drawn once per step and a pattern per clip;
     the decoder predicts them from the features of those that are kept. A finished frame becomes history as it was in
     training: through norms of its own and with its action; class and timestep it never knew."""
 
+    teacher_forcing = True
     aligns = frozenset({"history", "future"})
 
     @classmethod
@@ -63,17 +69,19 @@ class MaskedHistory(Recipe):
         drop = self.dropped_history(draws, frames)
         t = self.schedule.sample_timesteps((draws.total, frames), draws.generator, x.device)[draws.ours]
         eps = draws.normal_like(x)
+        seen = self._seen(x, draws)
+        made = changes(x, seen) if config.residual else x
         batch = clean_and_noisy(
-            x,
-            self.schedule.add_noise(x, eps, t),
+            seen,
+            self.schedule.add_noise(made, eps, t),
             self.schedule.embedding(t),
             keep=keep,
             drop_history=drop,
             labels=labels,
             **given,
         )
-        target = self.schedule.target(x, eps, t)
-        return Prepared(batch, target, self.weight(x, self.schedule.snr(t)), x, keep, reconstruct=with_mask)
+        target = self.schedule.target(made, eps, t)
+        return Prepared(batch, target, self.weight(x, t), x, keep, reconstruct=with_mask)
 
     def loss_of(self, output, prepared: Prepared) -> LossParts:
         assert prepared.latents is not None  # `frames` gives them
@@ -88,6 +96,13 @@ class MaskedHistory(Recipe):
             return LossParts(self.config.mask_weight * mask, zero, mask.detach())
         total = diffusion + self.config.mask_weight * mask if output.reconstruction else diffusion
         return LossParts(total, diffusion.detach(), mask.detach())
+
+    def _seen(self, x: Tensor, draws: Draws) -> Tensor:
+        """The clean frames as others see them: with config.history_noise a little noisy, like sampled ones."""
+        if not (most := self.config.history_noise):
+            return x
+        deviation = most * draws.uniform(x.shape[1])[..., None, None]  # [B, T, 1, 1]
+        return x + deviation.to(x.dtype) * draws.normal_like(x)
 
     def _phase(self, step: int | None) -> tuple[bool, bool, bool]:
         """(L_diff, L_mask, history is masked) at this step."""

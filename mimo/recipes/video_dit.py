@@ -38,4 +38,4 @@ class VideoDiT(Recipe):
         eps = draws.normal_like(x)
         noisy = schedule.add_noise(x, eps, t)
         batch = noisy_alone(noisy, schedule.embedding(t), sees="bidirectional", **told)
-        return Prepared(batch, schedule.target(x, eps, t), self.weight(x, schedule.snr(t)))
+        return Prepared(batch, schedule.target(x, eps, t), self.weight(x, t))

@@ -59,7 +59,8 @@ class AtOnceRun:
 
     def _denoise(self, x: Tensor) -> Tensor:
         """Noise [S, T, N, C] -> clips."""
-        schedule, key, model = build_schedule(self.model.config.parameterization), self.key, self.model
+        key, model = self.key, self.model
+        schedule = build_schedule(model.config.parameterization, model.config.prediction)
         sequences, frames = x.shape[:2]
         branches, dtype = len(key.branches), model.embed.weight.dtype
         timesteps = schedule.embedding(schedule.sampling_timesteps(self.config.steps, self.device))

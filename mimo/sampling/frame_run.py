@@ -34,11 +34,17 @@ class FrameRun(ABC):
         self.weights = torch.tensor([branch.weight for branch in key.branches], dtype=torch.float32, device=device)
         self.x = torch.zeros(self.size, c.tokens, c.token_channels, device=device)
         self.extra = torch.zeros_like(self.x)  # what is added to the finished frame before it becomes history
+        # The frame before, as history has it, of a network that makes what changes.
+        self.previous = torch.zeros_like(self.x) if c.residual else None
 
     def begin(self, clips: list[Tensor], given: dict[str, Tensor], positions: list[int]) -> None:
         """Take the conditions, one row per sequence, and the context."""
         self._tell(given, positions)
         self.history.begin(clips)
+        if self.previous is not None:
+            nothing = torch.zeros_like(self.x[0])
+            last = torch.stack([clip[-1].to(nothing) if len(clip) else nothing for clip in clips])
+            self.previous.copy_(last.repeat_interleave(self.key.trajectories, 0))
 
     @abstractmethod
     def denoise(self, noise: Tensor, extra: Tensor | None = None) -> None:
@@ -56,12 +62,15 @@ class FrameRun(ABC):
     def state_dict(self) -> dict[str, Tensor]:
         """What the frames to come depend on, as tensors on the host."""
         conditions = {name: static.cpu() for name, static in self.conditions.tensors.items()}
-        return self.history.state_dict() | conditions
+        previous = {} if self.previous is None else {"previous": self.previous.cpu()}
+        return self.history.state_dict() | conditions | previous
 
     def load_state_dict(self, state: dict[str, Tensor], positions: list[int]) -> None:
         """Instead of `begin`: go on where `state_dict` was called."""
         self.history.load_state_dict(state)
         self._tell(state, positions)
+        if self.previous is not None:
+            self.previous.copy_(state["previous"])
 
     def _add_later(self, extra: Tensor | None) -> None:
         if extra is None:
@@ -69,8 +78,16 @@ class FrameRun(ABC):
         else:
             self.extra.copy_(extra, non_blocking=True)
 
+    def _finish(self) -> None:
+        """What was made becomes a frame."""
+        if self.previous is not None:
+            self.x.add_(self.previous)
+
     def _record(self) -> None:
-        self.history.record(self.x + self.extra)
+        finished = self.x + self.extra
+        if self.previous is not None:
+            self.previous.copy_(finished)
+        self.history.record(finished)
 
     def _commit(self) -> None:
         self.history.commit()

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from mimo.config import SampleConfig
-from mimo.diffusion import EpsilonSchedule, FlowSchedule, VPredictionSchedule
+from mimo.diffusion import build_schedule
 from mimo.network.network import MiMo
 from mimo.recipes import recipe_type
 from mimo.sampling.at_once import AtOnceRun
@@ -43,7 +43,6 @@ from mimo.tokenizers.weights import checksum
 from mimo_kernels import FrameCache, guided_step
 
 MODULATION_BYTES = 2**28  # memory for what the norms are told in all steps of a frame
-SCHEDULES = {"ddim": VPredictionSchedule, "euler": FlowSchedule, "ddpm": EpsilonSchedule}
 AnyRun = FrameRun | AtOnceRun
 
 
@@ -56,7 +55,7 @@ class Run(FrameRun):
         super().__init__(model, config, key, history, conditions)
         c, device = model.config, self.x.device
         self.steps = config.steps
-        schedule = SCHEDULES[config.sampler]()
+        schedule = build_schedule(c.parameterization, c.prediction)
         self.embeddings = schedule.embedding(schedule.sampling_timesteps(self.steps, device))  # [steps]
         self.coefficients = schedule.coefficients(self.steps, device)  # [steps, 2]
         self.index = torch.zeros(1, dtype=torch.int64, device=device)
@@ -80,6 +79,7 @@ class Run(FrameRun):
         self._start()
         for _ in range(self.steps):
             self.step()
+        self._finish()
 
     def remember(self) -> None:
         """The finished frame, plus what is added to it, joins the history."""
@@ -93,6 +93,7 @@ class Run(FrameRun):
         self._start()
         for _ in range(self.steps):
             self._step()
+        self._finish()
         self._record()
 
     def _start(self) -> None:
@@ -240,12 +241,13 @@ class Sampler:
     ):
         recipe = recipe_type(model.config)
         recipe.check(model.config)
+        recipe.check_history(model.config)
         expected = {"v": "ddim", "flow": "euler", "epsilon": "ddpm"}[model.config.parameterization]
         if config.sampler != expected:
             raise ValueError(
                 f"sampler={config.sampler!r}: a {model.config.parameterization!r} network is sampled by {expected!r}"
             )
-        most = getattr(SCHEDULES[config.sampler](), "num_timesteps", config.steps)
+        most = getattr(build_schedule(model.config.parameterization), "num_timesteps", config.steps)
         if config.steps > most:
             raise ValueError(f"steps={config.steps}: expected 1..{most}")
         self.model, self.config = model, config

@@ -95,7 +95,7 @@ def test_euler_trajectory_equals_diffusers(steps):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("schedule", [VPredictionSchedule(), FlowSchedule()])
+@pytest.mark.parametrize("schedule", [VPredictionSchedule(), FlowSchedule(), FlowSchedule("clean")])
 def test_a_perfect_model_is_sampled_back_to_the_data(schedule):
     """With the true v of a single clean x, every trajectory ends on that x; the step index may be a tensor."""
     generator = torch.Generator().manual_seed(2)
@@ -108,6 +108,34 @@ def test_a_perfect_model_is_sampled_back_to_the_data(schedule):
         assert torch.equal(stepped, schedule.step(schedule.target(clean, eps, t), x, i))
         x = stepped
     torch.testing.assert_close(x, clean, rtol=1e-5, atol=1e-5)
+
+
+def test_clean_latents_are_another_word_for_the_velocity():
+    """The same steps, and the same errors where tau is at least 0.05: v = (x_tau - x) / tau."""
+    said, meant = FlowSchedule("clean"), FlowSchedule()
+    assert said.target(CLEAN, NOISE, TAU) is CLEAN
+    noisy = said.add_noise(CLEAN, NOISE, TAU)
+    wrong = CLEAN + 0.1 * torch.randn(CLEAN.shape, generator=torch.Generator().manual_seed(4))
+    v = (noisy - wrong) / TAU[:, None]
+    errors = (v - meant.target(CLEAN, NOISE, TAU)).square().mean(1)
+    weighed = said.error_weight(TAU) * (wrong - CLEAN).square().mean(1)
+    torch.testing.assert_close(weighed[TAU >= 0.05], errors[TAU >= 0.05])
+    assert (weighed[TAU < 0.05] < errors[TAU < 0.05]).all() and meant.error_weight(TAU) is None
+    visited = said.sampling_timesteps(5), meant.sampling_timesteps(5)
+    coefficients = said.coefficients(5)
+    for i in range(5):
+        v = (noisy - wrong) / visited[0][i]
+        torch.testing.assert_close(said.step(wrong, noisy, i), meant.step(v, noisy, i))
+        a, b = coefficients[i]
+        torch.testing.assert_close(a * noisy + b * wrong, meant.step(v, noisy, i), rtol=1e-4, atol=1e-4)
+
+
+def test_timesteps_of_flow_may_lie_higher():
+    at = [build_schedule("flow", "velocity", location) for location in (0.0, 2.0)]
+    drawn = [
+        schedule.sample_timesteps((1000,), torch.Generator().manual_seed(0), torch.device("cpu")) for schedule in at
+    ]
+    torch.testing.assert_close(drawn[1].logit(), drawn[0].logit() + 2.0, rtol=1e-3, atol=1e-3)
 
 
 def listing_weight(snr, gamma, kind, decay, causal):
@@ -150,6 +178,10 @@ def test_loss_weight_by_hand():
     third = 5 * 0.96 * (0.96 + 0.04 * 0.2)
     expected = torch.tensor([[5 / 11, second / (second + 1), third / (third + 1)]])
     torch.testing.assert_close(weight, expected)
+
+
+CLEAN, NOISE = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(3)).unbind()
+TAU = torch.tensor([0.01, 0.05, 0.2, 0.5, 0.9, 1.0])
 
 
 def test_bad_input_names_the_value():

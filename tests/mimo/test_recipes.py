@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mimo import MiMo, MiMoConfig
+from mimo.config import SampleConfig
 from mimo.diffusion import build_schedule, compute_loss_weight
 from mimo.network.frames import FrameBatch
 from mimo.network.network import MiMoOutput
@@ -15,6 +16,7 @@ from mimo.recipes import build_recipe
 from mimo.recipes.acdit import acdit
 from mimo.recipes.base import step_generator
 from mimo.recipes.mimo import kept_tokens
+from mimo.sampling.sampler import Sampler
 from mimo.training.average import EMA
 
 CONFIG = MiMoConfig(
@@ -111,6 +113,31 @@ def test_diffusion_loss_is_the_weighted_error_of_every_frame(changes):
         error = error * compute_loss_weight(schedule.snr(t), 5.0, "v_prediction", config.min_snr_decay)
     assert loss.diffusion.item() == pytest.approx(error.mean().item(), rel=1e-4)
     assert abs(eps.mean()) < 0.2 and abs(eps.std() - 1) < 0.2
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_history_may_be_noisy_and_frames_what_changes(residual):
+    options = {"parameterization": "flow", "prediction": "clean", "history_noise": 0.5, "residual": residual}
+    config = dataclasses.replace(CONFIG, **options, mask_ratio=(0.0, 0.0), mask_weight=0.0)
+    loss, spy = loss_of(config)
+    x, seen, tau = clips(config).flatten(2, 3), spy.seen["history"], spy.seen["timestep"] / 1000
+    added = (seen - x).std((2, 3))
+    assert (added > 0).all() and (added < 0.7).all() and added.std() > 0.05  # a deviation per frame, up to 0.5
+    made = torch.cat([x[:, :1], x[:, 1:] - seen[:, :-1]], 1) if residual else x
+    error = (spy.answer.velocity - made).square().mean((2, 3)) / tau.clamp(min=0.05).square()
+    assert loss.diffusion.item() == pytest.approx(error.mean().item(), rel=1e-5)
+    eps = (spy.seen["noisy"] - (1 - tau)[..., None, None] * made) / tau[..., None, None]
+    assert abs(eps.mean()) < 0.2 and abs(eps.std() - 1) < 0.2
+
+
+@pytest.mark.parametrize("name, value", [("history_noise", 0.1), ("residual", True)])
+def test_systems_without_clean_frames_refuse_what_is_theirs(name, value):
+    unmasked = {"mask_ratio": (0.0, 0.0), "mask_weight": 0.0, "separate_ln": False}
+    config = dataclasses.replace(CONFIG, recipe="far", **unmasked, **{name: value})
+    with pytest.raises(ValueError, match=f"{name}={value}: expected .* with recipe='far'"):
+        build_recipe(config)
+    with pytest.raises(ValueError, match=f"{name}={value}: expected"):
+        Sampler(MiMo(config), SampleConfig())
 
 
 def test_every_frame_and_clip_has_its_own_timestep_and_noise():

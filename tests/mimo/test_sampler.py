@@ -117,7 +117,7 @@ def algorithm_4(model, schedule, steps, given, starts, w_history=1.0, w_class=1.
                 null = None if actions is None else torch.full_like(actions, ACTIONS)
                 guided = guided + (w_class - 1) * (v - velocity(labels=None, actions=null))
             x = schedule.step(guided, x, i)
-        frames.append(x)
+        frames.append(x + frames[-1] if model.config.residual else x)
     return torch.stack(frames, 1)
 
 
@@ -133,6 +133,30 @@ def test_equals_algorithm_4_with_the_full_mask(conditional, monkeypatch, w_histo
     expected = algorithm_4(conditional, schedule, 3, given, starts.noise, w_history, w_class, **conditions(frames=5))
     close(video, expected)
     assert torch.equal(video[:, :2], given)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_clean_latents_of_what_changes(monkeypatch, use_cache):
+    model = network(prediction="clean", residual=True)
+    starts = Starts(monkeypatch)
+    sampler = Sampler(model, config(history_guidance=1.5), use_cache=use_cache)
+    video = sampler.sample(context(), 5, generator=seed())
+    close(video, algorithm_4(model, FlowSchedule("clean"), 3, context(), starts.noise, 1.5))
+    ragged = sampler.sample([context(1, 3)[0], context()[1]], 5, generator=seed(), trajectories=2)
+    alone = sampler.sample(context()[1:], 4, generator=seed(), ids=[3])
+    close(ragged[3], alone[0])
+
+
+def test_nothing_that_changes_repeats_the_last_frame_with_its_noise():
+    model = network(prediction="clean", residual=True)
+    for parameter in model.head.parameters():
+        parameter.data.zero_()
+    video = Sampler(model, config()).sample(context(), 5, generator=seed())
+    assert torch.equal(video[:, 2:], video[:, 1:2].expand(-1, 3, -1, -1))
+    noisy = Sampler(model, config(history_noise=(0.5, 0.5))).sample(context(), 5, generator=seed())
+    steps = noisy[:, 3:] - noisy[:, 2:-1]
+    assert torch.equal(noisy[:, 2], video[:, 2]) and abs(steps.std() - 0.5) < 0.1
+    assert not torch.equal(Sampler(model, config()).sample(None, 2, generator=seed())[:, 0], video[:, 0])
 
 
 def test_ddim_from_nothing(monkeypatch):

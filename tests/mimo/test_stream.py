@@ -67,6 +67,18 @@ def test_continued_frames_are_the_same_bit_for_bit(model, tmp_path, name, stop):
     assert run.history.cache.num_free_pages == run.history.cache.num_pages
 
 
+def test_what_changes_is_added_to_the_frame_before_the_interruption(tmp_path):
+    model = network(prediction="clean", residual=True)
+    sampler = sampler_of(model, "window and sink")
+    expected = list(start(sampler))
+    stream = start(sampler, Saving(tmp_path, every=2))
+    for _ in range(3):
+        next(stream)
+    stream.close()
+    rest = list(sampler_of(model, "window and sink").resume(Saving(tmp_path, every=3)))
+    assert len(rest) == 4 and all(map(torch.equal, rest, expected[2:]))
+
+
 def test_continued_in_the_cache_of_the_interrupted_run_and_twice(model, tmp_path):
     sampler = Sampler(model, config())
     expected = list(start(sampler))
