@@ -101,7 +101,7 @@ def test_no_import_goes_in_a_circle(package: str, module: str, imports: set[str]
 LATE = {
     ("mimo/__main__.py", "mimo.cli"): "what is missing is said before it is imported",
     ("mimo/cli/*", "*"): "--help answers at once: nothing heavy is imported before a command runs",
-    ("mimo/demo.py", "matplotlib.figure"): "a second of start-up, for one picture",
+    ("mimo/demo/page.py", "matplotlib.figure"): "a second of start-up, for one picture",
     ("mimo/encoders/__init__.py", "mimo.encoders.videomae"): "who asks for it, has transformers and its weights",
     ("mimo/encoders/videomae.py", "transformers"): "seconds of start-up, and it need not be installed",
     ("mimo/encoders/videomae.py", "transformers.utils"): "the same",

@@ -13,7 +13,7 @@ from mimo.config import Encoding
 from mimo.data import LatentShards, batches, moving_shapes, open_dataset, write_video
 from mimo.data.check import check
 from mimo.data.encode import write_shards
-from mimo.demo import read_windows
+from mimo.demo.clips import read_windows
 from mimo.tokenizers import build_tokenizer
 
 SHAPE = {"num_frames": 3, "height": 16, "width": 16}

@@ -10,7 +10,9 @@ from PIL import Image
 from mimo.cli import main
 from mimo.config import MiMoConfig, SampleConfig, TrainConfig
 from mimo.data import VideoReader, write_video
-from mimo.demo import Windows, demo, psnr, read_windows
+from mimo.demo.clips import Windows, read_windows
+from mimo.demo.page import error_map
+from mimo.demo.run import compare, demo, frame_psnr, psnr
 from mimo.errors import InputError
 from mimo.presets import TINY_SYSTEMS
 from mimo.recipes import RECIPES
@@ -36,21 +38,24 @@ def tiny_presets(monkeypatch):
     }
     training = TrainConfig.from_preset("mimo-tiny").to_dict() | {"batch_size": 2, "steps": 4, "log_every": 2}
     sampling = {"sampler": "euler", "steps": 2, "context_frames": CONTEXT, "num_frames": FRAMES}
+    monkeypatch.setattr("mimo.demo.run.TEST_CLIPS", 8)
     for kind, values in ((MiMoConfig, model), (TrainConfig, training), (SampleConfig, sampling)):
         monkeypatch.setitem(kind._PRESETS, "mimo-tiny", values)
 
 
 def test_demo_writes_its_files_and_prints_its_numbers(tmp_path, capsys):
     out = tmp_path / "demo"
-    assert main(["demo", "--out", str(out)]) == 0
+    assert main(["demo", "--out", str(out), "--processes", "1"]) == 0
     output = capsys.readouterr().out
-    for name in ("prediction.mp4", "prediction.gif", "contact_sheet.png", "loss.png"):
+    for name in ("prediction.mp4", "prediction.gif", "contact_sheet.png", "loss.png", "result.html"):
         assert str(out / name) in output
     number = r"\d+\.\d+"
     for name in ("diffusion", "mask"):
         assert re.search(rf"{name} loss: {number} until step 2, {number} at the end", output)
     assert re.search(
-        rf"PSNR of 3 predicted frames, mean of 8 unseen clips: {number} dB, {number} dB for copying", output
+        rf"PSNR of 3 predicted frames, mean of 8 unseen clips: {number} dB \({number}, {number}, {number}\), "
+        rf"{number} dB for copying",
+        output,
     )
     with VideoReader(out / "prediction.mp4") as reader:
         assert reader.num_frames == FRAMES
@@ -64,7 +69,13 @@ def test_demo_writes_its_files_and_prints_its_numbers(tmp_path, capsys):
     for name in ("contact_sheet.png", "loss.png"):
         with Image.open(out / name) as picture:
             assert min(picture.size) > 100
-    assert load(out / "run").model.config == MiMoConfig.from_preset("mimo-tiny")
+    config = load(out / "run").model.config
+    added = {"tokenizer": "lapped", "prediction": "clean", "residual": True}
+    assert config.to_dict() | added == config.to_dict() and "residual=True" in output
+    page = (out / "result.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 and page.count("data:image/gif;base64,") == 1
+    assert 'src="http' not in page and "residual=True" in page
+    assert [f"frame {t}" in page for t in range(FRAMES + 1)] == [False] * CONTEXT + [True] * 3 + [False]
 
 
 def test_demo_is_repeatable_and_can_be_repeated_in_place(tmp_path):
@@ -86,9 +97,10 @@ def test_the_newest_demo_is_the_one_that_is_sampled(tmp_path):
 def test_every_system_ends_in_a_video(recipe, tmp_path, capsys, monkeypatch):
     """By its own preset, after one step: the name of a recipe or of a system, which differ in a dash."""
     for name in ("TEST_CLIPS", "SHOWN_CLIPS"):
-        monkeypatch.setattr(f"mimo.demo.{name}", 1)
+        monkeypatch.setattr(f"mimo.demo.run.{name}", 1)
     out = tmp_path / "demo"
-    assert main(["demo", "--recipe", recipe.replace("-", "_"), "--out", str(out), "--steps", "1"]) == 0
+    options = ["--out", str(out), "--steps", "1", "--processes", "1"]
+    assert main(["demo", "--recipe", recipe.replace("-", "_"), *options]) == 0
     output = capsys.readouterr().out
     config, sampling = (kind.from_preset(f"{recipe}-tiny") for kind in (MiMoConfig, SampleConfig))
     assert f"{recipe}-tiny, " in output and "diffusion loss: " in output
@@ -117,7 +129,22 @@ def clips(folder, lengths, *, actions):
 def test_demo_on_trajectories_with_actions(tmp_path, capsys):
     (tmp_path / "clips").mkdir()
     clips(tmp_path / "clips", [20, 30], actions=True)
-    assert main(["demo", "--data", str(tmp_path / "clips"), "--out", str(tmp_path / "demo"), "--steps", "2"]) == 0
+    assert (
+        main(
+            [
+                "demo",
+                "--data",
+                str(tmp_path / "clips"),
+                "--out",
+                str(tmp_path / "demo"),
+                "--steps",
+                "2",
+                "--processes",
+                "1",
+            ]
+        )
+        == 0
+    )
     output = capsys.readouterr().out
     assert "2 clips, 50 frames, 3 actions" in output
     assert "8 windows of the training clips' ends, which training did not see" in output and "unseen" not in output
@@ -157,6 +184,27 @@ def test_test_windows_share_no_frame_with_training_windows():
         assert all(frames == list(range(frames[0], frames[0] + 5)) for frames in held_out)
         assert not seen & {f for frames in held_out for f in frames}
         assert min(seen) == 0 and held_out[-1][-1] == lengths[index] - 1
+
+
+def test_scores_compare_with_the_last_context_frame():
+    truth = torch.zeros(2, 4, 2, 2, 3, dtype=torch.uint8)
+    truth[:, 3] = 102
+    predicted = truth.clone()
+    predicted[0, 2] = 120
+    predicted[1, 3] = 51
+    scores = compare(predicted, truth, 2)
+    assert scores["clips"] == 2 and scores["better"] == 1
+    assert frame_psnr(predicted, truth)[0].tolist() == pytest.approx([148.13, 148.13, 6.55, 148.13], abs=0.01)
+    assert scores["frames_copy"] == pytest.approx([148.13, 7.96], abs=0.01)
+    assert scores["psnr_copy"] == pytest.approx(10.97, abs=0.01)
+
+
+def test_error_maps_are_black_where_nothing_is_wrong():
+    truth = np.zeros((1, 2, 2, 3), np.uint8)
+    made = truth.copy()
+    made[0, 0, 0] = 30, 0, 0
+    made[0, 1, 1] = 255
+    assert error_map(made, truth)[0, :, :, 0].tolist() == [[20, 0], [0, 255]]
 
 
 def test_psnr_by_hand():
