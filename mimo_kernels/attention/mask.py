@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 
+import numpy as np
 import torch
 
 from mimo_kernels.core import host, torch_private
@@ -54,7 +55,6 @@ class FrameMask:
         repeats: how many such clips follow one another.
     """
 
-    @torch.inference_mode(False)  # a table made in it could not serve training later
     def __init__(self, kind: str, table: tuple, options: dict | None = None):
         cells, columns, self.num_pairs, self.clip_lens, key_lens, alike, *self._lens = table
         self.kind, self._options = kind, options or {}
@@ -63,12 +63,10 @@ class FrameMask:
         self.num_clips = len(self.clip_lens)
         self.uniform = (self.num_clips, self.clip_lens[0]) if alike else None
         self.repeats = self.num_clips if alike else 1
-        with (
-            torch_private.without_dispatch_modes(),
-            torch.device("cpu"),
-        ):  # numbers, also where a mode makes all tensors fake ones
-            frames = torch.frombuffer(cells, dtype=torch.int32) if cells else torch.empty(0, dtype=torch.int32)
-            self.frames = frames.view(-1, columns)
+        # Through numpy, as torch.set_default_device means every tensor that torch makes.
+        numbers = np.ndarray((len(cells) // (4 * columns), columns), np.int32, cells)
+        with torch_private.plain_tensors():
+            self.frames = torch.from_numpy(numbers)
             self.pattern = self.frames if self.repeats == 1 else self.frames[: len(self.frames) // self.repeats]
 
     @property

@@ -1,6 +1,9 @@
 """Every private name of torch that the package uses. tests/kernels/test_torch_private.py tries each one on its own:
 the test that fails names what a torch has moved or changed."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -29,6 +32,19 @@ def forward_level() -> int:
 
 dispatch_modes = torch._C._len_torch_dispatch_stack  # how many are active: FakeTensorMode, functional tensors, tracing
 without_dispatch_modes = _disable_current_modes  # context: what is called inside works on real tensors
+_NO_MODE = contextlib.nullcontext()
+
+
+def plain_tensors() -> contextlib.AbstractContextManager:
+    """What is made inside has values and serves training: neither a dispatch mode nor inference mode is active. Free
+    where none was."""
+    return _without_modes() if dispatch_modes() or torch.is_inference_mode_enabled() else _NO_MODE
+
+
+@contextlib.contextmanager
+def _without_modes() -> Iterator[None]:
+    with torch.inference_mode(False), without_dispatch_modes():
+        yield
 
 
 def fake_mode() -> FakeTensorMode | None:

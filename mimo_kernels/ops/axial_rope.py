@@ -91,7 +91,7 @@ class AxialRoPE:
 
     def _make_tables(self, positions: int) -> DeviceCopies:
         # Outside of inference mode: a table made in it could not serve training later.
-        with torch.inference_mode(False), torch_private.without_dispatch_modes():
+        with torch_private.plain_tensors():
             angle = torch.arange(positions, dtype=torch.float64, device="cpu")[:, None] * self.frequencies()
             whole = torch.stack([angle.cos(), angle.sin()], dim=-1).float()
             parts = whole.split([channels // 2 for channels in self.split], dim=1)

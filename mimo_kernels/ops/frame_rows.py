@@ -28,9 +28,8 @@ class FrameRows:
     """
 
     @torch.compiler.disable
-    @torch.inference_mode(False)  # what is made in it could not serve training later
     def __init__(self, lens: Sequence[int] | Tensor, groups: Sequence[int] | Tensor):
-        with torch_private.without_dispatch_modes():
+        with torch_private.plain_tensors():
             self._build(lens, groups)
 
     def _build(self, lens: Sequence[int] | Tensor, groups: Sequence[int] | Tensor) -> None:
@@ -46,6 +45,7 @@ class FrameRows:
         self.num_frames = lens.numel()
         self.num_rows = int(lens.sum())
         self.num_groups = int(groups.max()) + 1 if groups.numel() else 0
+        self.has_history = bool((groups[lens > 0] < 0).any())
         if max(self.num_rows, self.num_groups) >= 1 << 31:
             raise ValueError(f"FrameRows: {self.num_rows} rows of {self.num_groups} groups, expected fewer than 2^31")
         offsets = F.pad(lens.cumsum(0), (1, 0))
