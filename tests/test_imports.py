@@ -39,7 +39,7 @@ def family(module: str) -> str | None:
     package, room, *file = [*module.split("."), "", ""][:3]
     if package != "mimo_kernels" or room not in FAMILIES:
         return None
-    return file[0] if room == "ops" else room
+    return file[0].removesuffix("_reference") if room == "ops" else room  # an operator may have two files
 
 
 def type_checking_only(path: Path) -> set[str]:

@@ -36,7 +36,7 @@ from mimo.network.checks import Tap, check_batch, check_frames, check_taps
 from mimo.network.cross import Text, Told, across_mask, attend_across, lengths_of, text_on
 from mimo.network.frames import Asked, FrameBatch, FrameList, Kind, frame_rows, is_predicted
 from mimo.network.heads import Decoder, Projection
-from mimo.network.packed import Decoding, Packed, Sizes
+from mimo.network.packed import Decoding, Packed, Sizes, frame_coordinates, patches
 from mimo.network.token_diffusion import TokenDiffusion
 from mimo.pretrained import Pretrained
 from mimo_kernels import AxialRoPE, FrameMask, FrameRows, frame_attention, gather_tokens
@@ -61,13 +61,6 @@ def build_rope(config: MiMoConfig) -> AxialRoPE | None:
     if config.positions != "rope":
         return None
     return AxialRoPE(config.head_dim, theta=config.rope_theta, split=config.rope_split)
-
-
-def patches(latents: Tensor, width: int, stride: int) -> Tensor:
-    """Whole frames [F, N, C], of `width` columns, -> [F, N / stride^2, stride^2 C]: a token of a coarse frame has the
-    channels of stride x stride neighbours, row after row."""
-    grid = latents.unflatten(1, (-1, stride, width // stride, stride))  # [F, H / stride, stride, W / stride, stride, C]
-    return grid.transpose(2, 3).flatten(3).flatten(1, 2)
 
 
 class MiMo(nn.Module, Pretrained):
@@ -631,16 +624,8 @@ class MiMo(nn.Module, Pretrained):
             actions = torch.full(shape, self.config.num_actions, device=device)
         return self.actions(actions)
 
-    def _interval(self, intervals: Tensor | None, clips: int) -> Tensor:
-        if self.intervals is None:
-            raise ValueError("intervals are given: expected None, as the network knows no intervals (max_interval=0)")
-        if intervals is None or intervals.shape != (clips,):
-            raise ValueError(f"intervals: expected [{clips}] of them, each in 1..{self.config.max_interval}")
-        return self.intervals(intervals - 1)
-
     def _coords(self, position: float | Tensor, sequences: int, device: torch.device) -> Tensor:
         """Coordinates of the tokens of one frame per sequence, int32 [S * N, 3]."""
-        token, width = torch.arange(self.config.tokens, device=device), self.config.grid[1]
         if isinstance(position, Tensor):
             time = position
         else:
@@ -649,10 +634,14 @@ class MiMo(nn.Module, Pretrained):
                 if self.rope is not None:
                     self.rope.tables_on(device, position)
             time = torch.full((sequences,), position, device=device)
-        place = torch.stack([torch.zeros_like(token), token // width, token % width], dim=-1)  # [N, 3]
-        coords = place.repeat(sequences, 1, 1).to(time.dtype if time.is_floating_point() else torch.int32)
-        coords[:, :, 0] = time[:, None]
-        return coords.flatten(0, 1)
+        return frame_coordinates(time, self.config.tokens, self.config.grid[1])
+
+    def _interval(self, intervals: Tensor | None, clips: int) -> Tensor:
+        if self.intervals is None:
+            raise ValueError("intervals are given: expected None, as the network knows no intervals (max_interval=0)")
+        if intervals is None or intervals.shape != (clips,):
+            raise ValueError(f"intervals: expected [{clips}] of them, each in 1..{self.config.max_interval}")
+        return self.intervals(intervals - 1)
 
 
 def _is_temporal(layer: int) -> bool:

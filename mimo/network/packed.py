@@ -170,3 +170,19 @@ class Decoding(NamedTuple):
     frame_rows: FrameRows
     time: Tensor
     shape: tuple[int, ...]
+
+
+def patches(latents: Tensor, width: int, stride: int) -> Tensor:
+    """Whole frames [F, N, C], of `width` columns, -> [F, N / stride^2, stride^2 C]: a token of a coarse frame has the
+    channels of stride x stride neighbours, row after row."""
+    grid = latents.unflatten(1, (-1, stride, width // stride, stride))  # [F, H / stride, stride, W / stride, stride, C]
+    return grid.transpose(2, 3).flatten(3).flatten(1, 2)
+
+
+def frame_coordinates(time: Tensor, tokens: int, width: int) -> Tensor:
+    """(t, y, x) of the tokens of one whole frame per sequence, at its time [S]: [S * N, 3], int32 for whole times."""
+    token = torch.arange(tokens, device=time.device)
+    place = torch.stack([torch.zeros_like(token), token // width, token % width], dim=-1)  # [N, 3]
+    coords = place.repeat(len(time), 1, 1).to(time.dtype if time.is_floating_point() else torch.int32)
+    coords[:, :, 0] = time[:, None]
+    return coords.flatten(0, 1)
