@@ -237,14 +237,13 @@ def _check_group(op: str, q: Tensor, kv_heads: int) -> None:
         checks.refuse(op, "q", f"has {q.shape[2]} heads", f"a multiple of {kv_heads}, the heads of the pages")
 
 
-def _check_own(op: str, q: Tensor, k_self: Tensor | None, v_self: Tensor | None, kv_heads: int) -> None:
+def _check_own(op: str, q: Tensor, k_self: Tensor, v_self: Tensor, kv_heads: int) -> None:
     _check_group(op, q, kv_heads)
+    shape = (*q.shape[:2], kv_heads, q.shape[3])
     for name, x in (("k_self", k_self), ("v_self", v_self)):
-        checks.expect_tensor(op, name, x)
-        assert x is not None
-        checks.expect_shape(op, name, x, *q.shape[:2], kv_heads, q.shape[3])
+        checks.expect_shape(op, name, x, *shape)
         checks.expect_dtype(op, name, x, q.dtype, why="as q")
-        checks.expect_device(op, q, **{name: x})
+    checks.expect_device(op, q, k_self=k_self, v_self=v_self)
 
 
 def _check_bias(op: str, name: str, bias: Tensor, q: Tensor, columns: int) -> None:

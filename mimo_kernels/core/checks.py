@@ -40,9 +40,16 @@ def expect_shape(op: str, name: str, x: Tensor, *shape: int | str) -> None:
         actual = actual[len(actual) - len(wanted) :]
     fits = len(actual) == len(wanted)
     for have, want in zip(actual, wanted):
-        fits = fits and (isinstance(want, str) or have == want)
+        fits = fits and (have == want or isinstance(want, str))
     if not fits:
         refuse(op, name, f"has shape {list(x.shape)}", f"[{', '.join(map(str, shape))}]")
+
+
+def expect_shapes(op: str, shape: tuple[int, ...], **tensors: Tensor | None) -> None:
+    """All tensors that are there of this shape."""
+    for name, x in tensors.items():
+        if x is not None and not (isinstance(x, Tensor) and x.shape == shape):
+            expect_shape(op, name, x, *shape)
 
 
 def expect_dtype(op: str, name: str, x: Tensor, *dtypes: torch.dtype, why: str = "") -> None:

@@ -59,7 +59,8 @@ class DeviceCopies:
     def on(self, device: torch.device | str) -> tuple[Tensor, ...]:
         """The tensors on this device. Where a FakeTensorMode is active, fake ones. ValueError inside a capture of the
         first use on a device."""
-        device = torch.device(device)
+        if not isinstance(device, torch.device):
+            device = torch.device(device)
         if not torch.compiler.is_compiling() and torch_private.dispatch_modes() and (mode := torch_private.fake_mode()):
             with mode:
                 return tuple(mode.from_tensor(host).to(device) for host in self.host)

@@ -258,18 +258,18 @@ def _check(
     groups = modulation["scale"].shape[0]
     if groups < rows.num_groups:
         checks.refuse(op, "scale", f"has {groups} rows", f"at least the {rows.num_groups} that FrameRows uses")
-    for name, tensor in modulation.items():
-        checks.expect_shape(op, name, tensor, groups, x.shape[1])
-    for name, tensor in affine.items():
-        if tensor is not None:
-            checks.expect_shape(op, name, tensor, x.shape[1])
+    checks.expect_shapes(op, (groups, x.shape[1]), **modulation)
+    checks.expect_shapes(op, (x.shape[1],), **affine)
     for together in (modulation, affine):
-        there = {name: tensor for name, tensor in together.items() if tensor is not None}
-        for name, tensor in there.items():
+        first = None
+        for name, tensor in together.items():
+            if tensor is None:
+                continue
             checks.expect_dtype(op, name, tensor, x.dtype, torch.float32, why="as x, or single")
-        for name, tensor in list(there.items())[1:]:
-            first = next(iter(there))
-            checks.expect_dtype(op, name, tensor, there[first].dtype, why=f"as {first}")
+            if first is None:
+                first = name
+            else:
+                checks.expect_dtype(op, name, tensor, together[first].dtype, why=f"as {first}")
     checks.expect_number(op, "eps", eps)
     checks.expect_device(op, x, branch=branch, **modulation, **affine)
 
@@ -340,10 +340,18 @@ def gated_residual_modulate(
     return _gated_operator(x, branch, gate, scale, shift, weight, bias, row, chunks, first, eps)[:2]
 
 
-def _per_row(history: Tensor, modulation: Tensor, rows: FrameRows, dtype: torch.dtype) -> Tensor:
-    """The row of `modulation` that every packed row uses, `history` for group -1: [rows, D]"""
+def _per_row(
+    row: Tensor, has_history: bool, history: Tensor | None, neutral: float, modulation: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The row of `modulation` that every packed row uses, [rows, D]; for group -1 `history`, [D], or the neutral
+    number where there is none."""
+    # A history that wants a gradient gets one, be it zeros, as from the kernel.
+    if not has_history and not (history is not None and history.requires_grad):
+        return modulation.to(dtype).index_select(0, row)
+    if history is None:
+        history = modulation.new_full(modulation.shape[1:], neutral)
     table = torch.cat([history.to(modulation.dtype)[None], modulation])
-    return table.to(dtype).index_select(0, rows.row_on(modulation.device) + 1)
+    return table.to(dtype).index_select(0, row + 1)
 
 
 def modulate_ref(
@@ -357,9 +365,9 @@ def modulate_ref(
     eps: float = 1e-6,
 ) -> Tensor:
     """`modulate` in plain PyTorch."""
-    weight = scale.new_ones(x.shape[1]) if weight is None else weight
-    bias = scale.new_zeros(x.shape[1]) if bias is None else bias
-    factor, offset = _per_row(weight, 1 + scale, rows, x.dtype), _per_row(bias, shift, rows, x.dtype)
+    used = rows.row_on(x.device), rows.has_history
+    factor = _per_row(*used, weight, 1.0, 1 + scale, x.dtype)
+    offset = _per_row(*used, bias, 0.0, shift, x.dtype)
     return torch.addcmul(offset, F.layer_norm(x, x.shape[1:], eps=eps), factor).to(x.dtype)  # autocast makes LN float32
 
 
@@ -376,5 +384,5 @@ def gated_residual_modulate_ref(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """`gated_residual_modulate` in plain PyTorch."""
-    x_new = torch.addcmul(x, _per_row(gate.new_ones(x.shape[1]), gate, rows, x.dtype), branch)
+    x_new = torch.addcmul(x, _per_row(rows.row_on(x.device), rows.has_history, None, 1.0, gate, x.dtype), branch)
     return x_new, modulate_ref(x_new, scale, shift, rows, weight=weight, bias=bias, eps=eps)

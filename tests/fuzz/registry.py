@@ -31,7 +31,6 @@ FUZZERS: dict[str, Fuzzer] = {}
 MODULES = (
     "masks",
     "host",
-    "planners",
     "cache",
     "gradients",
     "rope",
