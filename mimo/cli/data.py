@@ -14,7 +14,7 @@ class DataCheck:
     """Count what a folder holds and name what cannot be read.
 
     Args:
-        path: a folder of videos, npz trajectories or latent shards, one file, or an annotation (.json).
+        path: a folder of videos, npz trajectories, tar shards or latent shards, one file, or an annotation (.json).
         layout: look as training does with this layout: at its split, for its frames, classes and actions.
         annotation: JSON list of {"video_path": ..., "label": ..., "action_path": ...}; paths are relative to PATH.
         allow_outside: take files that an annotation or an index names in other folders than its own and PATH.

@@ -23,8 +23,8 @@ class Clips:
     """Which clips a command reads.
 
     Args:
-        data: a folder of videos or npz trajectories, one such file, an annotation (.json), "shapes" or "factors" for
-            procedural clips, or (for `mimo train`) a folder that `mimo encode` wrote.
+        data: a folder of videos, npz trajectories or tar shards with videos, one such file, an annotation (.json),
+            "shapes" or "factors" for procedural clips, or (for `mimo train`) a folder that `mimo encode` wrote.
         layout: read the folder as a paper did: kinetics600, ucf101, minecraft, dmlab or bair; what is given besides
             holds against the layout.
         annotation: JSON list of {"video_path": ..., "label": ..., "action_path": ...}; paths are relative to --data.

@@ -10,18 +10,26 @@ from typing import ClassVar
 from mimo import records
 from mimo.data.errors import DataError
 from mimo.data.local import require_inside
+from mimo.data.tar import Member
 
 _MAX_LABEL = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class ClipFile:
-    """One clip on disk: its file, its class, the npz that holds its actions, and the features of its text."""
+    """One clip on disk: its file (or its place in a shard), its class, the npz that holds its actions, and the features
+    of its text."""
 
     path: Path
     label: int | None = None
     actions: Path | None = None
     text: Path | None = None
+    member: Member | None = None
+
+    @property
+    def name(self) -> str:
+        """For reports."""
+        return f"{self.path}" if self.member is None else f"{self.path}: {self.member.name}"
 
 
 @dataclass

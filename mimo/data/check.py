@@ -106,7 +106,7 @@ def check(
     options |= {"annotation": annotation, "allow_outside": allow_outside, "split": split}
     kinds, folder, options = find_kinds(Path(path), options)
     if not kinds:
-        raise DataError(f"{path}: holds no video and no npz file, expected videos or npz trajectories")
+        raise DataError(f"{path}: holds no video, no npz file and no tar shard, expected videos or npz trajectories")
     return [
         _check_clips(
             kind(folder, num_frames=1, height=1, width=1, **options), kind.kind, num_frames, decode_all, workers
@@ -127,7 +127,7 @@ def _check_clips(dataset, kind: str, num_frames: int, decode_all: bool, workers:
                 report.unreadable.append((found.path, found.why))
                 continue
             frames, damage, size, rate, actions = found
-            report.damaged += [(str(clip.path), damage)] if damage else []
+            report.damaged += [(clip.name, damage)] if damage else []
             report.frames.append(frames)
             report.short += frames < num_frames
             report.sizes[size] += 1
@@ -154,7 +154,7 @@ class _Looks(Dataset):
             return error
 
     def _look(self, clip: ClipFile) -> tuple[int, str | None, str, str | None, Counter]:
-        with open_clip(clip.path) as reader:
+        with open_clip(clip.path, member=clip.member) as reader:
             try:
                 if self.decode_all:
                     reader.shorten()

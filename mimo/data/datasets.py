@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from mimo.data import tar
 from mimo.data.annotation import ClipFile, read_clips, read_entries
 from mimo.data.errors import DamagedVideo, DataError, OutOfRange, UnreadableVideo
 from mimo.data.factors import FactorClips
@@ -109,11 +110,11 @@ class _ClipFiles:
         if annotation is not None:
             self.clips = read_clips(Path(annotation), self.path, allow_outside=allow_outside)
         else:
-            self.clips = [ClipFile(file) for file in find_files(self.path, self.suffixes)]
+            self.clips = self._find_clips(use_actions)
             if not self.clips:
                 raise DataError(f"{self.path}: holds no {self.kind} ({', '.join(self.suffixes)})")
             if folder_labels:
-                self.clips = _label_by_folder(self.clips)
+                self.clips = _label_by_folder(self.clips, self.path)
             if self.suffixes == VIDEO_SUFFIXES and use_actions:
                 self.clips = _attach_actions(self.clips)
         if text is not None and self.clips[0].text is None:
@@ -124,9 +125,12 @@ class _ClipFiles:
             self.num_classes = num_classes or max(labels) + 1
             if max(labels) >= self.num_classes:
                 worst = max(self.clips, key=lambda clip: clip.label or 0)
-                raise DataError(f"{worst.path}: label {worst.label}, expected one below num_classes {self.num_classes}")
+                raise DataError(f"{worst.name}: label {worst.label}, expected one below num_classes {self.num_classes}")
         if flip and use_actions and self.clips[0].actions is not None:
             raise DataError(f"{self.path}: flip mirrors the video but not its actions: turn one of them off")
+
+    def _find_clips(self, use_actions: bool) -> list[ClipFile]:
+        return [ClipFile(file) for file in find_files(self.path, self.suffixes)]
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -141,14 +145,14 @@ class _ClipFiles:
 
     def name(self, index: int) -> str:
         """The file of a clip, for reports."""
-        return str(self.clips[index].path)
+        return self.clips[index].name
 
     def sample(self, index: int, seed: int) -> dict[str, np.ndarray]:
         clip = self.clips[index]
         rng = np.random.default_rng((seed, index))
         # All numbers are drawn in one order, whatever the switches, so that a switch changes nothing else.
         at_interval, at_start, at_y, at_x, at_flip = rng.random(5)
-        with open_clip(clip.path, self.kept) as reader:
+        with open_clip(clip.path, self.kept, clip.member) as reader:
 
             def read() -> tuple[int, int, np.ndarray]:
                 interval = self._draw_interval(reader.num_frames, at_interval)
@@ -228,7 +232,7 @@ class _ClipFiles:
     def sources(self) -> list[Path]:
         """Every file that is read."""
         files = ((clip.path, clip.actions, clip.text if self.text is not None else None) for clip in self.clips)
-        return [file for three in files for file in three if file is not None]
+        return list(dict.fromkeys(file for three in files for file in three if file is not None))
 
     def settings(self) -> dict:
         """What decides, besides the files, what a sample is; survives JSON."""
@@ -278,6 +282,25 @@ class NpzTrajectories(_ClipFiles):
             if looked_at == 8:
                 break
         return False
+
+
+class TarShards(_ClipFiles):
+    """Videos in tar shards, KEY.mp4 with {"label": ...} in KEY.json, as WebDataset packs them; see mimo.data.tar.
+    Actions and texts are not read out of shards."""
+
+    kind = "videos in tar shards"
+    suffixes = (tar.SUFFIX,)
+
+    def _find_clips(self, use_actions: bool) -> list[ClipFile]:
+        clips = [
+            ClipFile(shard, label, member=member)
+            for shard in find_files(self.path, self.suffixes)
+            for member, label in tar.list_videos(shard, VIDEO_SUFFIXES, use_actions=use_actions)
+        ]
+        labelled = [clip.label is not None for clip in clips]
+        if any(labelled) and not all(labelled):
+            raise DataError(f"{clips[labelled.index(False)].name}: has no label, though others do")
+        return clips
 
 
 class ShapesDataset:
@@ -428,6 +451,9 @@ def find_kinds(path: Path, options: dict) -> tuple[dict[type[_ClipFiles], int], 
         if found[VideoFolder]:  # npz files beside videos of the same name are their actions
             videos = {file.with_suffix("") for file in found[VideoFolder]}
             found[NpzTrajectories] = [f for f in found[NpzTrajectories] if f.with_suffix("") not in videos]
+        if not any(found.values()):  # shards beside what was unpacked from them are nobody's business
+            tar.refuse_compressed(find_files(folder, tuple(Path(name).suffix for name in tar.COMPRESSED)))
+            found = {TarShards: find_files(folder, TarShards.suffixes)}
     return {kind: len(files) for kind, files in found.items() if files}, path, options
 
 
@@ -461,7 +487,9 @@ def _split_folder(path: Path, split: str | None) -> Path:
     return path / split
 
 
-def _label_by_folder(clips: list[ClipFile]) -> list[ClipFile]:
+def _label_by_folder(clips: list[ClipFile], path: Path) -> list[ClipFile]:
+    if clips[0].member is not None:
+        raise DataError(f"{path}: classes of videos in tar shards are those of KEY.json: expected no --folder-labels")
     classes = {name: label for label, name in enumerate(sorted({clip.path.parent.name for clip in clips}))}
     return [ClipFile(clip.path, classes[clip.path.parent.name]) for clip in clips]
 
@@ -480,6 +508,8 @@ def _attach_actions(clips: list[ClipFile]) -> list[ClipFile]:
 
 
 def _attach_texts(clips: list[ClipFile]) -> list[ClipFile]:
+    if clips[0].member is not None:
+        raise DataError(f"{clips[0].path}: texts in tar shards are not read: expected videos with a text beside each")
     beside = [text_beside(clip.path) for clip in clips]
     missing = [file for file in beside if not file.is_file()]
     if missing:

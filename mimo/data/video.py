@@ -29,6 +29,7 @@ from mimo.data.fitting import Fit, check_range, clip_span
 from mimo.data.kept import KeptFrames, identity
 from mimo.data.local import local_file
 from mimo.data.npz import NpzReader
+from mimo.data.tar import Member
 from mimo.errors import reason
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v")
@@ -40,6 +41,7 @@ _BROKEN = (av.error.FFmpegError, OSError, ValueError, ArithmeticError)
 # Containers that hold their pictures themselves. A playlist would lead to other files, whatever the name of its own.
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg"
 _LOCAL_ONLY = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
+_IN_A_SHARD = _LOCAL_ONLY | {"protocol_whitelist": "subfile,file"}
 
 
 @dataclass(frozen=True)
@@ -85,16 +87,20 @@ class VideoReader:
     Args:
         path: a local file.
         kept: where frames that are read again are held.
+        member: the part of the file that is the video, if it is a tar shard.
     """
 
     actions = None  # a video file has none; see NpzReader
 
-    def __init__(self, path: str | Path, kept: KeptFrames | None = None):
-        self.path = str(path)
+    def __init__(self, path: str | Path, kept: KeptFrames | None = None, member: Member | None = None):
+        self.path = str(path) if member is None else f"{path}: {member.name}"
         self._kept = KeptFrames(0) if kept is None else kept
         self._container: InputContainer | None = None
         file, status = local_file(path)
-        self._url, self._identity = f"file:{file}", identity(file, status)
+        self._url, self._identity, self._options = f"file:{file}", identity(file, status), _LOCAL_ONLY
+        if member is not None:
+            self._url = f"subfile,,start,{member.start},end,{member.start + member.size},,:file:{file}"
+            self._identity, self._options = (*self._identity, member.start), _IN_A_SHARD
         try:
             self._listing = self._kept.get(("listing", self._identity)) or self._list_packets()
             self.height, self.width, self.fps = self._listing.height, self._listing.width, self._listing.fps
@@ -105,7 +111,7 @@ class VideoReader:
             self.close()
             if isinstance(error, UnreadableVideo):
                 raise
-            raise UnreadableVideo(path, f"not a readable video: {reason(error)}") from None
+            raise UnreadableVideo(self.path, f"not a readable video: {reason(error)}") from None
 
     @property
     def damage(self) -> str | None:
@@ -205,7 +211,7 @@ class VideoReader:
     def _open(self) -> tuple[InputContainer, VideoStream]:
         """The file from its beginning, and its first video."""
         self.close()
-        self._container = container = av.open(self._url, metadata_errors="ignore", options=_LOCAL_ONLY)
+        self._container = container = av.open(self._url, metadata_errors="ignore", options=self._options)
         if not container.streams.video:
             raise UnreadableVideo(self.path, "holds no video stream")
         stream = container.streams.video[0]
@@ -313,9 +319,11 @@ def _length_in_header(container: InputContainer, stream: VideoStream, times: set
     return round(lasts / frame) if lasts > shown + 2.5 * frame else 0
 
 
-def open_clip(path: str | Path, kept: KeptFrames | None = None) -> VideoReader | NpzReader:
-    """The reader for a file, by its suffix. kept: see VideoReader."""
-    return NpzReader(path, kept) if Path(path).suffix.lower() == ".npz" else VideoReader(path, kept)
+def open_clip(
+    path: str | Path, kept: KeptFrames | None = None, member: Member | None = None
+) -> VideoReader | NpzReader:
+    """The reader for a file, by its suffix. kept, member: see VideoReader."""
+    return NpzReader(path, kept) if Path(path).suffix.lower() == ".npz" else VideoReader(path, kept, member)
 
 
 def read_clip(
