@@ -1,15 +1,19 @@
 """Builds the extension module mimo_kernels._C from csrc/, with or without CUDA.
 
-The sources include no torch header, so neither torch nor a GPU nor a driver is needed here. `*.cpp` always compiles;
-`*.cu` compiles with the first nvcc that works: CUDA_HOME, the PATH, /usr/local/cuda, or the wheels that pyproject.toml
-requires for the build. Without one the host part is built alone, and the reason is printed and kept in the module
-(`_C.cuda_reason`). TORCH_CUDA_ARCH_LIST chooses the architectures.
+The sources include no torch header, so neither torch nor a GPU nor a driver is needed here. The host's compiler takes
+`*.cpp` and the launchers in `*.cu`; the kernels in `*.cu` become device code, which is put into the module
+(csrc/embed.py). They are compiled by the first nvcc that works: CUDA_HOME, the PATH, /usr/local/cuda, or the wheels
+that pyproject.toml requires for the build. Without one the host part is built alone, and the reason is printed and kept
+in the module (`_C.cuda_reason`). TORCH_CUDA_ARCH_LIST chooses the architectures.
+
+MIMO_DEVICE_CODE names a folder of device code that is there already (.ci/wheels.py makes it); nvcc is not used then.
 
 Without a C++ compiler, or with MIMO_EXTENSION=0, the package is pure Python: a wheel for every machine, which plans in
 Python and has no CUDA kernels. With MIMO_EXTENSION=1 a missing compiler is an error.
 """
 
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -30,9 +34,11 @@ ROOT = Path(__file__).parent.resolve()
 CUDA_ROOTS = ("CUDA_HOME", "CUDA_PATH")
 DEFAULT_ARCHS = "8.0;9.0a;10.0+PTX"
 OLDEST_ARCH = 80  # bf16 arithmetic and cp.async
-HOST_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall"]
-NVCC_FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-NVCC_LINK = ["-shared", "-cudart", "static", "-nodlink", "-Xlinker", "--exclude-libs,ALL"]
+HOST_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
+# No path of this machine gets into the module, and nothing that differs from build to build.
+HOST_PATHS = [f"-ffile-prefix-map={ROOT}=."]
+LINK_FLAGS = ["-Wl,--build-id=none", "-s"]
+NVCC_FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr"]
 PROBE = "#include <cuda_bf16.h>\n__global__ void probe(__nv_bfloat16* x) { *x = *x + *x; }\n"
 
 
@@ -94,6 +100,17 @@ class Toolkit:
         return f"nvcc {self.version} from {self.origin}"
 
 
+@dataclass(frozen=True)
+class DeviceCode:
+    """What goes into the module: STEM.TARGET.cubin or .ptx of every source, in `folder`."""
+
+    version: str  # of CUDA; drivers of this major version and newer ones run it
+    compiler: str
+    targets: list[str]
+    folder: Path
+    toolkit: Toolkit | None = None  # that makes it first
+
+
 def nvcc_candidates() -> list[tuple[str, Path]]:
     """Where from, and the path."""
     found = [
@@ -119,19 +136,7 @@ def find_toolkit(compiler: str, scratch: Path, notes: list[str]) -> Toolkit | No
         probe = scratch / "probe.cu"
         probe.write_text(PROBE)
         try:
-            run(
-                [
-                    nvcc,
-                    "-ccbin",
-                    compiler,
-                    *NVCC_FLAGS,
-                    *NVCC_LINK,
-                    *library_paths(nvcc),
-                    probe,
-                    "-o",
-                    scratch / "probe.so",
-                ]
-            )
+            run([nvcc, "-ccbin", compiler, *NVCC_FLAGS, "-cubin", probe, "-o", scratch / "probe.cubin"])
             version = re.search(r"release (\d+\.\d+)", run([nvcc, "--version"])).group(1)
             supported = {int(number) for number in re.findall(r"compute_(\d+)", run([nvcc, "--list-gpu-arch"]))}
         except (OSError, subprocess.CalledProcessError) as error:
@@ -141,12 +146,6 @@ def find_toolkit(compiler: str, scratch: Path, notes: list[str]) -> Toolkit | No
             continue
         return Toolkit(nvcc, version, supported, origin)
     return None
-
-
-def library_paths(nvcc: Path) -> list[str]:
-    """nvcc looks for the static runtime in lib64, its wheel ships it in lib."""
-    folder = nvcc.parent.parent / "lib"
-    return [f"-L{folder}"] if (folder / "libcudart_static.a").is_file() else []
 
 
 def run(command: list) -> str:
@@ -231,23 +230,18 @@ class BuildExtension(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
 
-        compiler, notes, archs = host_compiler(), [], []
+        compiler, notes = host_compiler(), []
         requested = parse_archs(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS)
-        toolkit = find_toolkit(compiler, scratch, notes)
-        if toolkit is None:
-            notes.append("no working nvcc in CUDA_HOME, on the PATH, in /usr/local/cuda or among the installed wheels")
+        if folder := os.environ.get("MIMO_DEVICE_CODE"):
+            code = given_code(Path(folder).resolve())
         else:
-            archs = keep_supported(requested, toolkit.supported, notes)
-        targets = [name for arch in archs for name in arch.targets]
-        if toolkit is not None and not targets:
-            notes.append("no architecture is left to compile for")
-            toolkit = None
+            code = code_to_compile(find_toolkit(compiler, scratch, notes), requested, scratch, notes)
 
-        write_if_changed(scratch / "build_info.h", build_info(toolkit, targets, "; ".join(notes)))
-        what = f"CUDA for {', '.join(targets)} with {toolkit}" if toolkit else "host code only, no CUDA"
+        write_if_changed(scratch / "build_info.h", build_info(code, "; ".join(notes)))
+        what = f"CUDA for {', '.join(code.targets)} with {code.compiler}" if code else "host code only, no CUDA"
         print(f"mimo_kernels._C: {what}", *notes, sep="\n  ", flush=True)
 
-        write_if_changed(scratch / "build.ninja", ninja_file(compiler, toolkit, archs, scratch, target))
+        write_if_changed(scratch / "build.ninja", ninja_file(compiler, code, scratch, target))
         jobs = os.environ.get("MAX_JOBS")
         command = [*ninja_command(), "-C", str(scratch), *(["-j", jobs] if jobs else [])]
         if subprocess.run(command, check=False).returncode:
@@ -266,54 +260,86 @@ class BuildExtension(build_ext):
         return [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").iterdir())]
 
 
-def build_info(toolkit: Toolkit | None, targets: list[str], notes: str) -> str:
+def code_to_compile(
+    toolkit: Toolkit | None, requested: list[Arch], scratch: Path, notes: list[str]
+) -> DeviceCode | None:
+    if toolkit is None:
+        notes.append("no working nvcc in CUDA_HOME, on the PATH, in /usr/local/cuda or among the installed wheels")
+        return None
+    targets = [name for arch in keep_supported(requested, toolkit.supported, notes) for name in arch.targets]
+    if not targets:
+        notes.append("no architecture is left to compile for")
+        return None
+    return DeviceCode(toolkit.version, str(toolkit), targets, scratch, toolkit)
+
+
+def given_code(folder: Path) -> DeviceCode:
+    """Device code of .ci/wheels.py, which says in about.json what it is."""
+    try:
+        about = json.loads((folder / "about.json").read_text())
+    except OSError as error:
+        raise OptionError(f"MIMO_DEVICE_CODE={folder}: no device code there ({error})") from None
+    return DeviceCode(about["version"], about["compiler"], about["targets"], folder)
+
+
+def build_info(code: DeviceCode | None, notes: str) -> str:
     def quoted(text: str) -> str:
         return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
     return (
         "// Written by setup.py.\n"
-        f"#define MIMO_CUDA_ARCHS {quoted(' '.join(targets))}\n"
+        f"#define MIMO_CUDA_ARCHS {quoted(' '.join(code.targets if code else []))}\n"
         f"#define MIMO_CUDA_REASON {quoted(notes)}\n"
-        f"#define MIMO_CUDA_VERSION {quoted(toolkit.version if toolkit else '')}\n"
-        f"#define MIMO_CUDA_COMPILER {quoted(str(toolkit or ''))}\n"
+        f"#define MIMO_CUDA_VERSION {quoted(code.version if code else '')}\n"
+        f"#define MIMO_CUDA_COMPILER {quoted(code.compiler if code else '')}\n"
     )
 
 
-def ninja_file(compiler: str, toolkit: Toolkit | None, archs: list[Arch], scratch: Path, target: Path) -> str:
+def ninja_file(compiler: str, code: DeviceCode | None, scratch: Path, target: Path) -> str:
     import pybind11
 
     def escape(text: object) -> str:
         return str(text).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
-    def flags(parts: list) -> str:
-        return shlex.join(str(part) for part in parts).replace("$", "$$")
+    def rule(name: str, command: list, depends: bool = True) -> list[str]:
+        variables = {"$in", "$out", "$out.d", "-arch=$target"}  # ninja's; it quotes them itself
+        words = (str(part) for part in command)
+        text = " ".join(word if word in variables else shlex.quote(word).replace("$", "$$") for word in words)
+        return [f"rule {name}", f"  command = {text}", *(["  depfile = $out.d", "  deps = gcc"] if depends else [])]
 
-    sources = sorted((ROOT / "csrc").glob("*.cpp"))
-    includes = [f"-I{folder}" for folder in (scratch, pybind11.get_include(), python_headers())]
-    defines = ["-DMIMO_WITH_CUDA"] if toolkit else []
-    gencode = [f"-gencode=arch=compute_{arch.number}{arch.suffix},code=[{','.join(arch.targets)}]" for arch in archs]
+    csrc, tracked = ROOT / "csrc", ["-MMD", "-MF", "$out.d"]
+    sources = sorted([*csrc.glob("*.cpp"), *(csrc.glob("*.cu") if code else ())])
+    includes = [f"-I{folder}" for folder in (scratch, csrc, pybind11.get_include(), python_headers())]
+    flags = [*HOST_FLAGS, *HOST_PATHS, *(["-DMIMO_WITH_CUDA"] if code else []), *includes]
+    link = [compiler, "-shared", "-Wl,--exclude-libs,ALL", *LINK_FLAGS]
     lines = [
-        "rule host",
-        f"  command = {flags([compiler, *HOST_FLAGS, *defines, *includes])} -MMD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
+        *rule("host", [compiler, *flags, *tracked, "-x", "c++", "-c", "$in", "-o", "$out"]),
+        *rule("link", [*link, "$in", *(["-ldl"] if code else []), "-o", "$out"], depends=False),
     ]
-    if toolkit:
-        sources += sorted((ROOT / "csrc").glob("*.cu"))
-        nvcc = [toolkit.nvcc, "-ccbin", compiler]
-        link = [*nvcc, *NVCC_LINK, *library_paths(toolkit.nvcc)]
-        lines += [
-            "rule cuda",
-            f"  command = {flags([*nvcc, *NVCC_FLAGS, *defines, *gencode])} -MMD -MF $out.d -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-        ]
-    else:
-        link = [compiler, "-shared", "-Wl,--exclude-libs,ALL"]
-    lines += ["rule link", f"  command = {flags(link)} $in -o $out"]
     objects = [escape(f"{source.name}.o") for source in sources]
-    for source, name in zip(sources, objects):
-        lines.append(f"build {name}: {'cuda' if source.suffix == '.cu' else 'host'} {escape(source)}")
+    lines += [f"build {name}: host {escape(source)}" for source, name in zip(sources, objects)]
+    if code:
+        images = []
+        if code.toolkit:
+            nvcc = [code.toolkit.nvcc, "-ccbin", compiler]
+            lines += rule("ptx", [*nvcc, *NVCC_FLAGS, "-DMIMO_WITH_CUDA", "-arch=$target", *tracked, "-ptx", "$in", "-o", "$out"])
+            lines += rule("cubin", [*nvcc, "-O3", "-arch=$target", "-cubin", "$in", "-o", "$out"], depends=False)
+        for source in (source for source in sources if source.suffix == ".cu"):
+            built = set()
+            for name in code.targets:
+                suffix = "cubin" if name.startswith("sm_") else "ptx"
+                image, ptx = f"{source.stem}.{name}.{suffix}", f"{source.stem}.{name.replace('sm_', 'compute_')}.ptx"
+                images.append(escape(image if code.toolkit else code.folder / image))
+                if code.toolkit and ptx not in built:
+                    lines += [f"build {ptx}: ptx {escape(source)}", f"  target = {name.replace('sm_', 'compute_')}"]
+                    built.add(ptx)
+                if code.toolkit and image != ptx:
+                    lines += [f"build {image}: cubin {ptx}", f"  target = {name}"]
+        embed = [sys.executable, csrc / "embed.py", "$out", code.folder, " ".join(code.targets), "$in"]
+        lines += [*rule("embed", embed, depends=False)]
+        needed = " ".join([*images, escape(csrc / "embed.py")])
+        lines += [f"build kernels.cpp: embed {' '.join(objects)} | {needed}", "build kernels.o: host kernels.cpp"]
+        objects.append("kernels.o")
     lines += [f"build {escape(target)}: link {' '.join(objects)}", f"default {escape(target)}", ""]
     return "\n".join(lines)
 

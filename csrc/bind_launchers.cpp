@@ -104,7 +104,6 @@ py::tuple words(const std::string& text) {
 }
 
 void bind_launchers(py::module_& m) {
-    m.def("driver_version", mimo::driver_version);
     static std::vector<std::unique_ptr<Bound>> all;  // as long as the process, like the functions
     py::dict described;
     for (const mimo::Launcher* launcher = mimo::launchers(); launcher; launcher = launcher->next) {

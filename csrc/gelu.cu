@@ -2,8 +2,7 @@
 // saved, and sums the bias gradient on the way: a block owns a chunk of rows, a thread 8 of its columns.
 #include "common.cuh"
 
-namespace mimo {
-namespace {
+namespace mimo::gelu {
 
 constexpr int kThreads = 256;
 constexpr int kRows = 4;  // loaded before the first is used
@@ -83,8 +82,6 @@ dim3 threads_for(int dim) {
     return dim3(round_up(divide_up(vectors, blocks), kWarp));
 }
 
-}  // namespace
-
 // y = gelu(x + bias), the tanh form; rows of dim values, dim a multiple of 8. bias may be null.
 int bias_gelu_forward(void* y, const void* x, const void* bias, bool bias_float, int64_t rows, int dim, int dtype,
                       int device, void* stream) {
@@ -126,4 +123,4 @@ int bias_gelu_backward(void* dx, void* dbias, float* partial, const void* dy, co
 MIMO_LAUNCHER(bias_gelu_backward, dx, dbias, partial, dy, x, bias, bias_float, rows, dim, rows_per_block, dtype, device,
               stream)
 
-}  // namespace mimo
+}  // namespace mimo::gelu

@@ -11,14 +11,8 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <utility>
 
 namespace mimo {
-
-const char* error_string(int status);
-
-// The newest CUDA that the driver serves, 1000 major + 10 minor; 0 without a driver.
-int driver_version();
 
 // Rows that lie `stride` values apart; in Python a pair. A null pointer: not there.
 struct Rows {
@@ -32,7 +26,19 @@ struct List {
     int64_t size;
 };
 
+}  // namespace mimo
+
 // ---- what a binding needs to know of a launcher ----
+
+#ifdef __CUDACC__
+#define MIMO_LAUNCHER(...)
+#else
+
+#include <utility>
+
+namespace mimo {
+
+const char* error_string(int status);
 
 struct Value {
     uintptr_t address;
@@ -146,3 +152,4 @@ private:
     static const mimo::LauncherRow function##_row({#function, #__VA_ARGS__,                                \
                                                    mimo::Signature<decltype(&function)>::kinds,            \
                                                    mimo::Signature<decltype(&function)>::call<function>, nullptr});
+#endif

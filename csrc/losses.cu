@@ -1,8 +1,7 @@
 // Weighted squared error as a single pass over prediction and target, and its gradient. The sum has a fixed order.
 #include "common.cuh"
 
-namespace mimo {
-namespace {
+namespace mimo::losses {
 
 constexpr int kThreads = 256;
 
@@ -52,8 +51,6 @@ bool in_vectors(const void* a, const void* b, const void* c, int64_t group) {
     return all % 16 == 0 && group % 8 == 0;
 }
 
-}  // namespace
-
 // loss [1] = sum of weight[i / group] * (prediction[i] - target[i])^2 over i < count. Any alignment. partial: float
 // [blocks].
 int squared_error_forward(float* loss, float* partial, int blocks, const void* prediction, const void* target,
@@ -91,4 +88,4 @@ int squared_error_backward(void* dprediction, const float* dloss, const void* pr
 MIMO_LAUNCHER(squared_error_backward, dprediction, dloss, prediction, target, weight, count, group, dtype, device,
               stream)
 
-}  // namespace mimo
+}  // namespace mimo::losses

@@ -6,8 +6,7 @@
 // registers; they leave once per chunk, and column_sum adds the chunks of a group in order.
 #include "common.cuh"
 
-namespace mimo {
-namespace {
+namespace mimo::modulate {
 
 struct Modulation {
     Rows scale, shift, gate;
@@ -385,8 +384,6 @@ int with_vectors(int vectors, Function function) {
 
 bool unsupported(int dim) { return dim < 8 || dim > 8192 || dim % 8; }
 
-}  // namespace
-
 // x_new = x + gate * branch where branch is there, y = LN(x_new) * (1 + scale) + shift, or LN * weight + bias for rows
 // of group -1. *_float: those operands are float and not of type
 // dtype.
@@ -470,4 +467,4 @@ MIMO_LAUNCHER(modulate_backward, dx, dbranch, dscale, dshift, dgate, dweight, db
               branch, scale, gate, modulation_float, gated, weight, affine_float, chunks, first, modulation_rows, dim,
               dtype, device, stream)
 
-}  // namespace mimo
+}  // namespace mimo::modulate

@@ -5,7 +5,6 @@
 
 namespace mimo {
 namespace sm90 {
-namespace {
 
 // What is written to out: the tile of b as it lies in shared memory (32-bit words); a b' with a in registers, in shared
 // memory; (a b') b.
@@ -95,7 +94,6 @@ int probe(int step, int channels, const TensorMaps& a, const TensorMaps& b, floa
     return probe<T, 128, BLOCK>(step, a, b, out, stream);
 }
 
-}  // namespace
 }  // namespace sm90
 
 // a [64, head_dim], b [block, head_dim]; out as `Step` says. block: 64, with half also 128.

@@ -5,8 +5,7 @@
 // row.
 #include "qk_norm_rope.cuh"
 
-namespace mimo {
-namespace {
+namespace mimo::qk_norm_rope {
 
 constexpr int kCopies = 5;  // 8 columns each per lane: a row of 1152 at once
 
@@ -239,8 +238,6 @@ __global__ void __launch_bounds__(kWarps* kWarp, 4)  // at most 128 registers
     }
 }
 
-}  // namespace
-
 // q, k, v (v may be null): [rows, heads, head_dim]; qkv [rows, 3, heads, head_dim]; coords int [rows, 3]; table float
 // [positions, head_dim / 2, 2] of cos and sin, null for no rotation; pairs before t_end turn with t, before y_end with
 // y, the others with x. k_cache, v_cache [slots, heads, head_dim]: k and v go to slot cache_rows[row] as well.
@@ -299,4 +296,4 @@ int qk_norm_rope_backward(void* dqkv, void* dq_weight, void* dk_weight, float* p
 MIMO_LAUNCHER(qk_norm_rope_backward, dqkv, dq_weight, dk_weight, partial, blocks, dq, dk, dv, qkv, q_weight, k_weight,
               weight_float, coords, table, positions, t_end, y_end, rows, heads, head_dim, eps, dtype, device, stream)
 
-}  // namespace mimo
+}  // namespace mimo::qk_norm_rope

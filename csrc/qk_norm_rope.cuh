@@ -5,7 +5,6 @@
 #include "common.cuh"
 
 namespace mimo {
-namespace {
 
 constexpr int kWarps = 4;
 constexpr int kForwardHeads = 4;  // per team in flight
@@ -60,5 +59,4 @@ __device__ inline void load_weight(const void* weight, bool is_float, const Lane
 
 inline bool unsupported(int head_dim) { return head_dim < 8 || head_dim > 256 || head_dim % 8; }
 
-}  // namespace
 }  // namespace mimo

@@ -8,8 +8,7 @@
 // again from the cache next to it.
 #include "qk_norm_rope.cuh"
 
-namespace mimo {
-namespace {
+namespace mimo::qk_rope {
 
 constexpr int kMostWide = 12280;  // columns of a row whose sums fit into 48 KiB of shared memory, beside the block's
 
@@ -430,8 +429,6 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)  // at most 168 registers
     }
 }
 
-}  // namespace
-
 // Queries, keys and values: rows of heads, kv_heads and kv_heads heads. Of values there is nothing but the copy: v may
 // be null, and any of the outputs. q, k, v: [rows, heads or kv_heads, head_dim]; k_cache, v_cache [slots, kv_heads,
 // head_dim]: k and v go to slot cache_rows[row]. q_weight, k_weight: [head_dim], or all heads' where the norm is
@@ -532,4 +529,4 @@ MIMO_LAUNCHER(qk_rope_backward, dq_in, dk_in, dv_in, q_stride, k_stride, dq_weig
               turns, blocks, dq, dk, dv, q_in, k_in, q_weight, k_weight, weight_float, wide, coords, axes, table,
               positions, t_end, y_end, interleaved, rows, heads, kv_heads, head_dim, eps, dtype, device, stream)
 
-}  // namespace mimo
+}  // namespace mimo::qk_rope

@@ -49,52 +49,32 @@ struct TensorShape {
 #include "async.h"
 #else
 
-#include <cuda.h>
-
 namespace mimo::sm90 {
 
-using TensorMap = CUtensorMap;
+// What the driver writes (CUtensorMap) and copies are told.
+struct alignas(64) TensorMap {
+    uint64_t words[16];
+};
 
-// The driver's function comes through the runtime: nothing is linked to libcuda.
+#ifndef __CUDACC__
+// Between an OnDevice and the launch that takes the map.
 inline int make_tensor_map(TensorMap* map, const void* base, const TensorShape& shape) {
-    using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
-                                const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
-                                CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-    static const Encode encode = [] {
-        void* function = nullptr;
-        cudaDriverEntryPointQueryResult found;
-#if CUDART_VERSION >= 12050
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-#else
-        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
-#endif
-        return reinterpret_cast<Encode>(function);
-    }();
-    if (encode == nullptr) return cudaErrorSymbolNotFound;
-    cuuint64_t size[4];
-    cuuint32_t step[4];
-    for (int i = 0; i < 4; i++) size[i] = shape.size[i], step[i] = 1;
-    const CUresult result =
-        encode(map, shape.element_bytes == 4 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 4,
-               const_cast<void*>(base), size, shape.stride, shape.box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-               shape.swizzle == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
-               : shape.swizzle == 32 ? CU_TENSOR_MAP_SWIZZLE_32B
-                                     : CU_TENSOR_MAP_SWIZZLE_NONE,
-               CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+    const uint64_t size[] = {shape.size[0], shape.size[1], shape.size[2], shape.size[3]};
+    return driver::encode_tensor_map(map, shape.element_bytes, base, size, shape.stride, shape.box, shape.swizzle);
 }
+#else
+int make_tensor_map(TensorMap* map, const void* base, const TensorShape& shape);
+#endif
 
-// As `launch`, with shared memory beyond 48 KiB. Blocks have as many threads as the kernel's __launch_bounds__.
+// As `launch`; the emulator does more for kernels that copy and multiply while they go on. Blocks have as many threads
+// as the kernel's __launch_bounds__.
 template <class... Parameters, class... Arguments>
 int launch_wide(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
                 Arguments... arguments) {
-    if (cudaError_t status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                  cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes))
-        return status;
     return launch(kernel, grid, block, shared_bytes, stream, arguments...);
 }
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define MIMO_SM90 1
 
 __device__ inline uint32_t shared_address() {

@@ -1,8 +1,7 @@
 // Masked-token gather and scatter: rows are copied as they are, whatever their type, in the widest words that fit.
 #include "common.cuh"
 
-namespace mimo {
-namespace {
+namespace mimo::tokens {
 
 constexpr int kThreads = 256;
 constexpr int kWords = 4;  // per thread, all loaded before the first is stored
@@ -111,8 +110,6 @@ int copy_rows(void* y, const void* x, Lookup source, bool holes, const void* fil
     return copy_rows<uint8_t>(y, x, source, holes, fill, out_rows, in_rows, row_bytes, stream);
 }
 
-}  // namespace
-
 // y[i] = x[index[i]]. Any alignment. index: int32, or int64 with wide_index.
 int gather_rows(void* y, const void* x, const void* index, bool wide_index, int64_t kept, int64_t rows,
                 int64_t row_bytes, int device, void* stream) {
@@ -157,4 +154,4 @@ int hole_sum(void* total, float* partial, const void* dy, const int* inverse, in
 }
 MIMO_LAUNCHER(hole_sum, total, partial, dy, inverse, rows, dim, rows_per_block, dtype, device, stream)
 
-}  // namespace mimo
+}  // namespace mimo::tokens

@@ -25,8 +25,6 @@ const char* error_string(int status) {
     return status == emulated::kFailed ? emulated::failure().c_str() : "invalid argument";
 }
 
-int driver_version() { return 0; }
-
 }  // namespace mimo
 
 PYBIND11_MODULE(emulated_kernels, m) {
