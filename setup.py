@@ -322,7 +322,9 @@ def ninja_file(compiler: str, code: DeviceCode | None, scratch: Path, target: Pa
         images = []
         if code.toolkit:
             nvcc = [code.toolkit.nvcc, "-ccbin", compiler]
-            lines += rule("ptx", [*nvcc, *NVCC_FLAGS, "-DMIMO_WITH_CUDA", "-arch=$target", *tracked, "-ptx", "$in", "-o", "$out"])
+            lines += rule(
+                "ptx", [*nvcc, *NVCC_FLAGS, "-DMIMO_WITH_CUDA", "-arch=$target", *tracked, "-ptx", "$in", "-o", "$out"]
+            )
             lines += rule("cubin", [*nvcc, "-O3", "-arch=$target", "-cubin", "$in", "-o", "$out"], depends=False)
         for source in (source for source in sources if source.suffix == ".cu"):
             built = set()

@@ -15,8 +15,8 @@
 namespace mimo::driver {
 namespace {
 
-using Status = int;       // CUresult
-using Device = int;       // CUdevice
+using Status = int;        // CUresult
+using Device = int;        // CUdevice
 using Address = uint64_t;  // CUdeviceptr
 
 constexpr int kMultiprocessors = 16, kCapabilityMajor = 75, kCapabilityMinor = 76;  // CUdevice_attribute
@@ -112,8 +112,7 @@ const Gpu& gpu(int index) {
         if (!found.status) found.status = cuda.device_get(&found.device, index);
         if (!found.status) found.status = cuda.device_attribute(&major, kCapabilityMajor, found.device);
         if (!found.status) found.status = cuda.device_attribute(&minor, kCapabilityMinor, found.device);
-        if (!found.status)
-            found.status = cuda.device_attribute(&found.multiprocessors, kMultiprocessors, found.device);
+        if (!found.status) found.status = cuda.device_attribute(&found.multiprocessors, kMultiprocessors, found.device);
         if (!found.status) found.status = cuda.primary_context(&found.context, found.device);
         if (!found.status && kSources) found.target = choose_target(kAllSources[0]->images, kTargets, major, minor);
         if (!found.status && found.target < 0) found.status = kNoImage;
@@ -121,7 +120,7 @@ const Gpu& gpu(int index) {
     return found;
 }
 
-thread_local int current = -1;      // device of the innermost OnDevice
+thread_local int current = -1;  // device of the innermost OnDevice
 thread_local int current_status = kNoContext;
 
 // Loads the source's code for the target, unless it is loaded; both in a mode that lets a stream being captured go on.
@@ -134,8 +133,8 @@ Status find_kernel(const Api& cuda, Kernel& kernel, int target) {
     Status status = 0;
     void *library = kernel.source->libraries[target].load(), *function = nullptr;
     if (library == nullptr) {
-        status = cuda.load_library(&library, kernel.source->images[target].begin, nullptr, nullptr, 0, nullptr, nullptr,
-                                   0);
+        status =
+            cuda.load_library(&library, kernel.source->images[target].begin, nullptr, nullptr, 0, nullptr, nullptr, 0);
         if (!status) kernel.source->libraries[target].store(library);
     }
     if (!status) status = cuda.get_kernel(&function, library, kernel.name);
@@ -152,7 +151,8 @@ int choose_target(const Image* images, int count, int major, int minor) {
         const char* const target = images[i].target;
         const bool ptx = std::strncmp(target, "compute_", 8) == 0;
         char* suffix = nullptr;
-        const int number = static_cast<int>(std::strtol(target + (ptx ? 8 : 3), &suffix, 10)), wanted = 10 * major + minor;
+        const int number = static_cast<int>(std::strtol(target + (ptx ? 8 : 3), &suffix, 10)),
+                  wanted = 10 * major + minor;
         const bool exact = number == wanted, generation = number / 10 == major && number <= wanted;
         // 'a': of one architecture alone. 'f' and machine code: of a generation, from one architecture on.
         if (*suffix == 'a' ? !exact : (*suffix == 'f' || !ptx) ? !generation : number > wanted) continue;
@@ -214,8 +214,11 @@ int encode_tensor_map(void* map, int element_bytes, const void* base, const uint
     if (current_status) return current_status;
     const uint32_t steps[4] = {1, 1, 1, 1};
     return api().encode_tiled(map, element_bytes == 4 ? kFloat32 : kUint16, 4, const_cast<void*>(base), size, stride,
-                              box, steps, 0, swizzle == 128 ? kSwizzle128 : swizzle == 32 ? kSwizzle32 : 0, kPromote128,
-                              0);
+                              box, steps, 0,
+                              swizzle == 128  ? kSwizzle128
+                              : swizzle == 32 ? kSwizzle32
+                                              : 0,
+                              kPromote128, 0);
 }
 
 }  // namespace mimo::driver

@@ -68,8 +68,8 @@ int multiprocessors(int device);
 // The newest CUDA that the driver serves, 1000 major + 10 minor; 0 without a driver.
 int version();
 
-// Position in the list of targets of the code that a GPU of this compute capability runs, -1 for none: machine code made
-// for it, else the newest of its generation, else PTX.
+// Position in the list of targets of the code that a GPU of this compute capability runs, -1 for none: machine code
+// made for it, else the newest of its generation, else PTX.
 int choose_target(const Image* images, int count, int major, int minor);
 
 // cuTensorMapEncodeTiled without its enumerations: a map of 128 bytes, aligned to 64, of a tensor of 4 dimensions.

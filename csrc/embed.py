@@ -79,6 +79,10 @@ def find_kernels(objects: dict[str, bytes], folder: Path, targets: list[str]) ->
     for source in sources_of(objects):
         images = [image_path(folder, source, target) for target in targets]
         inside[source] = set.intersection(*map(kernels_in, images))
+        if hidden := sorted(name for name in inside[source] if "_GLOBAL__N_" in name):
+            raise ValueError(
+                f"{source}.cu has a kernel in an anonymous namespace: {hidden[0]}; the host cannot name it"
+            )
         for name in (symbol.name for symbol in listed[f"{source}.cu.o"] if symbol.name.startswith(NAMESPACE)):
             if name in inside[source]:
                 found.setdefault(name, source)

@@ -1,8 +1,8 @@
 // What the compiler of the host sees of a file of kernels; see launch.h.
 //
-// A kernel's body is checked and no code is made of it (gnu_inline). Where a launcher names a kernel, its object is left
-// with an undefined symbol, whose mangled name is the kernel's name in device code too; embed.py defines each of them,
-// as a `Kernel` that knows its name and the device code. So the address of a kernel is that of its `Kernel`.
+// A kernel's body is checked and no code is made of it (gnu_inline). Where a launcher names a kernel, its object is
+// left with an undefined symbol, whose mangled name is the kernel's name in device code too; embed.py defines each of
+// them, as a `Kernel` that knows its name and the device code. So the address of a kernel is that of its `Kernel`.
 #pragma once
 
 #include <cmath>

@@ -82,7 +82,7 @@ def _extension() -> dict[str, str]:
         return {"mimo_kernels._C": backends.extension_reason()}
     facts = {"mimo_kernels._C": str(module.__file__), "compiled for": ", ".join(module.cuda_archs) or "host code only"}
     if module.cuda_archs:
-        facts |= {"compiler": module.cuda_compiler, "CUDA runtime": f"{module.cuda_version}, linked statically"}
+        facts |= {"compiler": module.cuda_compiler, "device code": f"CUDA {module.cuda_version}"}
     return facts | ({"note": module.cuda_reason} if module.cuda_reason else {})
 
 

@@ -3,6 +3,7 @@ module, and say why."""
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -155,6 +156,63 @@ def test_the_extension_may_be_left_out_by_name(build: types.ModuleType, monkeypa
     monkeypatch.delenv("MIMO_EXTENSION")
     monkeypatch.setattr(build.sys, "platform", "darwin")
     assert build.left_out() == "it is built on Linux alone, and this is darwin"
+
+
+KERNELS = """
+#include "launch.h"
+namespace mimo::here {
+template <class T> __global__ void fill_kernel(T* y, T value) { y[threadIdx.x] = value; }
+int fill(float* y, void* stream) { return launch(fill_kernel<float>, dim3(1), dim3(32), 0, stream, y, 1.f); }
+}
+"""
+FILL = "_ZN4mimo4here11fill_kernelIfEEvPT_S2_"
+
+
+@pytest.fixture
+def embed() -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location("mimo_embed", ROOT / "csrc" / "embed.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def host_objects(folder: Path, build: types.ModuleType) -> dict[str, bytes]:
+    """What the host's compiler makes of KERNELS, and of the driver, which it calls."""
+    (folder / "here.cu").write_text(KERNELS)
+    objects = {}
+    for path in (folder / "here.cu", ROOT / "csrc" / "driver.cpp"):
+        command = [build.host_compiler(), *build.HOST_FLAGS, "-O0", "-DMIMO_WITH_CUDA", f"-I{ROOT / 'csrc'}"]
+        out = folder / f"{path.name}.o"
+        subprocess.run([*command, "-x", "c++", "-c", path, "-o", out], check=True)
+        objects[out.name] = out.read_bytes()
+    return objects
+
+
+def test_a_kernel_is_its_name(build: types.ModuleType, embed: types.ModuleType, tmp_path: Path):
+    """Of a kernel the host's compiler leaves a symbol, which is what device code calls it, and no code."""
+    objects = host_objects(tmp_path, build)
+    assert [symbol for symbol in embed.symbols(objects["here.cu.o"]) if "fill_kernel" in symbol.name] == [
+        embed.Symbol(FILL, 0, False)
+    ]
+    ptx = tmp_path / "here.compute_80.ptx"
+    ptx.write_text(f".visible .entry {FILL}(")
+    assert f'Kernel kernel_0 = {{"{FILL}", &source_here, {{}}}};' in embed.table(objects, tmp_path, ["compute_80"])
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("_ZN4mimo4here11fill_kernelIdEEvPT_S2_", f"here.cu names {FILL}, which no device code for compute_80 defines"),
+        ("_ZN4mimo12_GLOBAL__N_11fill_kernelIfEEvPT_S2_", "here.cu has a kernel in an anonymous namespace: "),
+    ],
+)
+def test_a_kernel_without_device_code_stops_the_build(
+    build: types.ModuleType, embed: types.ModuleType, tmp_path: Path, entry: str, message: str
+):
+    objects = host_objects(tmp_path, build)
+    (tmp_path / "here.compute_80.ptx").write_text(f".visible .entry {entry}(")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        embed.table(objects, tmp_path, ["compute_80"])
 
 
 def build_in(folder: Path, build: types.ModuleType, monkeypatch: pytest.MonkeyPatch, files: dict[str, str]) -> Path:

@@ -102,14 +102,27 @@ def test_which_gpu_runs_what(archs: tuple[str, ...], capability: tuple[int, int]
     assert backends._runs_on(capability, archs) is serves
 
 
-@pytest.mark.parametrize(("driver", "serves"), [(12080, False), (13000, True), (13010, True), (14000, True)])
-def test_a_driver_of_an_older_major_version_is_refused(driver, serves, monkeypatch):
-    extension = {"cuda_archs": ("sm_90a",), "cuda_version": "13.0", "driver_version": lambda: driver}
+@pytest.mark.parametrize(
+    ("driver", "compiled", "needed"),
+    [
+        (12080, "13.0", "13.0"),
+        (13000, "13.0", ""),
+        (13010, "13.2", ""),
+        (14000, "13.0", ""),
+        (11080, "12.8", "12.0"),
+        (12000, "12.8", ""),
+        (13000, "12.8", ""),
+        (11080, "11.8", "12.0"),
+    ],
+)
+def test_a_driver_of_an_older_major_version_is_refused(driver, compiled, needed, monkeypatch):
+    extension = {"cuda_archs": ("sm_90a",), "cuda_version": compiled, "driver_version": lambda: driver}
     monkeypatch.setattr(backends, "_extension", SimpleNamespace(**extension))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
     refusals = backends.cuda_refusals(torch.device("cuda"))
-    assert refusals == ([] if serves else ["the driver serves CUDA up to 12.8, compiled with 13.0"])
+    served = f"{driver // 1000}.{driver % 1000 // 10}"
+    assert refusals == ([f"the driver serves CUDA up to {served}, needed is {needed} or newer"] if needed else [])
 
 
 def test_choose():

@@ -78,10 +78,11 @@ def cuda_refusals(device: torch.device) -> list[str]:
     capability = _torch.cuda.get_device_capability(device)
     if cuda_archs() and not _runs_on(capability, cuda_archs()):
         reasons.append(f"the GPU is {_sm(capability)}, compiled are {', '.join(cuda_archs())}")
-    if cuda_archs() and (driver := _extension.driver_version()) // 1000 < int(_extension.cuda_version.split(".")[0]):
-        # Within a major version every driver serves.
+    # Within a major version every driver serves. Launches go through functions that came with CUDA 12.
+    needed = max(int(_extension.cuda_version.split(".")[0]), 12) if cuda_archs() else 0
+    if cuda_archs() and (driver := _extension.driver_version()) // 1000 < needed:
         served = f"{driver // 1000}.{driver % 1000 // 10}"
-        reasons.append(f"the driver serves CUDA up to {served}, compiled with {_extension.cuda_version}")
+        reasons.append(f"the driver serves CUDA up to {served}, needed is {needed}.0 or newer")
     return reasons
 
 

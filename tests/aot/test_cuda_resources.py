@@ -46,10 +46,15 @@ LIMITS = {
 }
 
 
-def compiled_objects(folder: Path) -> list[Path]:
-    """Files with machine code for all of ARCHS."""
-    if set(ARCHS) <= set(backends.cuda_archs()):
-        return [Path(backends.extension().__file__)]
+def compiled_images(folder: Path, archs: list[str]) -> list[Path]:
+    """Machine code for these architectures, STEM.ARCH.cubin of every file of kernels."""
+    if set(archs) <= set(backends.cuda_archs()):
+        images = []
+        for source, target, contents in backends.extension().device_code():
+            if target in archs:
+                images.append(folder / f"{Path(source).stem}.{target}.cubin")
+                images[-1].write_bytes(contents)
+        return images
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setuptools, "setup", lambda **_: None)
         build = runpy.run_path(str(ROOT / "setup.py"))
@@ -57,43 +62,39 @@ def compiled_objects(folder: Path) -> list[Path]:
     toolkit = build["find_toolkit"](build["host_compiler"](), folder, notes)
     if toolkit is None:
         pytest.skip(f"no nvcc: {'; '.join(notes) or 'none found'}")
-    objects = []
-    for source in sorted((ROOT / "csrc").glob("*.cu")):
-        objects.append(folder / f"{source.stem}.o")
-        targets = [f"-gencode=arch={arch.replace('sm_', 'compute_')},code={arch}" for arch in ARCHS]
-        command = [toolkit.nvcc, *build["NVCC_FLAGS"], "-DMIMO_WITH_CUDA", *targets, "-c", source, "-o", objects[-1]]
-        subprocess.run([str(part) for part in command], check=True)
-    return objects
+    images = [folder / f"{source.stem}.{arch}.cubin" for source in (ROOT / "csrc").glob("*.cu") for arch in archs]
+    for image in images:
+        stem, arch, _ = image.name.split(".")
+        command = [toolkit.nvcc, *build["NVCC_FLAGS"], f"-arch={arch}", "-cubin", ROOT / "csrc" / f"{stem}.cu"]
+        subprocess.run([str(part) for part in [*command, "-o", image]], check=True)
+    return images
 
 
-def dump(option: str, objects: list[Path], function: str, *more: str) -> list[tuple[str, str, str]]:
+def dump(option: str, images: list[Path], function: str) -> list[tuple[str, str, str]]:
     """(architecture, kernel with its template arguments, what is said of it), from cuobjdump; `function` finds a kernel
     and what is said."""
     found = []
-    for path in objects:
-        command = [str(CUOBJDUMP), option, *more, str(path)]
-        report = subprocess.run(command, capture_output=True, text=True, check=True)
-        for section in report.stdout.split("Fatbin elf code:")[1:]:
-            arch = re.search(r"arch = (\w+)", section)[1]
-            found += [(arch, *match) for match in re.findall(function, section)]
+    for path in images:
+        report = subprocess.run([str(CUOBJDUMP), option, str(path)], capture_output=True, text=True, check=True)
+        found += [(path.name.split(".")[1], *match) for match in re.findall(function, report.stdout)]
     names = subprocess.run(
         ["c++filt"], input="\n".join(name for _, name, _ in found), capture_output=True, text=True, check=True
     )
-    readable = [re.sub(r"\(anonymous namespace\)::|mimo::", "", name) for name in names.stdout.splitlines()]
+    readable = [re.sub(r"mimo::((?!sm90)\w+::)?", "", name) for name in names.stdout.splitlines()]
     return [(arch, name, facts) for (arch, _, facts), name in zip(found, readable)]
 
 
 @pytest.fixture(scope="module")
-def objects(tmp_path_factory) -> list[Path]:
-    return compiled_objects(tmp_path_factory.mktemp("objects"))
+def images(tmp_path_factory) -> list[Path]:
+    return compiled_images(tmp_path_factory.mktemp("images"), ARCHS)
 
 
 @pytest.fixture(scope="module")
-def resources(objects) -> list[tuple[str, str, dict[str, int]]]:
+def resources(images) -> list[tuple[str, str, dict[str, int]]]:
     """(architecture, kernel with its template arguments, resource -> amount)"""
     return [
         (arch, name, {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", facts)})
-        for arch, name, facts in dump("--dump-resource-usage", objects, r"Function (\w+):\s*(.+)")
+        for arch, name, facts in dump("--dump-resource-usage", images, r"Function (\w+):\s*(.+)")
     ]
 
 
@@ -117,11 +118,11 @@ def test_registers_and_spills(resources, arch):
     assert not wrong, "\n".join(wrong)
 
 
-def test_rows_are_written_16_bytes_at_a_time(objects):
+def test_rows_are_written_16_bytes_at_a_time(images):
     """The compiler splits some stores into four. What is left of 4 bytes are statistics and sums, at most two stores
     per kernel. Of one architecture, as the splitting is nvcc's and comes before those."""
     seen, function = set(), r"Function : (\w+)\n([\s\S]*?)(?=\n\s*Function : |\Z)"
-    for arch, name, code in dump("-sass", objects, function, "-arch", "sm_90a"):
+    for arch, name, code in dump("-sass", [path for path in images if "sm_90a" in path.name], function):
         if match := re.search(r"(modulate|qk_norm_rope|qk_rope|bias_gelu)_\w*kernel", name):
             seen.add((arch, match[0]))
             assert len(re.findall(r"STG\.E ", code)) <= 2 and "STG.E.128 " in code, (arch, name.split("(")[0])

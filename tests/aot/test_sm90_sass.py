@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mimo_kernels.core import backends
-
-from .test_cuda_resources import compiled_objects, dump
+from .test_cuda_resources import compiled_images, dump
 
 FORWARD, DQ, DKV = range(3)
 PRODUCER_REGISTERS, CONSUMER_REGISTERS, REGISTERS, THREADS = 24, 240, 65536, 384
@@ -19,10 +17,8 @@ KERNELS += [(passed, channels, 64) for passed in (DQ, DKV) for channels in (64, 
 
 
 @pytest.fixture(scope="module")
-def objects(tmp_path_factory) -> list[Path]:
-    if "sm_90a" in backends.cuda_archs():
-        return [Path(backends.extension().__file__)]
-    return compiled_objects(tmp_path_factory.mktemp("objects"))
+def images(tmp_path_factory) -> list[Path]:
+    return compiled_images(tmp_path_factory.mktemp("images"), ["sm_90a"])
 
 
 def of_sm90(found) -> dict[tuple[int, str, int, int], str]:
@@ -31,9 +27,9 @@ def of_sm90(found) -> dict[tuple[int, str, int, int], str]:
 
 
 @pytest.fixture(scope="module")
-def code(objects) -> dict[tuple[int, str, int, int], list[str]]:
+def code(images) -> dict[tuple[int, str, int, int], list[str]]:
     """Kernel -> its instructions."""
-    bodies = of_sm90(dump("-sass", objects, r"Function : (\w+)\n([\s\S]*?)(?=\n\s*Function : |\Z)"))
+    bodies = of_sm90(dump("-sass", images, r"Function : (\w+)\n([\s\S]*?)(?=\n\s*Function : |\Z)"))
     return {name: re.findall(r"/\*[0-9a-f]{4,}\*/\s+([^;]*?)\s*;", body) for name, body in bodies.items()}
 
 
@@ -87,8 +83,8 @@ def test_registers_change_hands(code):
         assert sorted(asked) == [PRODUCER_REGISTERS, CONSUMER_REGISTERS], name
 
 
-def test_registers_and_stack(objects):
-    found = of_sm90(dump("--dump-resource-usage", objects, r"Function (\w+):\s*(.+)"))
+def test_registers_and_stack(images):
+    found = of_sm90(dump("--dump-resource-usage", images, r"Function (\w+):\s*(.+)"))
     assert len(found) == 2 * len(KERNELS)
     for name, facts in found.items():
         amounts = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", facts)}
