@@ -346,7 +346,7 @@ def _per_row(
     """The row of `modulation` that every packed row uses, [rows, D]; for group -1 `history`, [D], or the neutral
     number where there is none."""
     # A history that wants a gradient gets one, be it zeros, as from the kernel.
-    if not has_history and not (history is not None and history.requires_grad):
+    if not has_history and not (history is not None and history.requires_grad and torch.is_grad_enabled()):
         return modulation.to(dtype).index_select(0, row)
     if history is None:
         history = modulation.new_full(modulation.shape[1:], neutral)
