@@ -276,7 +276,7 @@ class Schedule:
     def result(self) -> tuple[bytearray, int, int, int]:
         """(bytes of tiles and segments; number of tiles; executed pairs; rows, or keys, that the tiles cover)."""
         first_segment = len(self.tiles) * TILE_CELLS
-        cells = []
+        cells: list[int] = []
         for tile in sorted(self.tiles, key=lambda tile: (tile.band, -tile.blocks)):
             cells += tile.start, tile.end, first_segment + tile.place, tile.bare_blocks
         cells += self.segments

@@ -31,6 +31,7 @@ FUZZERS: dict[str, Fuzzer] = {}
 MODULES = (
     "masks",
     "host",
+    "planners",
     "cache",
     "gradients",
     "rope",
