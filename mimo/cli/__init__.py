@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from mimo.cli.data import DataCheck
 from mimo.cli.demo import Demo
 from mimo.cli.encode import Encode
+from mimo.cli.eval import Eval
 from mimo.cli.export import Export
 from mimo.cli.output import Streams, surviving_streams
 from mimo.cli.parser import HELP, read_command
@@ -27,6 +28,7 @@ COMMANDS: dict[str, type] = {
     "train": Train,
     "sample": Sample,
     "export": Export,
+    "eval": Eval,
     "encode": Encode,
     "data check": DataCheck,
     "train-tokenizer": TrainTokenizer,
@@ -48,6 +50,7 @@ def overview() -> str:
         "  mimo train --preset mimo-tiny --data latents --out runs/latents",
         "  mimo data check videos",
         "  mimo sample --checkpoint runs/shapes --context clip.mp4 --frames 16 --out samples",
+        "  mimo eval --checkpoints runs/shapes runs/other --data videos --out evaluation",
         "",
         f"presets: {', '.join(PRESETS)}",
         "",

@@ -2,46 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mimo.errors import InputError
-from mimo.tokenizers.weights import configured_by
+from mimo.encoders.local import read_folder
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which all released weights were trained with
-
-
-def model_class():
-    """transformers.VideoMAEModel; InputError where transformers is not installed."""
-    try:
-        from transformers import VideoMAEModel
-    except ImportError:
-        raise InputError("the encoder 'videomae' needs the package transformers: pip install transformers") from None
-    return VideoMAEModel
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers lists every tensor of a decoder that is left on disk; `from_pretrained` below tells what is
-    missing."""
-    from transformers.utils import logging
-
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()
 
 
 class VideoMAE(nn.Module):
@@ -95,15 +65,4 @@ class VideoMAE(nn.Module):
 
         Raises: InputError for a folder that is not there, or holds no whole VideoMAE.
         """
-        source = Path(source)
-        if not (source / "config.json").is_file():
-            raise InputError(f"{source}: no such folder with a config.json, expected VideoMAE as transformers saves it")
-        kind = model_class()
-        with configured_by(source), _quiet():
-            try:
-                model, found = kind.from_pretrained(source, local_files_only=True, output_loading_info=True)
-            except (OSError, SafetensorError) as error:
-                raise InputError(f"{source}: {' '.join(str(error).split())[:200]}") from None
-        if missing := sorted(found["missing_keys"]):
-            raise InputError(f"{source}: not weights of VideoMAE: {len(missing)} missing, first {missing[0]!r}")
-        return cls(model)
+        return cls(read_folder(source, "VideoMAEModel", who="the encoder 'videomae'", what="VideoMAE"))

@@ -154,8 +154,9 @@ def mmd(a: Tensor, b: Tensor, *, sigma: float = SIGMA, scale: float = SCALE) -> 
 
 def mmd_interval(
     a: Tensor,
-    b: Tensor,
+    b: Tensor | Sequence[Tensor],
     *,
+    each: int = 1,
     sigma: float = SIGMA,
     scale: float = SCALE,
     seed: int = 0,
@@ -164,11 +165,19 @@ def mmd_interval(
     paired: bool = False,
 ) -> tuple[float, float]:
     """`bootstrap_interval` of `mmd`, centred; the kernel is computed once for all resamples, as a vector that is drawn
-    k times is one of weight k / N."""
-    x, y = _two_sets(a, b, 1)
-    wx, wy = (_weights(rows).to(x.device) for rows in _resampled([len(x), len(y)], seed, resamples, paired))
-    values = scale * _weighted_mmd(x, y, wx, wy, sigma).cpu()
-    return _interval(values.numpy(), level, mmd(x, y, sigma=sigma, scale=scale))
+    k times is one of weight k / N.
+
+    Args:
+        b: one set, or several of one size, over whose distances from `a` the mean is taken.
+        each: vectors per sample, one behind the other, which are drawn together (frames of a clip).
+    """
+    pairs = [_two_sets(a, other, 1) for other in ([b] if isinstance(b, Tensor) else b)]
+    sizes = [len(x) // each for x in pairs[0]]
+    drawn = _resampled(sizes, seed, resamples, paired)
+    wx, wy = (_weights(rows).repeat_interleave(each, 1).to(a.device) / each for rows in drawn)
+    values = sum(_weighted_mmd(x, y, wx, wy, sigma) for x, y in pairs) / len(pairs) * scale
+    centre = sum(mmd(x, y, sigma=sigma, scale=scale) for x, y in pairs) / len(pairs)
+    return _interval(torch.as_tensor(values).cpu().numpy(), level, centre)
 
 
 def _weights(rows: np.ndarray) -> Tensor:

@@ -219,12 +219,12 @@ def _check(c: MiMoConfig, config: SampleConfig, request: Request) -> None:
 
 
 def _lengths(config: SampleConfig, request: Request, tokenizer: Tokenizer) -> Lengths:
-    total = config.num_frames if request.frames is None else _latents("--frames", request.frames, tokenizer)
+    total = config.num_frames if request.frames is None else latents_covering("--frames", request.frames, tokenizer)
     total_shown, given, shown = tokenizer.num_frames(total), 0, 0
     if request.context is not None:
         given, asked = config.context_frames, request.context_frames
         if asked is not None:
-            given = _latents("--context-frames", asked, tokenizer)
+            given = latents_covering("--context-frames", asked, tokenizer)
         _require(
             given > 0, "--context: this model is sampled from nothing by default: say how many --context-frames to use"
         )
@@ -245,7 +245,7 @@ def _interval(loaded: Loaded, asked: int | None) -> int:
     return asked
 
 
-def _latents(option: str, frames: int, tokenizer: Tokenizer) -> int:
+def latents_covering(option: str, frames: int, tokenizer: Tokenizer) -> int:
     """Latent frames that cover so many video frames exactly."""
     _require(1 <= frames < 2**63, f"{option} {frames}: expected at least 1, and less than 2**63")
     # Latent frames come in chunks, of one where each stands for itself, and every chunk but the first covers as many

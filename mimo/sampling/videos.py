@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,13 +39,15 @@ def generate(
     intervals: Tensor | None = None,
     text: Tensor | None = None,
     count: int = 1,
+    trajectories: int = 1,
+    ids: Sequence[int] | None = None,
     seed: int = 0,
     precision: Literal["bf16", "fp32", "fp8"] = "fp32",
     progress: bool = False,
     saving: Saving | None = None,
     resume: bool = False,
 ) -> Tensor:
-    """Videos of the sampler's config.num_frames latent frames, uint8 [B, F, H, W, 3] on the CPU.
+    """Videos of the sampler's config.num_frames latent frames, uint8 [B K, F, H, W, 3] on the CPU.
 
     Args:
         tokenizer: of the network; None makes the one that config_tokenizer gives without weights.
@@ -56,6 +58,8 @@ def generate(
         intervals: int64 [B], for a network that is told them.
         text: [B, L, text_dim], the features of texts followed by zeros.
         count: B where there is no context.
+        trajectories: K; row b K + k is the k-th continuation of clip b.
+        ids: of the noise, a number per row; see `Sampler.stream`.
         seed: of the noise: the same seed, on the same device, gives the same videos.
         precision: see `autocast`; a network trained in fp8 is sampled in bf16.
         progress: say on stderr how far it is and how long the rest will take.
@@ -73,8 +77,8 @@ def generate(
             latents = tokenizer.encode(to_float(context.to(device)))
         latents, count = to_tokens(latents, model.config.patch), len(context)
     generator = torch.Generator(device).manual_seed(seed)
-    given = {"labels": labels, "actions": actions, "intervals": intervals, "text": text}
-    conditions = {name: None if value is None else value.to(device) for name, value in given.items()}
+    told = {"labels": labels, "actions": actions, "intervals": intervals, "text": text}
+    conditions = {name: None if value is None else value.to(device) for name, value in told.items()}
     with autocast(device, precision):
         if resume:
             assert saving is not None, "it says where the run lies"
@@ -82,15 +86,17 @@ def generate(
         else:
             batch = None if latents is not None else count
             options: dict[str, Any] = {"batch": batch, "generator": generator, "saving": saving} | conditions
+            options |= {"trajectories": trajectories, "ids": ids}
             frames = sampler.stream(latents, config.num_frames, **options)
         made = list(_shown(frames) if progress else frames)
     if resume:
         made = [frame.to(device) for frame in frames.saved()]
-    latents = torch.cat([*([] if latents is None else [latents]), torch.stack(made, dim=1)], dim=1)
+    given = [] if latents is None else [latents.repeat_interleave(trajectories, 0)]
+    latents = torch.cat([*given, torch.stack(made, dim=1)], dim=1)
     latents = to_latents(latents.float(), model.config.grid, model.config.patch)
     video = to_uint8(tokenizer.decode(latents)).cpu()
     if context is not None and not context.is_floating_point():
-        video[:, : context.shape[1]] = context  # not what the tokenizer made of it
+        video[:, : context.shape[1]] = context.repeat_interleave(trajectories, 0)  # not what the tokenizer made of it
     return video
 
 
