@@ -24,7 +24,8 @@ class Clips:
 
     Args:
         data: a folder of videos, npz trajectories or tar shards with videos, one such file, an annotation (.json),
-            "shapes" or "factors" for procedural clips, or (for `mimo train`) a folder that `mimo encode` wrote.
+            "shapes" or "factors" for procedural clips ("factors:number=one,speed=fast" of one class of these), or (for
+            `mimo train`) a folder that `mimo encode` wrote.
         layout: read the folder as a paper did: kinetics600, ucf101, minecraft, dmlab or bair; what is given besides
             holds against the layout.
         annotation: JSON list of {"video_path": ..., "label": ..., "action_path": ...}; paths are relative to --data.
@@ -46,7 +47,7 @@ class Clips:
 
     def open(self, *, encoded: bool = False, **options):
         """The dataset. encoded: latents may stand for videos. options: of `open_dataset`; None says nothing."""
-        from mimo.data.datasets import MADE, open_dataset
+        from mimo.data.datasets import made, open_dataset
         from mimo.data.latents import is_latents
 
         if self.frame_memory < 0:
@@ -56,8 +57,8 @@ class Clips:
         latents = is_latents(Path(self.data))
         if latents and not encoded:
             raise InputError(f"--data {self.data}: holds latents, expected videos")
-        if latents or self.data in MADE:
-            split = {"split": chosen.pop("split")} if self.data == "factors" and self.split else {}
+        if latents or made(self.data):
+            split = {"split": chosen.pop("split")} if made(self.data) == "factors" and self.split else {}
             if chosen:
                 option = next(iter(chosen)).replace("_", "-")
                 why = "says how files are read, and these clips are " + ("encoded already" if latents else "made")

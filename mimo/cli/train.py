@@ -95,7 +95,7 @@ class Train(Clips):
     def _of_run(cls, configs: dict[str, Any], out: Path, preset: str | None) -> "Train":
         """What the run in `out` was told, and `preset` again if at all."""
         told = dict(configs.get("told") or {})  # without, it is of before it was remembered
-        known = {field.name: field for field in fields(cls) if field.name in cls._told_names()}
+        known = {field.name: field for field in fields(cls) if field.name in cls.told_names()}
         paths = {name for name, field in known.items() if field.type in (Path, Path | None)}
         kinds = get_type_hints(cls) | dict.fromkeys(paths, str | None) | {"preset": str}
         for name in sorted(known.keys() & told.keys()):
@@ -122,19 +122,19 @@ class Train(Clips):
         )
 
     @staticmethod
-    def _told_names() -> list[str]:
+    def told_names() -> list[str]:
         """What checkpoints remember besides the configurations. Not --trust-pickle: a checkpoint is no permission."""
         clips = [field.name for field in fields(Clips)]
         return [*clips, "preset", "ignore_labels", "ignore_actions", "keep_every", "log", "compile", "device"]
 
     def told(self) -> dict[str, Any]:
-        values = {name: getattr(self, name) for name in self._told_names()}
+        values = {name: getattr(self, name) for name in self.told_names()}
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
     def run(self) -> None:
         import torch
 
-        from mimo.data.datasets import MADE
+        from mimo.data.datasets import made
         from mimo.training.boards import require_wandb
         from mimo.training.distributed import process_group
 
@@ -142,7 +142,7 @@ class Train(Clips):
             require_wandb()
         if self.keep_every is not None and self.keep_every < 1:
             raise InputError(f"--keep-every {self.keep_every}: expected at least 1")
-        if self.data not in MADE and Path(self.data).exists():
+        if not made(self.data) and Path(self.data).exists():
             self.data = str(Path(self.data).resolve())  # as it is remembered: it holds in every folder
         if self.annotation is not None:
             self.annotation = self.annotation.resolve()

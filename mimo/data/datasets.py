@@ -368,7 +368,19 @@ class ShapesDataset:
         return f"ShapesDataset({self.length} procedural clips)"
 
 
-MADE = ("shapes", "factors")  # names of datasets that lie nowhere
+def made(name: str) -> str | None:
+    """The kind of clips that lie nowhere and are made, "shapes" or "factors"; None for a path. Behind "factors:" may
+    stand what is the same in every clip: "factors:number=one,occlusion=none"."""
+    kind = name.partition(":")[0]
+    return kind if name == "shapes" or kind == "factors" else None
+
+
+def _fixed(name: str) -> dict[str, str]:
+    """What stands behind "factors:"."""
+    words = [word.partition("=") for word in name.partition(":")[2].split(",") if word]
+    if odd := next(("".join(word) for word in words if not word[1] or not word[2]), None):
+        raise DataError(f"{name}: {odd!r} is no FACTOR=CLASS, expected such as factors:number=one,occlusion=none")
+    return {factor: kind for factor, _, kind in words}
 
 
 # How the papers read their datasets, as options of `open_dataset`.
@@ -389,7 +401,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 def open_dataset(path: str | Path, *, layout: str | None = None, **options) -> ClipDataset:
     """The dataset that `path` holds: a folder of videos, of npz trajectories or of latent shards, one such file, or an
-    annotation (.json); or clips that are made, "shapes" or "factors".
+    annotation (.json); or clips that are made, "shapes" or "factors", see `made`.
 
     Args:
         layout: a name in LAYOUTS, whose options hold where `options` says nothing else.
@@ -401,8 +413,8 @@ def open_dataset(path: str | Path, *, layout: str | None = None, **options) -> C
     options = layout_options(layout) | options
     if str(path) == "shapes":
         return ShapesDataset(**options)
-    if str(path) == "factors":
-        return FactorClips(**options)
+    if made(str(path)) == "factors":
+        return FactorClips(fixed=_fixed(str(path)), **options)
     if is_latents(Path(path)):
         names = ("num_classes", "num_actions", "use_labels", "use_actions", "allow_outside")
         shape = tuple(options[key] for key in ("num_frames", "height", "width"))

@@ -51,6 +51,7 @@ class FactorClips:
         split: "train" or "test": clips of the two are drawn from streams of their own.
         length: clips per epoch.
         label: the factor that is the class of a clip; None: clips have no class.
+        fixed: factors that have one class in every clip, by name: {"number": "one"}.
     """
 
     num_actions: int | None = None
@@ -66,6 +67,7 @@ class FactorClips:
         split: str = "train",
         length: int = 400 * BLOCK,
         label: str | None = None,
+        fixed: Mapping[str, str] | None = None,
     ):
         if min(num_frames, height, width, length) < 1:
             raise ValueError(f"{length} clips of {num_frames} x {height} x {width}: expected all >= 1")
@@ -74,6 +76,12 @@ class FactorClips:
         if label is not None and label not in FACTORS:
             raise ValueError(f"label={label!r}: expected one of {', '.join(FACTORS)}")
         self.num_frames, self.height, self.width, self.length = num_frames, height, width, length
+        self.fixed = dict(fixed or {})
+        for name, kind in self.fixed.items():
+            if name not in FACTORS or kind not in FACTORS[name]:
+                known = FACTORS.get(name)
+                expected = f"one of {', '.join(known)}" if known else f"a factor, one of {', '.join(FACTORS)}"
+                raise ValueError(f"factors: {name}={kind}: expected {expected}")
         self.split, self.label = split, label
         self.num_classes = None if label is None else len(FACTORS[label])
 
@@ -90,7 +98,8 @@ class FactorClips:
     def factors(self, index: int) -> dict[str, int]:
         """Name -> class of clip `index`."""
         block, place = divmod(index, BLOCK)
-        return dict(zip(FACTORS, _block(SPLITS.index(self.split), block)[place].tolist(), strict=True))
+        drawn = dict(zip(FACTORS, _block(SPLITS.index(self.split), block)[place].tolist(), strict=True))
+        return drawn | {name: FACTORS[name].index(kind) for name, kind in self.fixed.items()}
 
     def sample(self, index: int, seed: int) -> dict[str, np.ndarray]:
         factors = self.factors(index)
@@ -105,7 +114,7 @@ class FactorClips:
         return []
 
     def settings(self) -> dict:
-        return {"split": self.split, "label": self.label}
+        return {"split": self.split, "label": self.label} | ({"fixed": self.fixed} if self.fixed else {})
 
     def check_readable(self) -> None:
         """Nothing is read."""
@@ -114,7 +123,8 @@ class FactorClips:
         return list(range(self.length))  # balanced as it is
 
     def __repr__(self) -> str:
-        return f"FactorClips({self.length} procedural clips, {self.split})"
+        fixed = "".join(f", {name}={kind}" for name, kind in self.fixed.items())
+        return f"FactorClips({self.length} procedural clips, {self.split}{fixed})"
 
 
 def mirrored(factors: np.ndarray) -> np.ndarray:

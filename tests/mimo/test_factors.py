@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mimo.cli.options import Clips
-from mimo.data import FACTORS, FactorClips
+from mimo.data import FACTORS, FactorClips, open_dataset
 from mimo.data.factors import BLOCK, SPEEDS, draw_clip, mirrored
 from mimo.data.shapes import draw_shape
 from mimo.errors import InputError
@@ -139,3 +139,20 @@ def test_the_command_line_opens_them_and_refuses_what_does_not_fit():
         clips(label="size")
     with pytest.raises(ValueError, match="expected all >= 1"):
         clips(length=0)
+
+
+def test_factors_may_have_one_class_in_every_clip():
+    shape = {"num_frames": 2, "height": 32, "width": 32}
+    dataset, all_of_them = open_dataset("factors:number=three,occlusion=none", **shape), FactorClips(**shape)
+    for index in (0, 7):
+        factors = dataset.factors(index)
+        assert factors == all_of_them.factors(index) | {"number": 2, "occlusion": 0}
+        assert dataset.sample(index, 1)["factors"].tolist() == [*factors.values()]
+    assert repr(dataset) != repr(all_of_them) and dataset.settings() != all_of_them.settings()
+    for name, complaint in [
+        ("factors:number", "'number' is no FACTOR=CLASS"),
+        ("factors:number=four", "number=four: expected one of one, two, three"),
+        ("factors:size=big", "size=big: expected a factor, one of shape, "),
+    ]:
+        with pytest.raises(ValueError, match=complaint):
+            open_dataset(name, **shape)
