@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 
+from mimo.cli.ablate import Ablate
 from mimo.cli.data import DataCheck
 from mimo.cli.demo import Demo
 from mimo.cli.encode import Encode
@@ -27,6 +28,7 @@ COMMANDS: dict[str, type] = {
     "demo": Demo,
     "train": Train,
     "sample": Sample,
+    "ablate": Ablate,
     "export": Export,
     "eval": Eval,
     "encode": Encode,
