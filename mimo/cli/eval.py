@@ -162,8 +162,8 @@ class Eval(Clips):
 
     def clips_of(self, protocol: Protocol) -> "Eval":
         """These options, with the layout of the protocol where nothing else is said."""
-        from mimo.data.datasets import MADE
+        from mimo.data.datasets import made
 
-        if self.data in MADE or self.layout or self.protocol == "relative":
+        if made(self.data) or self.layout or self.protocol == "relative":
             return self
         return user_input(replace, self, layout=protocol.layout, split=self.split or protocol.split)
