@@ -245,7 +245,10 @@ class BuildExtension(build_ext):
         jobs = os.environ.get("MAX_JOBS")
         command = [*ninja_command(), "-C", str(scratch), *(["-j", jobs] if jobs else [])]
         if subprocess.run(command, check=False).returncode:
-            raise CompileError(f"mimo_kernels._C did not compile; the command was: {shlex.join(command)}")
+            raise CompileError(
+                f"mimo_kernels._C did not compile; the command was: {shlex.join(command)}"
+                " (with MIMO_EXTENSION=0 the package is pure Python)"
+            )
         try:  # a symbol that no source defines shows only when the module loads
             run([sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv[1]); import _C", target.parent])
         except subprocess.CalledProcessError as error:
