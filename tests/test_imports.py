@@ -4,6 +4,7 @@ imported."""
 import ast
 import graphlib
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,14 @@ def test_importing_the_package_needs_only_the_standard_library():
     assert imported(ROOT / "mimo_kernels" / "__init__.py") == {"importlib", "mimo_kernels.core.operators.OPERATORS"}
     assert imported(ROOT / "mimo_kernels" / "core" / "operators.py") == {"typing.NamedTuple"}
     assert not imported(ROOT / "mimo_kernels" / "core" / "__init__.py")
+
+
+def test_the_planner_needs_numpy_alone():
+    """It serves where little else does, and says the same as csrc/ whoever asks."""
+    files = sources("mimo_kernels/planner")
+    roots = {module.split(".")[0] for path in files for module in imported(path)}
+    rooms = {".".join(module.split(".")[:2]) for path in files for module in imported(path) if "mimo" in module}
+    assert roots - sys.stdlib_module_names == {"mimo_kernels", "numpy"} and rooms == {"mimo_kernels.planner"}
 
 
 def test_csrc_includes_no_torch_header():
