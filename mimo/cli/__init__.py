@@ -18,6 +18,7 @@ from mimo.cli.eval import Eval
 from mimo.cli.export import Export
 from mimo.cli.output import Streams, surviving_streams
 from mimo.cli.parser import HELP, read_command
+from mimo.cli.probe import Probe
 from mimo.cli.sample import Sample
 from mimo.cli.train import Train
 from mimo.cli.train_tokenizer import TrainTokenizer
@@ -29,6 +30,7 @@ COMMANDS: dict[str, type] = {
     "train": Train,
     "sample": Sample,
     "ablate": Ablate,
+    "probe": Probe,
     "export": Export,
     "eval": Eval,
     "encode": Encode,

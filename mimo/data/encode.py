@@ -267,11 +267,11 @@ def _begin(out: Path, plan: dict, dataset) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write to {out}: {error.strerror}") from None
-    for name, content in (("files.json", _source_files(dataset)), ("plan.json", plan)):
+    for name, content in (("files.json", source_files(dataset)), ("plan.json", plan)):
         records.write(out / name, content)
 
 
-def _source_files(dataset: VideoDataset) -> dict[str, Likeness]:
+def source_files(dataset: VideoDataset) -> dict[str, Likeness]:
     files = dataset.sources()
     with ThreadPoolExecutor(8) as readers:  # datasets lie on file systems that take long to answer
         return dict(zip(map(str, files), readers.map(_likeness, files), strict=True))
@@ -293,7 +293,7 @@ def _likeness(file: Path) -> Likeness:
 
 def _compare_files(out: Path, dataset) -> None:
     then = records.read(out / "files.json", dict[str, Likeness], error=DataError)
-    now = _source_files(dataset)
+    now = source_files(dataset)
     changed = [name for name in then | now if then.get(name) != now.get(name)]
     if changed:
         what = [_describe(some.get(changed[0])) for some in (then, now)]

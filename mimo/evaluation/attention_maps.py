@@ -109,7 +109,8 @@ def overlay(video: np.ndarray, weights: np.ndarray, grid: tuple[int, int]) -> np
     rows, columns = (np.arange(size) * cells // size for size, cells in zip((height, width), grid))
     share = weights.reshape(frames, *grid)[:, rows][:, :, columns, None]  # [T, H, W, 1]
     share = _STRONGEST * share / max(float(weights.max()), 1e-12)
-    shown = (1 - share) * video + share * np.array(RED)
+    grey = video.mean(-1, keepdims=True)  # on which red is seen
+    shown = (1 - share) * grey + share * np.array(RED)
     y, x = np.ogrid[:height, :width]
     centre = [(cells // 2 + 0.5) * size / cells for size, cells in zip((height, width), grid)]
     radius = max(1.0, min(height / grid[0], width / grid[1]) / 4)
