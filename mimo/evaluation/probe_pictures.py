@@ -71,7 +71,7 @@ def scatter(path: Path, title: str, places: Tensor, labels: Tensor, names: Seque
             ax.scatter([x[i] for i in mine], [y[i] for i in mine], s=5, linewidths=0, color=color, label=word)
         ax.set_title(f"{name} ({len(classes)} classes)" if many else name, fontsize=10)
         if not many:
-            ax.legend(fontsize=6, markerscale=2, loc="best")
+            ax.legend(fontsize=6, markerscale=2, loc="upper right")
     for ax in axes:
         ax.set_xticks([])
         ax.set_yticks([])

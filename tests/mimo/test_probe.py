@@ -93,7 +93,7 @@ def test_two_networks_are_measured_twice_alike_and_a_stopped_run_goes_on(runs, t
         for name in ("pooled_history", "to_float"):
             patch.setattr(history_features, name, stop)
         patch.setattr(probe, "linear_probe", stop)
-        words = ("--measures", "probe", "cknna", "map", "--out", tmp_path / "second")
+        words = ("--measures", "probe", "--out", tmp_path / "second")
         run(capsys, *both, *words)
 
 
