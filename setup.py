@@ -35,8 +35,7 @@ CUDA_ROOTS = ("CUDA_HOME", "CUDA_PATH")
 DEFAULT_ARCHS = "8.0;9.0a;10.0+PTX"
 OLDEST_ARCH = 80  # bf16 arithmetic and cp.async
 HOST_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
-# No path of this machine gets into the module, and nothing that differs from build to build.
-HOST_PATHS = [f"-ffile-prefix-map={ROOT}=."]
+# Nothing that differs from build to build gets into the module.
 LINK_FLAGS = ["-Wl,--build-id=none", "-s"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr"]
 PROBE = "#include <cuda_bf16.h>\n__global__ void probe(__nv_bfloat16* x) { *x = *x + *x; }\n"
@@ -312,8 +311,9 @@ def ninja_file(compiler: str, code: DeviceCode | None, scratch: Path, target: Pa
 
     csrc, tracked = ROOT / "csrc", ["-MMD", "-MF", "$out.d"]
     sources = sorted([*csrc.glob("*.cpp"), *(csrc.glob("*.cu") if code else ())])
-    includes = [f"-I{folder}" for folder in (scratch, csrc, pybind11.get_include(), python_headers())]
-    flags = [*HOST_FLAGS, *HOST_PATHS, *(["-DMIMO_WITH_CUDA"] if code else []), *includes]
+    folders = (scratch, csrc, pybind11.get_include(), python_headers())
+    includes = [f"-I{folder}" for folder in folders] + [f"-ffile-prefix-map={folder}=." for folder in (ROOT, *folders)]
+    flags = [*HOST_FLAGS, *(["-DMIMO_WITH_CUDA"] if code else []), *includes]
     link = [compiler, "-shared", "-Wl,--exclude-libs,ALL", *LINK_FLAGS]
     lines = [
         *rule("host", [compiler, *flags, *tracked, "-x", "c++", "-c", "$in", "-o", "$out"]),
