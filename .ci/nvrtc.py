@@ -13,8 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
-# PTX of CUDA 12.8 is read by every driver that knows a GPU newer than these: such GPUs came with 12.8.
-TARGETS = ["sm_80", "sm_90a", "sm_100", "compute_100"]
+# Machine code for every generation that CUDA 12 knows. A driver translates PTX of its own CUDA version or an older one:
+# GPUs newer than these came with CUDA 13.
+TARGETS = ["sm_80", "sm_90a", "sm_100", "compute_100", "sm_120"]
 # Launchers are read as functions of the device: nobody calls them, and they say which instances of a kernel there are.
 OPTIONS = ["-std=c++17", "-default-device", "-DMIMO_WITH_CUDA"]
 # What the sources use of the standard library, which NVRTC has not.

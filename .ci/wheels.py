@@ -21,8 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = [f"3.{minor}" for minor in range(10, 15)]
-# The oldest that knows sm_100; PTX is then read by every driver that knows a newer GPU.
-NVRTC = ["nvidia-cuda-nvrtc-cu12==12.8.*", "nvidia-cuda-runtime-cu12==12.8.*"]
+NVRTC = ["nvidia-cuda-nvrtc-cu12==12.9.*", "nvidia-cuda-runtime-cu12==12.9.*"]  # 12.8 spills a kernel for sm_100
 BUILD = ["setuptools>=77", "wheel>=0.45", "pybind11>=2.13", "ninja"]
 AUDIT = ["auditwheel>=6"]
 

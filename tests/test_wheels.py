@@ -44,7 +44,7 @@ def test_kernels_include_nothing_that_nvrtc_has_not(headers: Path, source: str):
 
 def test_machine_code_for_every_generation_and_ptx_for_those_to_come():
     targets = script("nvrtc").TARGETS
-    assert {target for target in targets if target.startswith("sm_")} == {"sm_80", "sm_90a", "sm_100"}
+    assert {target for target in targets if target.startswith("sm_")} == {"sm_80", "sm_90a", "sm_100", "sm_120"}
     assert [target for target in targets if target.startswith("compute_")] == ["compute_100"]
 
 
