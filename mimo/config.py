@@ -169,6 +169,8 @@ class MiMoConfig(_Record):
             either.
         residual: a noisy frame is what changes, its latents minus those of the frame before it as history has it; the
             first frame is whole. The network predicts what moves, and what does not is kept.
+        recent_frames: a noisy frame is told so many frames right before it, as history has them, in its tokens: each
+            its own place and the eight around it (mimo.network.recent); 0 leaves it to attention.
         min_snr_gamma: clip threshold of the min-SNR weight of L_diff; None weighs every frame 1.
         min_snr_decay: decay of fused min-SNR; None is plain min-SNR.
         tokenizer: name of the tokenizer whose latents the network sees.
@@ -229,6 +231,7 @@ class MiMoConfig(_Record):
     timestep_mean: float = 0.0
     history_noise: float = 0.0
     residual: bool = False
+    recent_frames: int = 0
     min_snr_gamma: float | None = None
     min_snr_decay: float | None = None
     tokenizer: str = "dct"
@@ -282,7 +285,7 @@ class MiMoConfig(_Record):
     _MAY_BE_ZERO = (
         *("decoder_depth", "mask_weight", "num_classes", "num_actions", "max_interval"),
         *("label_dropout", "history_dropout", "clean_context", "repa_weight", "token_depth", "text_dim"),
-        *("noise_levels", "timestep_mean", "history_noise"),
+        *("noise_levels", "timestep_mean", "history_noise", "recent_frames"),
         *("coarse_stride", "fine_frames"),
     )
 

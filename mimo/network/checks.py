@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from mimo.config import MiMoConfig
 from mimo.network.frames import FrameBatch
 from mimo.network.packed import Packed
@@ -36,6 +38,7 @@ def check_batch(config: MiMoConfig, batch: FrameBatch) -> None:
     found = 0 if batch.timestep is None else batch.timestep.numel()
     if found != modulated:
         raise ValueError(f"timestep has {found} numbers: expected {modulated}, one per frame that is not clean")
+    check_recent(config, batch.recent, sum(frame.kind == "noisy" for frame in frames))
     rows = sum(frame.tokens for frame in frames)
     if (batch.masked is None) == predicts_tokens:
         raise ValueError("masked rows: expected them with a token head (token_depth > 0), and only then")
@@ -47,6 +50,14 @@ def check_batch(config: MiMoConfig, batch: FrameBatch) -> None:
             raise ValueError(f"tokens=None: expected whole frames, of {config.tokens} tokens each")
     elif batch.tokens.shape != (rows,):
         raise ValueError(f"tokens are {list(batch.tokens.shape)}: expected [{rows}], one per row")
+
+
+def check_recent(config: MiMoConfig, recent: Tensor | None, frames: int) -> None:
+    """recent: what `frames` noisy frames are told of those right before them."""
+    expected = [frames, config.tokens, config.recent_frames * config.token_channels] if config.recent_frames else None
+    found = None if recent is None else list(recent.shape)
+    if found != expected:
+        raise ValueError(f"recent is {found}: expected {expected} with recent_frames={config.recent_frames}")
 
 
 def check_taps(config: MiMoConfig, packed: Packed, taps: Sequence[Tap], decodes: bool, *, last_reads: bool) -> None:

@@ -403,6 +403,7 @@ class FrameBatch:
         masked: bool [R], the rows that a learned token stands for; only in masked frames.
         asked: what the token head is to predict, and from what.
         text: what the clips are told, for a network with text_dim; None tells all of them nothing.
+        recent: [frames that are noisy, N, n C], the n = recent_frames frames before each, for a network that is told.
     """
 
     frames: FrameList
@@ -416,6 +417,7 @@ class FrameBatch:
     masked: Tensor | None = None
     asked: Asked | None = None
     text: Text | None = None
+    recent: Tensor | None = None
 
 
 class Asked(NamedTuple):
@@ -446,7 +448,7 @@ def clean_and_noisy(
         timestep: [B, T] in 0..1000; None with `noisy`.
         keep: int64 [B, k], sorted: the tokens that are not masked, the same in every frame of a clip; None keeps all.
         drop_history: bool [B, T] on the host: that noisy frame sees itself alone.
-        conditions: labels, actions, intervals of FrameBatch.
+        conditions: labels, actions, intervals and recent of FrameBatch.
     """
     _check(clean, noisy, timestep, keep, drop_history)
     clips, frames, size, _ = clean.shape

@@ -32,11 +32,12 @@ from mimo.network.blocks import (
     attend_tracks,
     sinusoid,
 )
-from mimo.network.checks import Tap, check_batch, check_frames, check_taps
+from mimo.network.checks import Tap, check_batch, check_frames, check_recent, check_taps
 from mimo.network.cross import Text, Told, across_mask, attend_across, lengths_of, text_on
 from mimo.network.frames import Asked, FrameBatch, FrameList, Kind, frame_rows, is_predicted
 from mimo.network.heads import Decoder, Projection
 from mimo.network.packed import Decoding, Packed, Sizes, frame_coordinates, patches
+from mimo.network.recent import Recent
 from mimo.network.token_diffusion import TokenDiffusion
 from mimo.pretrained import Pretrained
 from mimo_kernels import AxialRoPE, FrameMask, FrameRows, frame_attention, gather_tokens
@@ -90,6 +91,7 @@ class MiMo(nn.Module, Pretrained):
         self.places = LearnedPlaces(config) if config.learned_places else None
         self.null_text = nn.Parameter(0.02 * torch.randn(config.text_dim)) if config.text_dim else None
         self.text_norm = nn.LayerNorm(config.text_dim, eps=1e-6) if config.text_dim else None
+        self.recent = Recent(config) if config.recent_frames else None
         self.rope = build_rope(config)
         self.positions = added_positions(config)
         decodes = config.mask_weight > 0
@@ -176,7 +178,7 @@ class MiMo(nn.Module, Pretrained):
         if self.config.cross_attention:
             across, text = self._across(batch), text_on(batch.text, config, batch.latents.device)
         given = *given, batch.noise, batch.masked, batch.asked
-        return self.compute(packed, decodings, tuple(taps), *given, across, text)
+        return self.compute(packed, decodings, tuple(taps), *given, across, text, batch.recent)
 
     def compute(
         self,
@@ -194,6 +196,7 @@ class MiMo(nn.Module, Pretrained):
         asked: Asked | None = None,
         across: tuple[FrameMask, FrameMask] | None = None,
         text: tuple[Tensor, Tensor] | None = None,
+        recent: Tensor | None = None,
     ) -> MiMoOutput:
         """`forward` from what the host makes of a frame list: device work alone, so that torch.compile(fullgraph=True)
         takes it whole."""
@@ -204,6 +207,8 @@ class MiMo(nn.Module, Pretrained):
             token = packed.token if tokens is None else tokens
             learned = self._learned(packed.masked[packed.frame], token, None if noise is None else noise[packed.frame])
         x = self._rows(latents, tokens, packed)
+        if self.recent is not None and predicted is not None:
+            x = predicted.add_rows(x, self.recent(recent).flatten(0, 1))
         x = self._embed(x, coords, intervals, packed.clips, packed.clip, masked, learned)
         if clean is not None and (self.actions is not None or actions is not None):
             told = None if actions is None else actions[clean.clip, clean.time]
@@ -440,6 +445,7 @@ class MiMo(nn.Module, Pretrained):
         actions: Tensor | None = None,
         intervals: Tensor | None = None,
         modulations: Tensor | None = None,
+        recent: Tensor | None = None,
     ) -> Tensor:
         """Velocity of one noisy frame per sequence, [S, N, C] -> [S, N, C].
 
@@ -449,10 +455,15 @@ class MiMo(nn.Module, Pretrained):
             position, attend: as in `history_frame`; q attends to the kept frames and to its own k, v.
             labels, actions, intervals: int64 [S]; no label or action is the null one.
             modulations: [M, S, D], instead of the timestep, labels and actions that they were made of.
+            recent: [S, N, recent_frames C], the frames right before, the latest first, for a network that is told them.
         """
         sequences, tokens, _ = x.shape
+        check_recent(self.config, recent, sequences)
         coords = self._coords(position, sequences, x.device)
-        x = self._embed(self.embed(x.flatten(0, 1)), coords, intervals, sequences)
+        x = self.embed(x.flatten(0, 1))
+        if self.recent is not None:
+            x = x + self.recent(recent).flatten(0, 1)
+        x = self._embed(x, coords, intervals, sequences)
         c = F.silu(self._condition(timestep, labels, actions)) if modulations is None else None
         rows = self.rows_of_frames(sequences)
         y = self._frame_trunk(x, rows, coords, attend, c=c, modulations=modulations)

@@ -55,6 +55,13 @@ class Part(NamedTuple):
         self.by_frame(self.select(x)).add_(self.per_frame(values))
         return x
 
+    def add_rows(self, x: Tensor, values: Tensor) -> Tensor:
+        """x [R, D] with the values of the part's rows, [n, D], added to them; in place where clips are alike."""
+        if self.alike is None:
+            return x.index_add(0, self.index, values)
+        self.select(x).add_(self.split(values))
+        return x
+
     def per_frame(self, values: Tensor) -> Tensor:
         """Values of the part's frames, [frames, D] -> what broadcasts over `by_frame`."""
         if self.alike is None:

@@ -142,7 +142,7 @@ class Recipe(ABC):
     def check_history(cls, config: MiMoConfig) -> None:
         """ValueError for what is asked of clean frames beside noisy ones, by a recipe without them."""
         if not cls.teacher_forcing:
-            cls.require(config, history_noise=0.0, residual=False)
+            cls.require(config, history_noise=0.0, residual=False, recent_frames=0)
 
     @classmethod
     def check_alignment(cls, config: MiMoConfig) -> None:

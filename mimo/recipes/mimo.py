@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mimo.config import MiMoConfig
 from mimo.network.frames import clean_and_noisy
+from mimo.network.recent import recent_frames
 from mimo.recipes.base import Draws, HistoryPolicy, LossParts, Prepared, Recipe
 from mimo_kernels import sample_tube_mask, weighted_squared_error
 
@@ -71,6 +72,8 @@ class MaskedHistory(Recipe):
         eps = draws.normal_like(x)
         seen = self._seen(x, draws)
         made = changes(x, seen) if config.residual else x
+        if config.recent_frames:
+            given["recent"] = self._recent(seen, drop)
         batch = clean_and_noisy(
             seen,
             self.schedule.add_noise(made, eps, t),
@@ -103,6 +106,13 @@ class MaskedHistory(Recipe):
             return x
         deviation = most * draws.uniform(x.shape[1])[..., None, None]  # [B, T, 1, 1]
         return x + deviation.to(x.dtype) * draws.normal_like(x)
+
+    def _recent(self, seen: Tensor, drop: Tensor | None) -> Tensor:
+        """What noisy frames are told of those before them, [B * T, N, n C]; nothing where they see no history."""
+        recent = recent_frames(seen, self.config.recent_frames)
+        if drop is not None:
+            recent = recent.masked_fill(drop.to(seen.device)[..., None, None], 0.0)
+        return recent.flatten(0, 1)
 
     def _phase(self, step: int | None) -> tuple[bool, bool, bool]:
         """(L_diff, L_mask, history is masked) at this step."""

@@ -34,17 +34,22 @@ class FrameRun(ABC):
         self.weights = torch.tensor([branch.weight for branch in key.branches], dtype=torch.float32, device=device)
         self.x = torch.zeros(self.size, c.tokens, c.token_channels, device=device)
         self.extra = torch.zeros_like(self.x)  # what is added to the finished frame before it becomes history
-        # The frame before, as history has it, of a network that makes what changes.
-        self.previous = torch.zeros_like(self.x) if c.residual else None
+        # The frames before, as history has them, the latest first, [S, N, n C], of a network that is told them or makes
+        # what changes.
+        kept = max(c.recent_frames, int(c.residual))
+        self.recent = torch.zeros(self.size, c.tokens, kept * c.token_channels, device=device) if kept else None
 
     def begin(self, clips: list[Tensor], given: dict[str, Tensor], positions: list[int]) -> None:
         """Take the conditions, one row per sequence, and the context."""
         self._tell(given, positions)
         self.history.begin(clips)
-        if self.previous is not None:
-            nothing = torch.zeros_like(self.x[0])
-            last = torch.stack([clip[-1].to(nothing) if len(clip) else nothing for clip in clips])
-            self.previous.copy_(last.repeat_interleave(self.key.trajectories, 0))
+        if self.recent is not None:
+            channels = self.x.shape[-1]
+            self.recent.zero_()
+            for sequence in range(self.size):
+                clip = clips[sequence // self.key.trajectories]
+                for i, frame in enumerate(clip.flip(0)[: self.recent.shape[-1] // channels]):
+                    self.recent[sequence, :, i * channels : (i + 1) * channels] = frame
 
     @abstractmethod
     def denoise(self, noise: Tensor, extra: Tensor | None = None) -> None:
@@ -62,15 +67,15 @@ class FrameRun(ABC):
     def state_dict(self) -> dict[str, Tensor]:
         """What the frames to come depend on, as tensors on the host."""
         conditions = {name: static.cpu() for name, static in self.conditions.tensors.items()}
-        previous = {} if self.previous is None else {"previous": self.previous.cpu()}
-        return self.history.state_dict() | conditions | previous
+        recent = {} if self.recent is None else {"recent": self.recent.cpu()}
+        return self.history.state_dict() | conditions | recent
 
     def load_state_dict(self, state: dict[str, Tensor], positions: list[int]) -> None:
         """Instead of `begin`: go on where `state_dict` was called."""
         self.history.load_state_dict(state)
         self._tell(state, positions)
-        if self.previous is not None:
-            self.previous.copy_(state["previous"])
+        if self.recent is not None:
+            self.recent.copy_(state["recent"])
 
     def _add_later(self, extra: Tensor | None) -> None:
         if extra is None:
@@ -80,13 +85,14 @@ class FrameRun(ABC):
 
     def _finish(self) -> None:
         """What was made becomes a frame."""
-        if self.previous is not None:
-            self.x.add_(self.previous)
+        if self.model.config.residual and self.recent is not None:
+            self.x.add_(self.recent[..., : self.x.shape[-1]])
 
     def _record(self) -> None:
         finished = self.x + self.extra
-        if self.previous is not None:
-            self.previous.copy_(finished)
+        if self.recent is not None:
+            older = self.recent[..., : -self.x.shape[-1]]
+            self.recent.copy_(torch.cat([finished, older], dim=-1))
         self.history.record(finished)
 
     def _commit(self) -> None:

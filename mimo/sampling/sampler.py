@@ -114,11 +114,20 @@ class Run(FrameRun):
             position=conditions.time(conditions.position).repeat(branches),
             attend=self.history.attend,
             intervals=None if conditions.intervals is None else conditions.intervals.repeat(branches),
+            recent=self._told_recent(),
             **told,
         )
         v = v.unflatten(0, (branches, self.size))
         guided_step(self.x, v, self.weights, self.coefficients, self.index, backend=self.model.backend)
         self.index.add_(1)
+
+    def _told_recent(self) -> Tensor | None:
+        """The latest frames for the rows of all branches, [G * S, N, n C]; those without history are told of none."""
+        if self.recent is None or not self.model.config.recent_frames:
+            return None
+        recent = self.recent.to(self.model.embed.weight.dtype)
+        nothing = torch.zeros_like(recent)
+        return torch.cat([nothing if branch.history is None else recent for branch in self.branches])
 
     def _tell(self, given: dict[str, Tensor], positions: list[int]) -> None:
         super()._tell(given, positions)

@@ -1,6 +1,7 @@
 """The demo, in a configuration that takes seconds: its files, its numbers, real clips with actions."""
 
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from mimo.errors import InputError
 from mimo.presets import TINY_SYSTEMS
 from mimo.recipes import RECIPES
 from mimo.sampling.loading import load
+from mimo.training.local import run_together
 
 FRAMES, CONTEXT = 5, 2
 
@@ -93,6 +95,36 @@ def test_the_newest_demo_is_the_one_that_is_sampled(tmp_path):
         assert load(tmp_path / "run").folder.name == f"step_{steps:08d}"
 
 
+def test_minutes_become_steps_that_can_be_told_instead(tmp_path, capsys, monkeypatch):
+    training = TrainConfig.from_preset("mimo-tiny").to_dict() | {"warmup": 3}
+    monkeypatch.setitem(TrainConfig._PRESETS, "mimo-tiny", training)
+    by_time = demo(None, tmp_path, minutes=1e-4)
+    told = re.search(r"0.0001 minutes are (\d+) steps here.*--steps (\d+)\n", capsys.readouterr().out)
+    assert told and told[1] == told[2] and int(told[1]) >= 12
+    by_steps = demo(None, tmp_path, steps=int(told[1]))
+    assert by_time["psnr"] == by_steps["psnr"] and by_time["last"]["mask"] == by_steps["last"]["mask"]
+
+
+def test_two_processes_train_one_network(tmp_path, capsys):
+    """The same steps as one, but for the order of sums; what they print comes once."""
+    together = demo(None, tmp_path / "two", steps=2, processes=2)
+    printed = capsys.readouterr().out
+    assert "on 2 x cpu" in printed and printed.count("step 2/2") == 1
+    alone = demo(None, tmp_path / "one", steps=2, processes=1)
+    for name in ("diffusion", "mask"):
+        assert together["last"][name] == pytest.approx(alone["last"][name], rel=1e-5)
+    assert together["psnr"] == pytest.approx(alone["psnr"], abs=1e-2)
+    with pytest.raises(RuntimeError, match="ended with 3 before it had begun"):
+        run_together(2, print, _Ends())
+
+
+class _Ends:
+    """What ends the process that unpickles it."""
+
+    def __reduce__(self):
+        return sys.exit, (3,)
+
+
 @pytest.mark.parametrize("recipe", [name for name in TINY_SYSTEMS if name != "mimo"])
 def test_every_system_ends_in_a_video(recipe, tmp_path, capsys, monkeypatch):
     """By its own preset, after one step: the name of a recipe or of a system, which differ in a dash."""
@@ -116,6 +148,19 @@ def test_unknown_systems_are_refused_with_the_known_ones(tmp_path, capsys):
     error = capsys.readouterr().err
     assert error == f"error: unknown recipe 'dit': expected one of {', '.join(TINY_SYSTEMS)}\n"
     assert {name.replace("-", "_") for name in TINY_SYSTEMS} >= set(RECIPES), "every recipe has a tiny preset"
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--minutes", "0"], "--minutes 0: expected more than 0"),
+        (["--minutes", "2", "--steps", "3"], "--minutes 2 and --steps 3: expected one of them"),
+        (["--processes", "0"], "--processes 0: expected at least 1"),
+    ],
+)
+def test_bad_options_are_refused_in_a_line(options, words, tmp_path, capsys):
+    assert main(["demo", "--out", str(tmp_path / "demo"), *options]) == 2
+    assert capsys.readouterr().err == f"error: {words}\n"
 
 
 def clips(folder, lengths, *, actions):

@@ -53,7 +53,7 @@ class Spy(nn.Module):
             "keep": keep,
             "drop_history": None if frames.alone is None else frames.alone.view(count, length),
             "sees": frames.sees,
-            **{name: getattr(batch, name) for name in ("labels", "actions", "intervals")},
+            **{name: getattr(batch, name) for name in ("labels", "actions", "intervals", "recent")},
         }
         offsets = [o for o in self.config.mask_offsets if o < length] if reconstruct and keep is not None else []
         velocity = None if batch.timestep is None else torch.randn(copies[0].shape, generator=generator)
@@ -130,7 +130,7 @@ def test_history_may_be_noisy_and_frames_what_changes(residual):
     assert abs(eps.mean()) < 0.2 and abs(eps.std() - 1) < 0.2
 
 
-@pytest.mark.parametrize("name, value", [("history_noise", 0.1), ("residual", True)])
+@pytest.mark.parametrize("name, value", [("history_noise", 0.1), ("residual", True), ("recent_frames", 1)])
 def test_systems_without_clean_frames_refuse_what_is_theirs(name, value):
     unmasked = {"mask_ratio": (0.0, 0.0), "mask_weight": 0.0, "separate_ln": False}
     config = dataclasses.replace(CONFIG, recipe="far", **unmasked, **{name: value})
@@ -138,6 +138,20 @@ def test_systems_without_clean_frames_refuse_what_is_theirs(name, value):
         build_recipe(config)
     with pytest.raises(ValueError, match=f"{name}={value}: expected"):
         Sampler(MiMo(config), SampleConfig())
+
+
+def test_noisy_frames_are_told_the_ones_before_as_history_has_them():
+    options = {"parameterization": "flow", "history_noise": 0.5, "recent_frames": 2, "history_dropout": 0.4}
+    _, spy = loss_of(dataclasses.replace(CONFIG, **options))
+    seen, drop = spy.seen["history"], spy.seen["drop_history"]
+    told = spy.seen["recent"].unflatten(0, seen.shape[:2])
+    assert drop.any() and not drop.all()
+    for clip in range(len(seen)):
+        for t in range(seen.shape[1]):
+            for i in (1, 2):
+                nothing = t < i or drop[clip, t]
+                expected = torch.zeros_like(seen[0, 0]) if nothing else seen[clip, t - i]
+                assert torch.equal(told[clip, t, :, (i - 1) * 5 : i * 5], expected)
 
 
 def test_every_frame_and_clip_has_its_own_timestep_and_noise():

@@ -18,6 +18,7 @@ from mimo import MiMo, MiMoConfig
 from mimo.config import SampleConfig
 from mimo.diffusion import FlowSchedule, VPredictionSchedule
 from mimo.network.frames import clean_and_noisy
+from mimo.network.recent import recent_frames
 from mimo.sampling.guidance import guidance_branches
 from mimo.sampling.history import CachePolicy
 from mimo.sampling.loading import round_weights
@@ -98,6 +99,9 @@ def algorithm_4(model, schedule, steps, given, starts, w_history=1.0, w_class=1.
             def velocity(drop=False, labels=labels, actions=actions, x=x, t=t, history=history, i=i):
                 noisy = torch.zeros_like(history)
                 noisy[:, t] = x
+                recent = None
+                if model.config.recent_frames:
+                    recent = recent_frames(history, model.config.recent_frames).mul(0.0 if drop else 1.0).flatten(0, 1)
                 batch = clean_and_noisy(
                     history,
                     noisy,
@@ -105,6 +109,7 @@ def algorithm_4(model, schedule, steps, given, starts, w_history=1.0, w_class=1.
                     labels=labels,
                     actions=None if actions is None else actions[:, : t + 1],
                     drop_history=torch.full((len(x), t + 1), drop),
+                    recent=recent,
                 )
                 return model(batch).velocity[:, t]
 
@@ -136,8 +141,10 @@ def test_equals_algorithm_4_with_the_full_mask(conditional, monkeypatch, w_histo
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_clean_latents_of_what_changes(monkeypatch, use_cache):
-    model = network(prediction="clean", residual=True)
+@pytest.mark.parametrize("told", [0, 1, 3])
+def test_clean_latents_of_what_changes(monkeypatch, use_cache, told):
+    """Contexts of two frames: the third of those told is none."""
+    model = network(prediction="clean", residual=True, recent_frames=told)
     starts = Starts(monkeypatch)
     sampler = Sampler(model, config(history_guidance=1.5), use_cache=use_cache)
     video = sampler.sample(context(), 5, generator=seed())

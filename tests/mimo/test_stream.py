@@ -68,7 +68,7 @@ def test_continued_frames_are_the_same_bit_for_bit(model, tmp_path, name, stop):
 
 
 def test_what_changes_is_added_to_the_frame_before_the_interruption(tmp_path):
-    model = network(prediction="clean", residual=True)
+    model = network(prediction="clean", residual=True, recent_frames=2)
     sampler = sampler_of(model, "window and sink")
     expected = list(start(sampler))
     stream = start(sampler, Saving(tmp_path, every=2))
