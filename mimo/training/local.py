@@ -8,7 +8,7 @@ import signal
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,9 +48,11 @@ def run_together(size: int, work: Callable[..., R], *given: Any) -> R:
                 there.close()
                 others.append((other, here))
             for other, here in others:
-                wait([here, other.sentinel])
-                if not here.poll():
-                    raise RuntimeError(f"process {other.pid} ended with {other.exitcode} before it had begun")
+                try:
+                    here.recv()
+                except EOFError:
+                    other.join()
+                    raise RuntimeError(f"process {other.pid} ended with {other.exitcode} before it had begun") from None
             torch.set_num_threads(max(1, cores // size))
             _join(0, size, store)
             try:
