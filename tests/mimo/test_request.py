@@ -152,14 +152,14 @@ def test_frames_are_counted_in_the_latents_that_cover_them(chunk, compression):
     cover = {Chunks().num_frames(chunk * n): chunk * n for n in range(1, 100)}
     for frames in range(1, 60):
         if frames in cover:
-            assert request._latents("--frames", frames, Chunks()) == cover[frames]
+            assert request.latents_covering("--frames", frames, Chunks()) == cover[frames]
             continue
         low, high = max(n for n in cover if n < frames), min(n for n in cover if n > frames)
         with pytest.raises(InputError, match=f"--frames {frames}: this model's latents cover {low} or {high} frames"):
-            request._latents("--frames", frames, Chunks())
+            request.latents_covering("--frames", frames, Chunks())
     for frames in (0, -1, 2**63):
         with pytest.raises(InputError, match=f"--frames {frames}: expected at least 1, and less than"):
-            request._latents("--frames", frames, Chunks())
+            request.latents_covering("--frames", frames, Chunks())
 
 
 def test_the_memory_of_this_machine_is_known():
