@@ -47,8 +47,8 @@ def to_count(value: Any) -> int:
 class Counts:
     """Reads token counts of arguments, whose sum is the size of a mask."""
 
-    def __init__(self, total: int = 0):
-        self.total = total
+    def __init__(self):
+        self.total = 0
 
     def read(self, item: Any, name: str, place: str) -> int:
         """The count that `place` names, one of those called `name`."""

@@ -7,6 +7,7 @@ and writes the segments of each, `result` sorts the tiles: longest first inside 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -153,9 +154,8 @@ class Tile:
     masked: list[int] = field(default_factory=list)  # cells of the masked segments
 
 
-class Schedule:
-    """Of tiles of `tile` rows or keys and steps of `block` keys or rows. What a kind of schedule adds: `begin`, `joins`
-    and `emit`, and the cost of a tile that `choose_cuts` is given."""
+class Schedule(ABC):
+    """Of tiles of `tile` rows or keys and steps of `block` keys or rows."""
 
     def __init__(self, axis: Axis, tile: int, block: int, band_rows: int):
         self.spans, self.starts_part = axis.spans, axis.starts_part
@@ -166,21 +166,21 @@ class Schedule:
         self.ends_early: set[int] = set()  # spans: the tile before is not filled with their rows
         self.bands = self._find_bands(band_rows)
 
+    @abstractmethod
     def begin(self, start: int, span: int) -> None:
         """A tile begins at a row of a span."""
-        raise NotImplementedError
 
+    @abstractmethod
     def joins(self, span: int) -> bool:
         """Whether the tile reaches into this span too."""
-        raise NotImplementedError
 
+    @abstractmethod
     def emit(self, tile: Tile) -> None:
         """The segments of the tile."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tile_blocks(self, first: int, last: int) -> int:
         """The blocks that a tile with these spans visits."""
-        raise NotImplementedError
 
     def _find_bands(self, band_rows: int) -> list[int]:
         """Of every span: whole parts form a band."""
