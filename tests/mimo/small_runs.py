@@ -82,6 +82,8 @@ MASKED = {
 RAGGED = {"recipe": "videomar", "parameterization": "epsilon", "token_depth": 1, "token_width": 16} | {
     **{"history_dropout": 0.0, "mask_weight": 0.0, "mask_ratio": (0.5, 0.9), "cross_attention": True},
 }
+UNMASKED = {"mask_weight": 0.0, "mask_ratio": (0.0, 0.0)}
+ONE_COPY = UNMASKED | {"separate_ln": False}
 VARIANTS = {
     "plain": ({}, {}),
     "interleaved": ({"interleaved": True}, {}),
@@ -90,4 +92,9 @@ VARIANTS = {
     "magi": (MASKED, {}),
     "videomar": (RAGGED, {"stages": ("2:2x4x2",)}),
     "far_long": (FAR_LONG, {}),
+    "acdit": (UNMASKED | {"recipe": "acdit"}, {}),
+    "dfot": (ONE_COPY | {"recipe": "dfot"}, {}),
+    "far": (ONE_COPY | {"recipe": "far", "clean_context": 0.1}, {}),
+    "video_dit": (ONE_COPY | {"recipe": "video_dit"}, {}),
 }
+SAME_NETWORK = ("interleaved", "acdit", "dfot", "far", "video_dit")  # as "plain": sharded alike

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from mimo import checkpoint
-from mimo.cli import main
 from mimo.config import MiMoConfig, SampleConfig, TrainConfig
 from mimo.data import ShapesDataset
 from mimo.errors import InputError
@@ -404,58 +403,3 @@ def test_a_signal_that_reaches_the_data_workers_too_loses_nothing(tmp_path, numb
     assert process.returncode == (130 if number == signal.SIGINT else 0), errors
     stopped = int(re.search(rf"stopped by {number.name} after step (\d+)", output)[1])
     assert checkpoint.latest(tmp_path)[0] == checkpoint.step_folder(tmp_path, stopped)
-
-
-def kill_inside_a_checkpoint_write(process, run):
-    """Stop the process whenever an unfinished checkpoint shows, and kill it if that is still unfinished then."""
-
-    def caught_writing():
-        if not list(run.glob("checkpoints/.unfinished-*")):
-            return False
-        process.send_signal(signal.SIGSTOP)
-        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
-        if any((run / "checkpoints").glob(".unfinished-*")):
-            return True
-        process.send_signal(signal.SIGCONT)
-        return False
-
-    wait_for(caught_writing, process)
-    process.kill()
-    process.communicate()
-
-
-def final_tensors(run):
-    folder = run / "checkpoints" / "step_00000040"
-    state = checkpoint.read_state(folder)
-    return {
-        f"{part}.{name}": tensor.numpy().tobytes()
-        for part in ("model", "ema", "optimizer")
-        for name, tensor in checkpoint.read_tensors(folder, part, state).items()
-    }
-
-
-def test_killed_while_writing_and_stopped_by_a_signal_the_end_is_the_same(tmp_path):
-    assert main(arguments(tmp_path / "undisturbed")) == 0
-
-    run = tmp_path / "disturbed"
-    process = start(run)
-    wait_for(lambda: len(checkpoint.step_folders(run)) >= 2, process)
-    process.send_signal(signal.SIGTERM)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
-    stopped = int(re.search(r"stopped by SIGTERM after step (\d+)", output)[1])
-    assert checkpoint.latest(run)[0] == checkpoint.step_folder(run, stopped)
-    assert stopped < 40
-
-    process = start(run, "--resume")
-    wait_for(lambda: checkpoint.step_folders(run)[-1] > checkpoint.step_folder(run, stopped), process)
-    kill_inside_a_checkpoint_write(process, run)
-    leftovers = list(run.glob("checkpoints/.unfinished-*"))
-    assert leftovers
-    newest, passed_over = checkpoint.latest(run)
-    assert passed_over == [] and newest < checkpoint.step_folder(run, 40)
-
-    assert main([*arguments(run), "--resume"]) == 0
-    assert not list(run.glob("checkpoints/.unfinished-*"))
-    expected = final_tensors(tmp_path / "undisturbed")
-    assert len(expected) > 100 and final_tensors(run) == expected
