@@ -39,7 +39,7 @@ def cell(rows: list[dict]) -> str:
 
 
 def frame_cells(arch: int) -> dict[str, list[str]]:
-    aot = load("test_triton_aot")
+    aot = load("attention_kernels")
     found = {}
     for name, words in (("forward", "forward"), ("dq", "dQ"), ("dkv", "dK/dV")):
         found[f"`frame_attention` {words}"] = [
@@ -50,7 +50,7 @@ def frame_cells(arch: int) -> dict[str, list[str]]:
 
 
 def paged_cells(arch: int) -> dict[str, list[str]]:
-    aot = load("test_paged_aot")
+    aot = load("paged_kernels")
     found = {}
     variants = {
         "`paged_frame_attention` forward": {},
@@ -70,7 +70,7 @@ def paged_cells(arch: int) -> dict[str, list[str]]:
 
 
 def main() -> None:
-    limits = load("test_triton_aot").SHARED_LIMIT
+    limits = load("attention_kernels").SHARED_LIMIT
     lines = [
         *HEAD.splitlines(),
         "",

@@ -71,7 +71,10 @@ def adopting() -> Iterator[None]:
 
 
 class Server:
+    """A process with some environment to fork programs from, until it is closed."""
+
     def __init__(self, variables: dict[str, str]):
+        self.variables = at_import(variables)
         here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, str(Path(__file__).with_name("process_server.py")), str(there.fileno())]
         with there:
@@ -79,10 +82,11 @@ class Server:
         self.requests = here
         if not here.recv(1 << 20):
             raise RuntimeError(f"{command} ended with {self.process.wait()}")
-        atexit.register(self.close)
 
     def start(self, job: dict[str, Any], descriptors: Sequence[int]) -> int:
         """The number of the process that does it, a child of this one."""
+        if other := dict(self.variables.items() ^ at_import(job["environment"]).items()):
+            raise ValueError(f"{', '.join(other)}: expected what `environment` says; else begin with subprocess itself")
         with adopting():
             socket.send_fds(self.requests, [json.dumps(job).encode()], descriptors)
             return int(self.requests.recv(100))
@@ -94,14 +98,9 @@ class Server:
 
 @functools.cache
 def server(interpret: bool) -> Server:
-    return Server(FIRST[interpret])
-
-
-def server_for(variables: Mapping[str, str]) -> Server:
-    interpret, wanted = "TRITON_INTERPRET" in variables, at_import(variables)
-    if other := dict(at_import(FIRST[interpret]).items() ^ wanted.items()):
-        raise ValueError(f"{', '.join(other)}: expected what `environment` says; else begin with subprocess itself")
-    return server(interpret)
+    made = Server(FIRST[interpret])
+    atexit.register(made.close)
+    return made
 
 
 def program(command: Sequence[str]) -> dict[str, Any] | None:
@@ -118,8 +117,10 @@ class Popen(subprocess.Popen):
     """`subprocess.Popen` from a server. closed: descriptors that the program begins without, as after >&- in a shell.
     Without `env` it has `environment()`."""
 
-    def __init__(self, command: Sequence[object], *, closed: Sequence[int] = (), **options: Any):
-        self.closed_from_the_start = list(closed)
+    def __init__(
+        self, command: Sequence[object], *, closed: Sequence[int] = (), server: Server | None = None, **options: Any
+    ):
+        self.closed_from_the_start, self.server = list(closed), server
         super().__init__([str(word) for word in command], **options)
 
     def _execute_child(self, *arguments: Any) -> None:
@@ -135,7 +136,8 @@ class Popen(subprocess.Popen):
         job["new_session"] = given["start_new_session"]
         descriptors = [given[name] for name in ("p2cread", "c2pwrite", "errwrite")]
         inherited = [number if given == -1 else given for number, given in enumerate(descriptors)]
-        self.pid = server_for(variables).start(job, inherited)
+        begin = self.server or server("TRITON_INTERPRET" in variables)
+        self.pid = begin.start(job, inherited)
         self._child_created = True
         self._close_pipe_fds(*(given[end] for end in ENDS))
 

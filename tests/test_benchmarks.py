@@ -3,8 +3,6 @@
 import dataclasses
 import importlib
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +13,8 @@ import torch
 
 from mimo import MiMoConfig
 from mimo_kernels.attention import FrameMask
+
+from . import processes
 
 NAMES = (
     "common",
@@ -297,10 +297,9 @@ def test_waiting_is_what_the_loop_waits_for(modules):
 
 def tune(*arguments, cache):
     """attn_tune.py in a process of its own, where Triton compiles instead of interpreting."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(cache)
-    command = [sys.executable, str(FOLDER / "attn_tune.py"), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    environment = processes.environment("TRITON_INTERPRET", TRITON_CACHE_DIR=cache)
+    command = [sys.executable, FOLDER / "attn_tune.py", *arguments]
+    return processes.run(command, env=environment, capture_output=True, text=True)
 
 
 def test_tiles_are_compiled_ahead_without_a_gpu(tmp_path):

@@ -1,15 +1,18 @@
 """CONTRIBUTING.md holds: its examples are built in a copy of the tree, word for word."""
 
+import contextlib
 import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from . import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,7 +36,7 @@ def copy(folder: Path) -> Path:
 
 
 def follow(tree: Path, where: str, code: str) -> None:
-    """Do what a line says with the code below it: create a file, add to a table, or run commands in the tree."""
+    """Do what a line says with the code below it: create a file, or add to a table."""
     if created := re.fullmatch(r"Create `(.+)`", where):
         path = tree / created[1]
         assert not path.exists()
@@ -43,19 +46,23 @@ def follow(tree: Path, where: str, code: str) -> None:
         table = re.search(rf"^{added[2]} = [{{(\[].*?\n(?=[}})\]])", path.read_text(), re.M | re.S)
         path.write_text(path.read_text().replace(table[0], table[0] + code))
     else:
-        environment = os.environ | {"PYTHONPATH": str(tree)}
-        for line in code.splitlines():
-            command, *arguments = shlex.split(line)
-            module = {"mimo": ["-m", "mimo"], "python": []}[command]
-            done = subprocess.run(
-                [sys.executable, *module, *arguments],
-                cwd=tree,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=300,
-            )
-            assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        raise AssertionError(where)
+
+
+@contextlib.contextmanager
+def programs_in(tree: Path) -> Iterator[Callable[..., str]]:
+    """Inside, runs Python there and gives what it says; this run of pytest is none of its business."""
+    names = ("PYTHONPATH", *(name for name in os.environ if name.startswith("PYTEST_")))
+    environment = processes.environment(*names, PYTHONPATH=tree)
+    with contextlib.closing(processes.Server(environment)) as server:
+
+        def program(*words: object) -> str:
+            options = {"cwd": tree, "env": environment, "server": server, "timeout": 600}
+            done = processes.run([sys.executable, *words], capture_output=True, text=True, **options)
+            assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
+            return done.stdout
+
+        yield program
 
 
 def test_an_operator_in_a_day(tree):
@@ -73,10 +80,11 @@ def test_an_operator_in_a_day(tree):
         follow(tree, where, code)
         assert max(map(len, code.splitlines())) <= 120
     code = "import torch, mimo_kernels as m; print(m.scale_rows(torch.ones(2, 3), torch.tensor([2.0, 3.0])).tolist())"
-    assert output(tree, "-c", code) == "[[2.0, 2.0, 2.0], [3.0, 3.0, 3.0]]\n"
     test, report = (shlex.split(line)[1:] for line in commands.splitlines())
-    assert re.search(r"^  scale_rows +reference$", output(tree, *report), re.M)
-    told = output(tree, *test, "-n0", "-p", "no:cacheprovider", "-rA")
+    with programs_in(tree) as program:
+        assert program("-c", code) == "[[2.0, 2.0, 2.0], [3.0, 3.0, 3.0]]\n"
+        assert re.search(r"^  scale_rows +reference$", program(*report), re.M)
+        told = program(*test, "-n0", "-p", "no:cacheprovider", "-rA")
     passed = set(re.findall(r"^PASSED tests/\S+::(\w+)", told, re.M))
     assert passed >= {
         "test_output_and_gradient",
@@ -91,15 +99,6 @@ def test_an_operator_in_a_day(tree):
     }
 
 
-def output(tree: Path, *arguments: str) -> str:
-    """What Python says in the tree; this run of pytest is none of its business."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "PYTHONPATH"))}
-    command = [sys.executable, *arguments]
-    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
 @pytest.fixture
 def tree(tmp_path):
     return copy(tmp_path)
@@ -111,16 +110,13 @@ def test_a_system_in_a_day(tree):
     for number in range(4):
         noise = np.random.default_rng(number).integers(0, 256, (8, 48, 48, 3), dtype=np.uint8)
         write_video(tree / "clips" / f"{number}.mp4", noise)
-    followed = steps("A system in a day")
-    assert [where.split()[0] for where, _ in followed] == ["Create", "In", "Train"]
-    for where, code in followed:
+    *files, (where, commands) = steps("A system in a day")
+    assert [where.split()[0] for where, _ in files] == ["Create", "In"] and where.startswith("Train")
+    for where, code in files:
         follow(tree, where, code)
-    assert (tree / "samples" / "sample.mp4").stat().st_size > 0
-    config = (tree / "runs" / "last_frame" / "checkpoints" / "step_00000010" / "state.json").read_text()
-    assert '"last_frame"' in config
     check = """
         import sys
-        sys.path[:0] = [".", {tests!r}]
+        sys.path.insert(0, {tests!r})
         import torch, test_systems as t
         t.SYSTEMS["last_frame"] = t.ONE_COPY | {{"recipe": "last_frame"}}
         t.test_every_parameter_learns("last_frame")
@@ -130,5 +126,11 @@ def test_a_system_in_a_day(tree):
         assert prepared.batch.timestep.view(2, -1)[:, :-1].eq(0).all()
     """
     code = "\n".join(line[8:] for line in check.format(tests=str(ROOT / "tests" / "mimo")).splitlines())
-    done = subprocess.run([sys.executable, "-c", code], cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)})
-    assert done.returncode == 0
+    with programs_in(tree) as program:
+        for words in map(shlex.split, commands.splitlines()):
+            assert words[0] == "mimo"
+            program("-m", *words)
+        program("-c", code)
+    assert (tree / "samples" / "sample.mp4").stat().st_size > 0
+    config = (tree / "runs" / "last_frame" / "checkpoints" / "step_00000010" / "state.json").read_text()
+    assert '"last_frame"' in config

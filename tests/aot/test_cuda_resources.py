@@ -1,5 +1,5 @@
 """Every file of CUDA kernels, compiled here for every GPU generation: registers that leave room for enough loads in
-flight, no spills, and rows written 16 bytes at a time.
+flight and no spills.
 
 Reads what mimo_kernels._C holds where it holds all three architectures, and otherwise compiles the sources with the
 nvcc that setup.py finds.
@@ -116,17 +116,6 @@ def test_registers_and_spills(resources, arch):
                 f"{name.split('(')[0]}: {amounts['REG']} registers (limit {limit}), {amounts['STACK']} bytes of stack"
             )
     assert not wrong, "\n".join(wrong)
-
-
-def test_rows_are_written_16_bytes_at_a_time(images):
-    """The compiler splits some stores into four. What is left of 4 bytes are statistics and sums, at most two stores
-    per kernel. Of one architecture, as the splitting is nvcc's and comes before those."""
-    seen, function = set(), r"Function : (\w+)\n([\s\S]*?)(?=\n\s*Function : |\Z)"
-    for arch, name, code in dump("-sass", [path for path in images if "sm_90a" in path.name], function):
-        if match := re.search(r"(modulate|qk_norm_rope|qk_rope|bias_gelu)_\w*kernel", name):
-            seen.add((arch, match[0]))
-            assert len(re.findall(r"STG\.E ", code)) <= 2 and "STG.E.128 " in code, (arch, name.split("(")[0])
-    assert len(seen) == 7 and {arch for arch, _ in seen} == {"sm_90a"}
 
 
 def test_limits_name_real_kernels(resources):

@@ -1,12 +1,8 @@
 """How the Hopper kernels tell the tensor cores of a tile (csrc/sm90.cuh), against what Triton tells them of the same
-one: its forward kernel is compiled, and the tile descriptors are followed back through the PTX to their constants.
-
-Runs in a process of its own, because Triton decides when a kernel is decorated whether it is interpreted.
-"""
+one: see triton_descriptors.py."""
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -14,41 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from .. import processes
+from .triton_descriptors import BLOCK, KEYS, VALUES
+
 ROOT = Path(__file__).parents[2]
-BLOCK = 64  # keys per step
-KEYS, VALUES = 0, 1  # b as its rows lie in memory (q k'), and transposed (p v)
-
-
-def told_by_triton(head_dim: int) -> list[list[int]]:
-    """(columns, KEYS or VALUES, what is added to address / 16) of every product, each once."""
-    from test_triton_aot import compile_kernel
-
-    from mimo_kernels.attention.triton.schedule import Config
-
-    ptx = compile_kernel("forward", 90, "bf16", head_dim, 1, Config(128, BLOCK, 8, 2)).asm["ptx"]
-    made = {}  # register -> operation and its operands
-    found = set()
-    for line in ptx.splitlines():
-        if product := re.search(r"wgmma\.mma_async\S*m64n(\d+)k16.* (%rd\d+), [^,]+, 1, 1(?:, 0)?, ([01]);", line):
-            found.add((int(product[1]), int(product[3]), _constant(product[2], made)))
-        elif step := re.match(r"\s*([\w.]+)\s+(%\w+), (.+);", line):
-            made[step[2]] = step[1], step[3].split(", ")
-    return sorted(map(list, found))
-
-
-def _constant(register: str, made: dict) -> int:
-    """The sum of the numbers that were added to an address on its way into the register."""
-    total = 0
-    while register in made:
-        operation, operands = made[register]
-        if operation.split(".")[0] not in ("or", "add", "cvt"):
-            break
-        total += sum(int(operand) for operand in operands if not operand.startswith("%"))
-        registers = [operand for operand in operands if operand.startswith("%")]
-        if len(registers) != 1:
-            break
-        (register,) = registers
-    return total % 2**64
+COMPILER = Path(__file__).with_name("triton_descriptors.py")
 
 
 PROGRAM = """
@@ -79,9 +45,8 @@ def ours(tmp_path_factory) -> tuple[int, int, int]:
 
 
 def told(head_dim: int) -> list[tuple[int, int, int]]:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in (str(ROOT), *sys.path) if path)
-    run = subprocess.run([sys.executable, __file__, str(head_dim)], env=environment, capture_output=True, text=True)
+    command, env = [sys.executable, COMPILER, head_dim], processes.environment("TRITON_INTERPRET")
+    run = processes.run(command, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return [tuple(product) for product in json.loads(run.stdout)]
 
@@ -113,7 +78,3 @@ def test_two_tiles_of_64_channels(ours):
     assert keys == steps(wide, *(k // 4 * BLOCK * 128 + k % 4 * 32 for k in range(8)))
     values = {c for n, side, c in products if side == VALUES and n == 128}
     assert values == steps(spanning, *(16 * 128 * k for k in range(BLOCK // 16)), keep=True)
-
-
-if __name__ == "__main__":
-    print(json.dumps(told_by_triton(int(sys.argv[1]))))
