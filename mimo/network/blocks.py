@@ -42,6 +42,11 @@ def sinusoid(t: Tensor, width: int = 256) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
+def is_temporal(layer: int) -> bool:
+    """Of the blocks of a network whose attention is factorized: spatial, temporal, spatial, ..."""
+    return layer % 2 == 1
+
+
 def attend_tracks(
     q: Tensor, k: Tensor, v: Tensor, mask: FrameMask, tracks: Tracks, backend: str, *, last: bool = False
 ) -> Tensor:
