@@ -74,6 +74,9 @@ class Evaluation:
             list(range(start, min(start + self.batch_size, len(self.reals.order))))
             for start in range(0, len(self.reals.order), self.batch_size)
         ]
+        sets = [SCORES[name].title for name in self.scores if SCORES[name].distance is not None]
+        if sets and (clips := len(self.reals.order)) < LEAST:  # before anything is made
+            raise InputError(f"--clips {clips}: expected at least {LEAST}, for {sets[0]}, which compares sets")
         self.everything: list[Subject] = [self.reals, *self.subjects]
         cache = self.out / "cache"
         self.stores = [

@@ -295,7 +295,7 @@ def test_bad_input_is_one_line(runs, tmp_path, capsys):
     capsys.readouterr()
     for words, message in (
         ([], "nothing to measure: expected --checkpoints or --videos"),
-        (["--checkpoints", one, "--clips", 4], "PSNR"),
+        (["--checkpoints", one, "--clips", 7], "--clips 7: expected at least 8, for FD(DCT), which compares sets"),
         (["--checkpoints", one, "--clips", 10_001], "--clips 10001: --data holds 10000 clips"),
         (["--checkpoints", one, "--clips", 0], "--clips 0: expected at least 1"),
         (["--checkpoints", one, other], "16 x 16, interval 1), expected one shape"),
@@ -315,8 +315,6 @@ def test_bad_input_is_one_line(runs, tmp_path, capsys):
     ):
         status = evaluate(tmp_path / "out", *words)
         said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("eval: ")]
-        if message == "PSNR":
-            message = "says nothing, expected at least 8 (--clips)"
         assert status == 2 and len(said) == 1 and message in said[0], (words, said)
 
 
@@ -326,3 +324,13 @@ def test_protocols_say_what_they_are_of(name):
     assert protocol.source and (protocol.scored or 0) <= (protocol.frames or 10**9)
     if protocol.context_frames and protocol.frames:
         assert protocol.context_frames < (protocol.scored or protocol.frames)
+
+
+def test_a_folder_with_too_few_videos_says_how_many(tmp_path, capsys):
+    """Its sets are compared as they are; nothing else would have said so before."""
+    (tmp_path / "few").mkdir()
+    for number in range(5):
+        np.savez(tmp_path / f"few/{number}.npz", video=truth(1)[0].numpy())
+    assert evaluate(tmp_path / "out", "--videos", tmp_path / "few", few=["--clips", "8"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith("few: FD(DCT) of 5 videos and 5 clips says nothing, expected at least 8 (--clips)")

@@ -146,10 +146,10 @@ def test_mmd_is_the_mean_over_all_pairs():
     far = torch.eye(50, dtype=torch.float64) * 1e4
     assert mmd(far[:25], far[25:]) == pytest.approx(1000 * 2 / 25)
     # Gaussians of one width, moved by m: E k = (s^2 / (s^2 + 2))^(D/2) exp(-m^2 / (2 (s^2 + 2))).
-    near, moved = draws(3000, 2), draws(3000, 2, seed=1) + 10
+    near, moved = draws(1000, 2), draws(1000, 2, seed=1) + 10
     alike = 100 / 102
     expected = 1000 * 2 * alike * (1 - math.exp(-200 / (2 * 102)))
-    assert mmd(near, moved) == pytest.approx(expected, rel=0.02)
+    assert mmd(near, moved) == pytest.approx(expected, rel=0.03)
 
 
 def test_mmd_in_parts_is_mmd(monkeypatch):
