@@ -6,6 +6,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 CELL = 8  # pixels
@@ -46,4 +47,4 @@ class HOG(nn.Module):
         histograms = F.avg_pool2d(share.flatten(1, 2), CELL)  # [B F, 3 bins, H/8, W/8]
         rest = histograms.new_full((len(histograms), 1, rows, columns), _REST)
         features = F.normalize(torch.cat([histograms, rest], dim=1), dim=1)
-        return features.permute(0, 2, 3, 1).unflatten(0, (clips, frames)).contiguous()
+        return rearrange(features, "(b f) c h w -> b f h w c", b=clips).contiguous()

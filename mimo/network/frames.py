@@ -34,6 +34,7 @@ from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from mimo.network.cross import Text
@@ -527,19 +528,13 @@ def _check(frames: Tensor, noisy, timestep, keep, drop_history) -> None:
 
 def to_tokens(latents: Tensor, patch: int) -> Tensor:
     """Latents [B, T, H, W, channels] -> tokens [B, T, N, C]: `patch` x `patch` positions, row by row, are one."""
-    if patch > 1:
-        x = latents.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # [B, T, H / p, p, W / p, p, channels]
-        latents = x.transpose(3, 4).flatten(4)
-    return latents.flatten(2, 3)
+    return rearrange(latents, "b t (h p) (w q) c -> b t (h w) (p q c)", p=patch, q=patch)
 
 
 def to_latents(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
     """The inverse of `to_tokens`; grid: rows and columns of a frame in tokens."""
-    latents = tokens.unflatten(2, grid)
-    if patch == 1:
-        return latents
-    x = latents.unflatten(4, (patch, patch, -1))  # [B, T, H / p, W / p, p, p, channels]
-    return x.transpose(3, 4).flatten(4, 5).flatten(2, 3)
+    h, w = grid
+    return rearrange(tokens, "b t (h w) (p q c) -> b t (h p) (w q) c", h=h, w=w, p=patch, q=patch)
 
 
 @lru_cache(maxsize=256)
