@@ -2,10 +2,11 @@
 
     python .ci/wheels.py [--out wheels] [--python python3.12 ...] [--twice]
 
-Nothing but g++, the Pythons with their headers and a package index is needed: NVRTC comes as a wheel, and is not asked
-for when a wheel of ours is installed. Device code is compiled once for all of them; the module per Python; and
-auditwheel says which manylinux it is. Wheels of equal sources are equal bytes; --twice builds each a second time, in
-another folder, and fails where they are not. docs/decisions/wheels.md says why it is made this way.
+And one of pure Python for every other machine. Nothing but g++, the Pythons with their headers and a package index is
+needed: NVRTC comes as a wheel, and is not asked for when a wheel of ours is installed. Device code is compiled once for
+all of them, the module per Python, and auditwheel says which manylinux it is. Wheels of equal sources are equal bytes;
+--twice builds each a second time, in another folder, and fails where they are not. docs/decisions/wheels.md says why it
+is made this way.
 """
 
 import argparse
@@ -97,17 +98,14 @@ def epoch() -> str:
     return os.environ.get("SOURCE_DATE_EPOCH") or run(["git", "log", "-1", "--format=%ct"], cwd=ROOT).strip()
 
 
-def build(python: str, code: Path, out: Path) -> Path:
-    """The wheel, of a fresh copy of the sources."""
+def build(python: str, code: Path | None, out: Path) -> Path:
+    """The wheel, of a fresh copy of the sources; without code one of pure Python."""
     with tempfile.TemporaryDirectory(prefix="mimo-wheel-") as scratch:
         sources, raw = Path(scratch, "sources"), Path(scratch, "raw")
         export_sources(sources)
-        settings = {
-            "MIMO_DEVICE_CODE": str(code),
-            "MIMO_EXTENSION": "1",
-            "SOURCE_DATE_EPOCH": epoch(),
-            "PYTHONHASHSEED": "0",
-        }
+        settings = {"SOURCE_DATE_EPOCH": epoch(), "PYTHONHASHSEED": "0", "MIMO_EXTENSION": "1" if code else "0"}
+        if code:
+            settings["MIMO_DEVICE_CODE"] = str(code)
         command = [python, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", raw, sources]
         run(command, env=os.environ | settings)
         (wheel,) = raw.iterdir()
@@ -137,15 +135,19 @@ def main() -> None:
     scratch.mkdir(parents=True, exist_ok=True)
     code = device_code(scratch)
     tools = environment(sys.executable, scratch / "tools", [*AUDIT, *BUILD])
-    for interpreter in options.python or find_pythons():
+
+    def make(python: str, code: Path | None, out: Path) -> Path:
+        wheel = build(python, code, out)
+        return tagged(wheel, tools) if code else wheel
+
+    interpreters = options.python or find_pythons()
+    for interpreter, contents in [(tools, None), *((interpreter, code) for interpreter in interpreters)]:
         version = run([interpreter, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]).strip()
         python = environment(interpreter, scratch / f"python{version}", BUILD)
-        wheel = tagged(build(python, code, options.out), tools)
-        same = ""
+        wheel, same = make(python, contents, options.out), ""
         if options.twice:
             with tempfile.TemporaryDirectory(prefix="mimo-again-") as folder:
-                again = tagged(build(python, code, Path(folder)), tools)
-                if again.read_bytes() != wheel.read_bytes():
+                if make(python, contents, Path(folder)).read_bytes() != wheel.read_bytes():
                     sys.exit(f"{wheel}: built a second time the bytes differ")
                 same = ", the same bytes twice"
         print(f"{wheel}: {wheel.stat().st_size / 1e6:.1f} MB{same}", flush=True)
