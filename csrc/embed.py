@@ -28,7 +28,7 @@ class Section(NamedTuple):
 
 class Symbol(NamedTuple):
     name: str
-    kind: int  # STT_*: 2 is a function
+    kind: int  # STT_*
     defined: bool
 
 
@@ -67,7 +67,9 @@ def kernels_in(image: Path) -> set[str]:
     """Names of the kernels in an image."""
     if image.suffix == ".ptx":
         return set(re.findall(r"\.entry\s+(\w+)", image.read_text()))
-    return {symbol.name for symbol in symbols(image.read_bytes()) if symbol.kind == 2 and symbol.defined}
+    # A section each; functions among the symbols are also the compiler's own, which differ from one GPU to the other.
+    found = sections(image.read_bytes())
+    return {section.name.removeprefix(".text.") for section in found if section.name.startswith(".text.")}
 
 
 def find_kernels(objects: dict[str, bytes], folder: Path, targets: list[str]) -> dict[str, str]:
