@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,6 +84,7 @@ class Chosen:
         if pending:
             yield stacked(pending)
 
+    @cached_property
     def described(self) -> dict[str, Any]:
         """What decides which pixels these are. A few clips are looked at: made ones follow from this version's code."""
         looked = hashlib.sha256()
@@ -123,7 +125,7 @@ def of_network(
         "precision": precision,
         "device": device.type,
         "batch_size": batch_size,
-        "clips": chosen.described(),
+        "clips": chosen.described,
     }
     require_conditions(config, chosen.dataset)
 
@@ -143,7 +145,7 @@ def of_encoder(
         "encoder": checksum(encoder),
         "device": device.type,
         "batch_size": batch_size,
-        "clips": chosen.described(),
+        "clips": chosen.described,
     }
 
     def compute(batch: dict[str, np.ndarray]) -> Tensor:

@@ -242,13 +242,13 @@ class _Probing:
         everything = [*views, tested]
         least = [int(max(part.labels[:, i].max() for part in everything)) + 1 for i in range(len(factors))]
         classes = [known or seen for known, seen in zip(factors.values(), least)]
-        labels = torch.stack([view.labels for view in views])
+        labels, truth = torch.stack([view.labels for view in views]).to(self.device), tested.labels.to(self.device)
         rows = []
         for place, layer in enumerate(self.layers):
             right = []
             for seed in range(request.classifier.seeds):
-                x = torch.stack([view.features[:, place] for view in views])
-                given = x, labels, tested.features[:, place], tested.labels, classes, request.classifier
+                x = torch.stack([view.features[:, place] for view in views]).to(self.device)
+                given = x, labels, tested.features[:, place].to(self.device), truth, classes, request.classifier
                 right.append(self._answers(layer, seed, partial(linear_probe, *given, seed=seed)))
             share = torch.stack(right).double().mean(0)  # [M, factors]
             for column, name in enumerate(factors):
@@ -269,9 +269,10 @@ class _Probing:
             "layer": layer,
             "seed": seed,
             "classifier": asdict(self.request.classifier) | {"seeds": None},  # one of several is what it is alone
-            "train": self.train.described(),
-            "test": self.test.described(),
+            "train": self.train.described,
+            "test": self.test.described,
             "batch_size": self.request.batch_size,
+            "precision": self.loaded.train_config.precision,
             "device": self.device.type,
         }
         key = digest_of(described)

@@ -165,8 +165,8 @@ def test_features_are_not_those_of_other_clips_or_of_another_network(runs, tmp_p
     test = FactorClips(num_frames=2, height=16, width=16, split="test")
     several = [Chosen(clips, (0, 1), 0), Chosen(clips, (0, 2), 0), Chosen(clips, (0, 1), 1), Chosen(test, (0, 1), 0)]
     several.append(Chosen(clips, (0, 1), 0, mirrored=True))
-    described = [json.dumps(chosen.described()) for chosen in several]
-    assert len(set(described)) == 5 and json.dumps(Chosen(clips, (0, 1), 0).described()) == described[0]
+    described = [json.dumps(chosen.described) for chosen in several]
+    assert len(set(described)) == 5 and json.dumps(Chosen(clips, (0, 1), 0).described) == described[0]
     made = []
 
     def make():
