@@ -246,7 +246,7 @@ class Folder:
     trajectories, kept = 1, False
 
     def __init__(self, path: Path, reals: Reals):
-        self.label, d = str(path), reals.dataset
+        self.label, self.reals, d = str(path), reals, reals.dataset
         self.frames, self.size = d.num_frames, (d.height, d.width)
         try:
             self.files = find_files(path, (*VIDEO_SUFFIXES, ".npz"))
@@ -284,7 +284,8 @@ class Folder:
         return {"files": digest.hexdigest(), "frames": self.frames, "size": self.size}
 
     def videos(self, numbers: list[int]) -> tuple[list[int], Tensor]:
-        here, made = [number for number in numbers if number in self.by_number], []
+        there = self.reals.batch(numbers)[0] if self.paired else numbers  # a clip that cannot be read has no pair
+        here, made = [number for number in there if number in self.by_number], []
         for number in here:
             try:
                 with open_clip(self.by_number[number]) as reader:

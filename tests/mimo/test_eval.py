@@ -258,7 +258,7 @@ def test_folders_of_videos(classes, runs, tmp_path, capsys):
     """By the clips' names each is compared with its clip; by other names the sets are."""
     data = tmp_path / "data"
     shutil.copytree(classes / "data", data)
-    (data / "1/broken.mp4").unlink()
+    (data / "1/broken.mp4").rename(data / "1/clip11.mp4")  # a clip that has a pair and cannot be read
     for number in range(10):
         with VideoReader(data / f"{number % 2}/clip{number}.mp4") as reader:
             clip = reader.read(reader.num_frames)
@@ -268,7 +268,8 @@ def test_folders_of_videos(classes, runs, tmp_path, capsys):
     for number in range(10):
         shutil.copy(tmp_path / f"clip{number}.npz", tmp_path / f"same/clip{number}.npz")
         shutil.copy(tmp_path / f"clip{number}.npz", tmp_path / f"others/{number}.npz")
-    few = ["--clips", "10", "--context-frames", "1"]
+    few = ["--clips", "11", "--context-frames", "1"]
+    shutil.copy(tmp_path / "same/clip0.npz", tmp_path / "same/clip11.npz")
     folders = "--videos", tmp_path / "same", tmp_path / "others"
     assert evaluate(tmp_path / "out", *folders, data=data, few=few) == 0
     (equal,) = rows(tmp_path / "out", "PSNR", "same")
