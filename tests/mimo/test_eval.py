@@ -2,10 +2,7 @@
 
 import csv
 import json
-import os
 import shutil
-import socket
-import subprocess
 import sys
 
 import numpy as np
@@ -22,6 +19,8 @@ from mimo.evaluation.protocols import PROTOCOLS, Protocol
 from mimo.sampling.loading import load
 from mimo.sampling.sampler import Sampler
 from mimo.sampling.videos import generate
+
+from .. import processes
 
 TINY = (
     "--model.depth 1 --model.dim 16 --model.heads 2 --model.decoder-depth 1 --model.decoder-layer 1 --model.frames 3 "
@@ -154,22 +153,9 @@ def test_an_interrupted_evaluation_goes_on(runs, both, tmp_path, monkeypatch):
 
 
 def test_two_processes_make_the_table_of_one(runs, both, tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     words = ["eval", "--data", "shapes", "--out", tmp_path, *FEW, "--checkpoints", runs / "run0", runs / "run1"]
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "mimo", *map(str, words)],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    ended = [(process.communicate(timeout=240)[1], process.returncode) for process in started]
-    assert [status for _, status in ended] == [0, 0], ended
+    ended = processes.finish(processes.start_ranks(2, [sys.executable, "-m", "mimo", *words]))
+    assert [status for status, *_ in ended] == [0, 0], ended
     assert results(tmp_path) == results(both)
 
 
