@@ -95,6 +95,6 @@ VARIANTS = {
     "acdit": (UNMASKED | {"recipe": "acdit"}, {}),
     "dfot": (ONE_COPY | {"recipe": "dfot"}, {}),
     "far": (ONE_COPY | {"recipe": "far", "clean_context": 0.1}, {}),
-    "video_dit": (ONE_COPY | {"recipe": "video_dit"}, {}),
+    "video_dit": (ONE_COPY | {"recipe": "video_dit", "history_dropout": 0.0}, {}),
 }
 SAME_NETWORK = ("interleaved", "acdit", "dfot", "far", "video_dit")  # as "plain": sharded alike
