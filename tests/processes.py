@@ -22,22 +22,7 @@ from pathlib import Path
 from typing import Any
 
 # Variables that somebody may read at an import, and with them the few that are only read when they are used.
-AT_IMPORT = (
-    "CUDA",
-    "GOMP",
-    "HF_",
-    "KMP",
-    "LD_",
-    "MKL",
-    "MPL",
-    "NUMPY",
-    "OMP",
-    "OPENBLAS",
-    "PYTHON",
-    "PYTORCH",
-    "TORCH",
-)
-AT_IMPORT += ("TRITON", "XDG")
+AT_IMPORT = tuple("CUDA GOMP HF_ KMP LD_ MKL MPL NUMPY OMP OPENBLAS PYTHON PYTORCH TORCH TRITON XDG".split())
 LATE = ("PYTHONIOENCODING", "TORCHELASTIC", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 PR_SET_CHILD_SUBREAPER = 36
 ENDS = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
@@ -50,9 +35,8 @@ def environment(*without: str, **more: object) -> dict[str, str]:
 
 
 def at_import(variables: Mapping[str, str]) -> dict[str, str]:
-    return {
-        name: value for name, value in variables.items() if name.startswith(AT_IMPORT) and not name.startswith(LATE)
-    }
+    names = [name for name in variables if name.startswith(AT_IMPORT) and not name.startswith(LATE)]
+    return {name: variables[name] for name in names}
 
 
 # Servers by what Triton does with kernels there.
@@ -80,7 +64,7 @@ class Server:
         with there:
             self.process = subprocess.Popen(command, env=variables, stdin=subprocess.DEVNULL, pass_fds=[there.fileno()])
         self.requests = here
-        if not here.recv(1 << 20):
+        if not here.recv(100):
             raise RuntimeError(f"{command} ended with {self.process.wait()}")
 
     def start(self, job: dict[str, Any], descriptors: Sequence[int]) -> int:
