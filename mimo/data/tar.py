@@ -90,7 +90,7 @@ def _members(shard: Path, stream) -> Iterator[Member]:
                     place = stream.tell()
                     yield Member(info.name, info.offset_data, info.size)
                     stream.seek(place)
-                archive.members = []  # a shard has many, and tarfile keeps them all
+                archive.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
             end = archive.offset
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
         raise DataError(f"{shard}: is no whole tar: {reason(error)}") from None
