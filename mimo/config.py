@@ -393,6 +393,10 @@ class TrainConfig(_Record):
         stages: a curriculum, a word UNTIL:FRAMESxHEIGHTxWIDTH per stage: until that step clips have this shape in
             pixels, behind the last stage that of the network (VideoMAR; see mimo.stages).
         unmasked_steps: the last steps of training drop no history tokens (the paper's fine-tuning for high ratios).
+        own_history_steps: in the last steps of training the clean frames behind the third are, two times out of three,
+            what the network itself makes of those before them, in one step or in two, without gradient: in sampling
+            they are its own too, and errors add up unless they are met in training (Bengio et al. 2015, scheduled
+            sampling). For systems with clean frames beside noisy ones.
         precision: "bf16" (autocast, fp32 weights), "fp32", or "fp8": bf16 with the blocks' projections in float8
             (mimo.network.fp8; ask benchmarks/fp8_check.py before).
         strategy: how processes share the model: "ddp" (each has all of it), "fsdp" (each has a part of every parameter)
@@ -429,6 +433,7 @@ class TrainConfig(_Record):
     ema_decay: float = 0.999
     stages: tuple[str, ...] = ()
     unmasked_steps: int = 0
+    own_history_steps: int = 0
     precision: Literal["bf16", "fp32", "fp8"] = "bf16"
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     cpu_offload: bool = False
@@ -446,6 +451,7 @@ class TrainConfig(_Record):
 
     _MAY_BE_ZERO = (
         *("lr_end", "warmup", "weight_decay", "ema_decay", "unmasked_steps", "seed"),
+        "own_history_steps",
         *("max_skipped", "preview_every"),
     )
 

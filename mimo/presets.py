@@ -111,7 +111,7 @@ FAR_TRAINING = {"batch_size": 32, "steps": 400_000, "lr": 1e-4, "lr_schedule": "
 }
 FAR_ABLATION_TRAINING = FAR_TRAINING | {"steps": 200_000}  # its App. 7.1: half of the steps
 FAR_LONG_TRAINING = FAR_TRAINING | {"steps": 1_000_000, "warmup": 10_000, "interval": 1, "flip": False}
-TINY_TRAINING = {"batch_size": 8, "steps": 450, "lr": 5e-3, "warmup": 30, "ema_decay": 0.99, "precision": "fp32"} | {
+TINY_TRAINING = {"batch_size": 4, "steps": 700, "lr": 5e-3, "warmup": 30, "ema_decay": 0.99, "precision": "fp32"} | {
     "log_every": 20,
     "save_every": 100,
     "preview_every": 100,

@@ -40,9 +40,11 @@ SHAPES: dict[str, Any] = {
 # without seams, and the network predicts clean latents. Where clean frames stand beside noisy ones, it predicts what
 # changes, mostly at much noise, where that follows from the frames before, and is told the last two of them.
 ADDED: dict[str, Any] = {"tokenizer": "lapped", "prediction": "clean", "timestep_mean": 1.4}
-ADDED_HISTORY: dict[str, Any] = {"timestep_mean": 2.0, "residual": True, "recent_frames": 2}
+ADDED_HISTORY: dict[str, Any] = {"timestep_mean": 3.0, "residual": True, "recent_frames": 2}
 # At pure noise such a network says the mean of what may come, and little remains to be drawn: one step is enough.
 HISTORY_SAMPLING: dict[str, Any] = {"steps": 1}
+OWN_HISTORY = 0.3  # of the steps, the last ones
+OWN_COST = 0.3  # of a step, what such a one takes longer
 # A GPU trains a network of ten times the size in the same time.
 GPU = {"depth": 8, "dim": 256, "heads": 4, "decoder_layer": 6}
 GPU_TRAINING = {"batch_size": 32, "steps": 3000, "lr": 2e-3, "warmup": 100}
@@ -158,6 +160,8 @@ def _plan(
         training = replace(training, **GPU_TRAINING)
     if steps is not None:
         training = replace(training, steps=steps, warmup=min(training.warmup, steps // 4))
+    if model.residual:
+        training = replace(training, own_history_steps=round(OWN_HISTORY * training.steps))
     frames, height, width = model.video_shape
     if data is None:
         shapes = ShapesDataset(num_frames=frames, height=height, width=width, **SHAPES)
@@ -187,19 +191,15 @@ def _until_rate_is_known(trainer: Trainer, minutes: float) -> list[dict[str, flo
     records = []
     for until in (warmup // 3, warmup):  # the first ones are slower
         began, before = time.monotonic(), trainer.step
-        _end_at(trainer, until)
+        trainer.end_at(until, own_history_steps=0)
         records += train(trainer)
-    pace = (time.monotonic() - began) / (trainer.step - before)
+    own = OWN_HISTORY if trainer.model_config.residual else 0.0
+    pace = (1 + OWN_COST * own) * (time.monotonic() - began) / (trainer.step - before)
     steps = world.agree(max(4 * warmup, round(60 * minutes / pace)) if world.leads else 0)
-    _end_at(trainer, steps)
+    trainer.end_at(steps, own_history_steps=round(own * steps))
     if world.leads:
         print(f"{minutes:g} minutes are {steps} steps here; the same again on any machine: --steps {steps}")
     return records
-
-
-def _end_at(trainer: Trainer, steps: int) -> None:
-    trainer.config = replace(trainer.config, steps=steps)
-    trainer.configs["train"] = trainer.config.to_dict()
 
 
 def _described(plan: Plan, trainer: Trainer) -> str:

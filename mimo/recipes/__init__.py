@@ -26,6 +26,9 @@ def recipe_type(config):
     return getattr(importlib.import_module(module), name)
 
 
-def build_recipe(config, *, unmasked_from: int | None = None, backend: str = "auto"):
+def build_recipe(
+    config, *, unmasked_from: int | None = None, own_history_from: int | None = None, backend: str = "auto"
+):
     """The objective of a config, see `mimo.recipes.base.Recipe`."""
-    return recipe_type(config)(config, unmasked_from=unmasked_from, backend=backend)
+    options = {"unmasked_from": unmasked_from, "own_history_from": own_history_from, "backend": backend}
+    return recipe_type(config)(config, **options)

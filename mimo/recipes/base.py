@@ -112,6 +112,8 @@ class Recipe(ABC):
         config: MiMoConfig.
         unmasked_from: from this step on nothing is masked and L = L_diff (fine-tuning at the end, for high mask
             ratios).
+        own_history_from: from this step on history is partly what the network itself makes of it; see
+            `TrainConfig.own_history_steps`.
         backend: of the losses; "reference" is plain PyTorch.
 
     Raises ValueError for a config that the recipe cannot serve.
@@ -123,8 +125,16 @@ class Recipe(ABC):
     teacher_forcing: ClassVar[bool] = False
     aligns: ClassVar[frozenset[str]] = frozenset()
 
-    def __init__(self, config: MiMoConfig, *, unmasked_from: int | None = None, backend: str = "auto") -> None:
-        self.config, self.unmasked_from, self.backend = config, unmasked_from, backend
+    def __init__(
+        self,
+        config: MiMoConfig,
+        *,
+        unmasked_from: int | None = None,
+        own_history_from: int | None = None,
+        backend: str = "auto",
+    ) -> None:
+        self.config, self.unmasked_from, self.own_history_from = config, unmasked_from, own_history_from
+        self.backend = backend
         self.schedule = build_schedule(config.parameterization, config.prediction, config.timestep_mean)
         self.check(config)
         self.check_history(config)
@@ -132,6 +142,9 @@ class Recipe(ABC):
         self.alignment = Alignment(config, backend) if config.repa_weight > 0 else None
         if unmasked_from is not None and config.mask_ratio[1] == 0:
             raise ValueError(f"unmasked_steps: expected 0, as the recipe {config.recipe!r} masks nothing here")
+
+        if own_history_from is not None and not self.teacher_forcing:
+            raise ValueError(f"own_history_steps: expected 0, as the recipe {config.recipe!r} has no clean history")
 
     @classmethod
     @abstractmethod
@@ -172,6 +185,12 @@ class Recipe(ABC):
             step: number of the step, where it is known.
         """
 
+    def prepare(
+        self, model: nn.Module, x: Tensor, conditions: dict[str, Any], draws: Draws, step: int | None
+    ) -> Prepared:
+        """`frames`, for those that need the network too."""
+        return self.frames(x, conditions, draws, step)
+
     def loss_of(self, output, prepared: Prepared) -> LossParts:
         """The loss of what the network made of the frames: here L_diff, the weighted squared error."""
         diffusion = self.diffusion_loss(output.velocity, prepared)
@@ -207,7 +226,7 @@ class Recipe(ABC):
         """
         draws = Draws(generator, len(latents), first, total)
         given = {"labels": labels, "actions": actions, "intervals": intervals, "text": text}
-        prepared = self.frames(to_tokens(latents, self.config.patch), given, draws, step)
+        prepared = self.prepare(model, to_tokens(latents, self.config.patch), given, draws, step)
         if self.alignment is None:
             return self.loss_of(model(prepared.batch, reconstruct=prepared.reconstruct), prepared)
         taps = self.alignment.taps(prepared.batch.frames)

@@ -37,8 +37,8 @@ def masked_count(tokens: int, bounds: tuple[float, float], uniform: float) -> in
 class MaskedTokens(Recipe):
     """The mask ratio is one number per step, as in MAR; which tokens of a frame are masked is drawn per frame."""
 
-    def __init__(self, config: MiMoConfig, *, unmasked_from: int | None = None, backend: str = "auto") -> None:
-        super().__init__(config, unmasked_from=unmasked_from, backend=backend)
+    def __init__(self, config: MiMoConfig, *, unmasked_from: int | None = None, **options: Any) -> None:
+        super().__init__(config, unmasked_from=unmasked_from, **options)
         if unmasked_from is not None:
             raise ValueError(f"unmasked_steps: expected 0, as the recipe {config.recipe!r} predicts what is masked")
 

@@ -10,13 +10,15 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mimo.config import MiMoConfig
 from mimo.network.frames import clean_and_noisy
 from mimo.network.recent import recent_frames
 from mimo.recipes.base import Draws, HistoryPolicy, LossParts, Prepared, Recipe
 from mimo_kernels import sample_tube_mask, weighted_squared_error
+
+OWN_FROM = 3  # frames before it are never the network's own: motion follows from them
 
 
 def kept_tokens(num_tokens: int, ratio: float, multiple: int = 1) -> int:
@@ -49,8 +51,27 @@ class MaskedHistory(Recipe):
     def history_policy(cls, config: MiMoConfig) -> HistoryPolicy:
         return HistoryPolicy(None, frozenset({"actions"} if config.num_actions else ()))
 
-    def frames(self, x: Tensor, conditions: dict[str, Tensor | None], draws: Draws, step: int | None) -> Prepared:
-        config = self.config
+    def prepare(
+        self, model: nn.Module, x: Tensor, conditions: dict[str, Any], draws: Draws, step: int | None
+    ) -> Prepared:
+        history = x
+        if self.own_history_from is not None:
+            if step is None:
+                raise ValueError("step=None: steps whose history is the network's own need the number of the step")
+            if step >= self.own_history_from:
+                history = self._own_history(model, x, conditions, draws)
+        return self.frames(x, conditions, draws, step, history)
+
+    def frames(
+        self,
+        x: Tensor,
+        conditions: dict[str, Tensor | None],
+        draws: Draws,
+        step: int | None,
+        history: Tensor | None = None,
+    ) -> Prepared:
+        """history: [B, T, N, C], what the clean frames have become; None: they are x."""
+        config, history = self.config, x if history is None else history
         with_diffusion, with_mask, masked = self._phase(step)
         frames, tokens = x.shape[1:3]
         keep = None
@@ -64,13 +85,13 @@ class MaskedHistory(Recipe):
         actions = draws.nulled(conditions["actions"], config.num_actions, config.label_dropout)
         given = {"actions": actions, "intervals": conditions["intervals"]}
         if not with_diffusion:
-            batch = clean_and_noisy(x, None, None, keep=keep, **given)
+            batch = clean_and_noisy(history, None, None, keep=keep, **given)
             return Prepared(batch, latents=x, keep=keep, reconstruct=True)
         labels = draws.nulled(conditions["labels"], config.num_classes, config.label_dropout)
         drop = self.dropped_history(draws, frames)
         t = self.schedule.sample_timesteps((draws.total, frames), draws.generator, x.device)[draws.ours]
         eps = draws.normal_like(x)
-        seen = self._seen(x, draws)
+        seen = self._seen(history, draws)
         made = changes(x, seen) if config.residual else x
         if config.recent_frames:
             given["recent"] = self._recent(seen, drop)
@@ -99,6 +120,22 @@ class MaskedHistory(Recipe):
             return LossParts(self.config.mask_weight * mask, zero, mask.detach())
         total = diffusion + self.config.mask_weight * mask if output.reconstruction else diffusion
         return LossParts(total, diffusion.detach(), mask.detach())
+
+    @torch.no_grad()
+    def _own_history(self, model: nn.Module, x: Tensor, conditions: dict[str, Tensor | None], draws: Draws) -> Tensor:
+        """Clips whose frames from OWN_FROM on are what the network makes of those before them, in one step from noise,
+        all at once; once more from that, or not at all: one of the three, drawn per step. [B, T, N, C]."""
+        config, schedule, history = self.config, self.schedule, x
+        t = schedule.sampling_timesteps(1, x.device).expand(x.shape[:2])
+        for _ in range(int(3 * torch.rand((), generator=draws.host))):
+            noise = draws.normal_like(x)
+            recent = self._recent(history, None) if config.recent_frames else None
+            batch = clean_and_noisy(history, noise, schedule.embedding(t), recent=recent, **conditions)
+            made = schedule.step(model(batch, reconstruct=False).velocity.to(x.dtype), noise, 0)
+            if config.residual:
+                made = torch.cat([made[:, :1], made[:, 1:] + history[:, :-1]], dim=1)
+            history = torch.cat([x[:, :OWN_FROM], made[:, OWN_FROM:]], dim=1)
+        return history
 
     def _seen(self, x: Tensor, draws: Draws) -> Tensor:
         """The clean frames as others see them: with config.history_noise a little noisy, like sampled ones."""

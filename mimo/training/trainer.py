@@ -7,6 +7,7 @@ same numbers and use their own part: how a global batch is split changes nothing
 
 import time
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -153,7 +154,14 @@ class Trainer:
     def _build_recipe(self, model_config: MiMoConfig) -> Recipe:
         config = self.config
         unmasked_from = config.steps - config.unmasked_steps if config.unmasked_steps else None
-        return build_recipe(model_config, unmasked_from=unmasked_from)
+        own_from = config.steps - config.own_history_steps if config.own_history_steps else None
+        return build_recipe(model_config, unmasked_from=unmasked_from, own_history_from=own_from)
+
+    def end_at(self, steps: int, *, own_history_steps: int) -> None:
+        """From here on the run is one of another length."""
+        self.config = replace(self.config, steps=steps, own_history_steps=own_history_steps)
+        self.configs["train"] = self.config.to_dict()
+        self.recipe = self.objective.recipe = self._build_recipe(self.shape)
 
     def _prepare_stages(self, datasets: Sequence[Clips]) -> None:
         """The network's configuration and the dataset of every stage, and of what follows them."""
