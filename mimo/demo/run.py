@@ -177,7 +177,8 @@ def _fit(plan: Plan, minutes: float | None) -> tuple[Trainer, list[dict[str, flo
     """The trainer after its last step, and the records of the log; every process of the group calls it."""
     trainer = Trainer(plan.model, plan.train, plan.sample, plan.dataset)
     if trainer.world.leads:
-        print(f"{_described(plan, trainer)} {trainer.config.steps} steps on {plan.dataset!r}")
+        length = f"{trainer.config.steps} steps" if minutes is None else f"{minutes:g} minutes"
+        print(f"{_described(plan, trainer)} {length} on {plan.dataset!r}")
     records = []
     if minutes is not None:
         records = _until_rate_is_known(trainer, minutes)
@@ -204,9 +205,13 @@ def _until_rate_is_known(trainer: Trainer, minutes: float) -> list[dict[str, flo
 
 def _described(plan: Plan, trainer: Trainer) -> str:
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    added = ", ".join(f"{name}={value!r}" for name, value in plan.added.items())
+    added = dict(plan.added)
+    if plan.train.own_history_steps:
+        added |= {"own_history_steps": f"{OWN_HISTORY:.0%}", "sampling steps": plan.sample.steps}
+    words = ", ".join(f"{name}={value}" for name, value in added.items())
+    beside = f", of the demo and no paper: {words}" if words else ""
     where = f"{trainer.world.size} x {trainer.device}" if trainer.world.size > 1 else f"{trainer.device}"
-    return f"{plan.preset}, of the demo and no paper {added}; {parameters / 1e6:.2f} M parameters on {where};"
+    return f"{plan.preset}{beside}; {parameters / 1e6:.2f} M parameters on {where};"
 
 
 def _truth(tests: list[dict[str, np.ndarray]]) -> Tensor:

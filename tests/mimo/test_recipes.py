@@ -335,3 +335,51 @@ def test_overfitting_one_clip_removes_nine_tenths_of_both_losses(changes, one_th
     curve = torch.tensor(curve)
     start, end = curve[:5].mean(0), curve[-20:].mean(0)
     assert (end < 0.1 * start).all(), (start, end)
+
+
+# ----------------------------------------------------------------------------------------- history of its own making
+
+OWN = {"parameterization": "flow", "prediction": "clean", "recent_frames": 1, "mask_ratio": (0.0, 0.0)}
+
+
+class Copies(Spy):
+    """Says of every frame what it is told of the one before, plus one."""
+
+    calls = 0
+
+    def forward(self, batch: FrameBatch, *, reconstruct=True) -> MiMoOutput:
+        self.calls += 1
+        answer = super().forward(batch, reconstruct=reconstruct)
+        return answer._replace(velocity=batch.recent.view_as(answer.velocity) + 1)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_history_of_the_last_steps_is_what_the_network_makes_in_none_one_or_two_passes(residual):
+    config = dataclasses.replace(CONFIG, frames=6, mask_weight=0.0, residual=residual, **OWN)
+    recipe, x, seen_passes = build_recipe(config, own_history_from=10), clips(config).flatten(2, 3), set()
+    for step in (0, 9, *range(10, 22)):
+        spy = Copies(config)
+        recipe.loss(spy, clips(config), generator=step_generator(0, step, "cpu"), step=step)
+        passes = spy.calls - 1
+        assert passes == 0 or step >= 10
+        seen_passes.add(passes)
+        expected = x
+        for _ in range(passes):
+            before = torch.cat([torch.zeros_like(x[:, :1]), expected[:, :-1]], 1)
+            made = before + 1 + (before if residual else 0)
+            expected = torch.cat([x[:, :3], made[:, 3:]], 1)
+        torch.testing.assert_close(spy.seen["history"], expected, rtol=1e-5, atol=1e-5)
+    assert seen_passes == {0, 1, 2}
+
+
+def test_own_history_carries_no_gradient_and_needs_the_step():
+    config = dataclasses.replace(CONFIG, frames=4, mask_weight=0.0, **OWN)
+    recipe, model = build_recipe(config, own_history_from=0), MiMo(config)
+    given = {"generator": step_generator(0, 3, "cpu")}
+    recipe.loss(model, clips(config), step=3, **given).total.backward()
+    assert model.head.weight.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="step=None"):
+        recipe.loss(model, clips(config), **given)
+    with pytest.raises(ValueError, match="own_history_steps: expected 0, as the recipe 'far' has no clean history"):
+        far = dataclasses.replace(CONFIG, recipe="far", mask_ratio=(0.0, 0.0), mask_weight=0.0, separate_ln=False)
+        build_recipe(far, own_history_from=3)
