@@ -51,6 +51,13 @@ class Demo:
         if self.minutes is not None and self.steps is not None:
             raise InputError(f"--minutes {self.minutes:g} and --steps {self.steps}: expected one of them")
         require_folder(self.out)
-        length = {"steps": self.steps, "minutes": self.minutes}
-        options = {"recipe": self.recipe, "interval": self.interval, "seed": self.seed}
-        demo(self.data, self.out, **length, **options, processes=self.processes or default_processes())
+        demo(
+            self.data,
+            self.out,
+            recipe=self.recipe,
+            steps=self.steps,
+            minutes=self.minutes,
+            interval=self.interval,
+            seed=self.seed,
+            processes=self.processes or default_processes(),
+        )
