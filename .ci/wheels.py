@@ -98,12 +98,12 @@ def epoch() -> str:
     return os.environ.get("SOURCE_DATE_EPOCH") or run(["git", "log", "-1", "--format=%ct"], cwd=ROOT).strip()
 
 
-def build(python: str, code: Path | None, out: Path) -> Path:
-    """The wheel, of a fresh copy of the sources; without code one of pure Python."""
+def build(python: str, code: Path | None, exported: Path, when: str, out: Path) -> Path:
+    """The wheel, of a fresh copy of the exported sources; without code one of pure Python."""
     with tempfile.TemporaryDirectory(prefix="mimo-wheel-") as scratch:
         sources, raw = Path(scratch, "sources"), Path(scratch, "raw")
-        export_sources(sources)
-        settings = {"SOURCE_DATE_EPOCH": epoch(), "PYTHONHASHSEED": "0", "MIMO_EXTENSION": "1" if code else "0"}
+        shutil.copytree(exported, sources)
+        settings = {"SOURCE_DATE_EPOCH": when, "PYTHONHASHSEED": "0", "MIMO_EXTENSION": "1" if code else "0"}
         if code:
             settings["MIMO_DEVICE_CODE"] = str(code)
         command = [python, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", raw, sources]
@@ -136,8 +136,12 @@ def main() -> None:
     code = device_code(scratch)
     tools = environment(sys.executable, scratch / "tools", [*AUDIT, *BUILD])
 
+    exported, when = scratch / "sources", epoch()  # once: all wheels are of the same ones
+    shutil.rmtree(exported, ignore_errors=True)
+    export_sources(exported)
+
     def make(python: str, code: Path | None, out: Path) -> Path:
-        wheel = build(python, code, out)
+        wheel = build(python, code, exported, when, out)
         return tagged(wheel, tools) if code else wheel
 
     interpreters = options.python or find_pythons()
