@@ -31,7 +31,9 @@ from mimo.sampling.sampler import Sampler
 from mimo.sampling.videos import generate
 
 
-def measure(checkpoint: Path, train_set: Clips, test_set: ClipDataset, how: Measuring, device: str) -> dict[str, Any]:
+def measure(
+    checkpoint: Path, train_set: ClipDataset, test_set: ClipDataset, how: Measuring, device: str
+) -> dict[str, Any]:
     """The record of one checkpoint: plain values."""
     loaded = load(checkpoint, device=torch.device(device))
     record: dict[str, Any] = generation(loaded, test_set, how)

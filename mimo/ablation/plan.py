@@ -18,7 +18,7 @@ from typing import Any
 from mimo import records
 from mimo.ablation.variants import VARIANTS
 from mimo.config import MiMoConfig, SampleConfig, TrainConfig
-from mimo.data import ClipDataset, Clips
+from mimo.data import ClipDataset
 from mimo.errors import InputError
 
 FORMAT = "mimo-ablation-1"
@@ -85,7 +85,7 @@ class Plan:
     train: TrainConfig
     sample: SampleConfig
     measuring: Measuring
-    train_set: Clips
+    train_set: ClipDataset
     test_set: ClipDataset
     told: dict[str, Any]
     weights: dict[str, Path | None]
