@@ -290,5 +290,12 @@ def _page(
         "mimo demo --recipe acdit                               # another system of the papers",
         "mimo train --preset mimo-b-k600 --data FOLDER --out RUN    # a network of the papers, on a GPU",
     ]
-    told_pictures = {"title": "mimo demo", "told": told, "frames": frames, "first_frame": context}
-    return write_page(out / "result.html", **told_pictures, pictures=pictures, commands=commands)
+    return write_page(
+        out / "result.html",
+        title="mimo demo",
+        told=told,
+        frames=frames,
+        first_frame=context,
+        pictures=pictures,
+        commands=commands,
+    )
