@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mimo.ablation.plan import Measuring
 from mimo.ablation.probes import factor_names, probe
@@ -48,13 +47,14 @@ def generation(loaded: Loaded, test_set: ClipDataset, how: Measuring) -> dict[st
     scores, made_features, true_features = [], [], []
     for number, samples in enumerate(chunks(test_set, how.clips, how)):
         truth = torch.from_numpy(np.stack([sample["video"] for sample in samples]))
+        given = told(loaded, samples)
         made = generate(
             sampler,
             tokenizer=loaded.tokenizer,
             context=truth if context else None,
             count=len(truth),
             seed=how.seed + number,
-            **told(loaded, samples),
+            **given,
         )
         if context:
             scores.append(psnr(made[:, context:], truth[:, context : made.shape[1]]))
@@ -64,7 +64,7 @@ def generation(loaded: Loaded, test_set: ClipDataset, how: Measuring) -> dict[st
     return {"frechet": distance} | ({"psnr": torch.cat(scores).tolist()} if context else {})
 
 
-def told(loaded: Loaded, samples: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
+def told(loaded: Loaded, samples: list[dict[str, np.ndarray]]) -> dict[str, Any]:
     """What the network is conditioned on, of the clips."""
     config, found = loaded.model.config, {}
     if config.num_classes:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from mimo.ablation.results import Found, Metric
 from mimo.ablation.variants import VARIANTS
@@ -35,7 +36,7 @@ def plot_horizon(path: Path, found: Found, variants: tuple[str, ...]) -> Path:
         by_seed = found.horizon[variant]  # [seeds, frames]
         _line(axes, np.arange(1, by_seed.shape[1] + 1), by_seed, VARIANTS[variant].label)
     axes.set(xlabel="predicted frame", ylabel="PSNR, dB")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     return _save(figure, path, f"after {found.steps[-1]} steps, {len(found.seeds)} seeds")
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import cast
 
 import numpy as np
 import torch
 
 from mimo.ablation.plan import Measuring
-from mimo.data import ClipDataset, LatentShards
+from mimo.data import ClipDataset, LatentShards, VideoDataset
 from mimo.data.factors import FACTORS, FactorClips
 from mimo.errors import InputError
 from mimo.evaluation.history_features import Chosen, batch_of_history, require_conditions
@@ -46,9 +47,10 @@ def probe(
         raise InputError("--probe-train: a network of one layer has no history to probe, expected 0")
     if isinstance(train_set, LatentShards):
         raise InputError(f"--probe-train: {train_set!r} holds no videos to learn probes from, expected 0")
-    require_conditions(loaded.model.config, test_set)
-    seen = [_features(loaded, train_set, how.probe_train, mirrored, how, layers) for mirrored in (False, True)]
-    asked = _features(loaded, test_set, how.probe_test, False, how, layers)
+    train_videos, test_videos = cast(VideoDataset, train_set), cast(VideoDataset, test_set)
+    require_conditions(loaded.model.config, test_videos)
+    seen = [_features(loaded, train_videos, how.probe_train, mirrored, how, layers) for mirrored in (False, True)]
+    asked = _features(loaded, test_videos, how.probe_test, False, how, layers)
     labels = torch.stack([labels for _, labels in seen])
     classes = [len(FACTORS[name]) for name in names if name in FACTORS] or [1 + int(max(labels.max(), asked[1].max()))]
     epochs = math.ceil(STEPS / max(1, labels.shape[1] // 128))
@@ -63,10 +65,11 @@ def probe(
 
 
 def _features(
-    loaded: Loaded, dataset: ClipDataset, count: int, mirrored: bool, how: Measuring, layers: range
+    loaded: Loaded, dataset: VideoDataset, count: int, mirrored: bool, how: Measuring, layers: range
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of `count` clips fp32 [N, L, D], and their labels int64 [N, factors]."""
-    batches = _batches(dataset, count, mirrored, how.seed, how.measure_batch)
+    # Datasets are told apart by identity, which a protocol does not say.
+    batches = _batches(dataset, count, mirrored, how.seed, how.measure_batch)  # type: ignore[arg-type]
     features = [pooled_history(loaded.model, batch_of_history(loaded, batch), layers).cpu() for batch in batches]
     differs = [number for number, name in enumerate(FACTORS) if name in factor_names(dataset)]
     labels = torch.from_numpy(np.concatenate([batch["labels"] for batch in batches]))
@@ -74,6 +77,6 @@ def _features(
 
 
 @lru_cache(maxsize=4)  # the same for every cell and step
-def _batches(dataset: ClipDataset, count: int, mirrored: bool, seed: int, size: int) -> list[dict[str, np.ndarray]]:
+def _batches(dataset: VideoDataset, count: int, mirrored: bool, seed: int, size: int) -> list[dict[str, np.ndarray]]:
     chosen = Chosen(dataset, tuple(dataset.evaluation_order()[:count]), seed, mirrored)
     return list(chosen.batches(chosen.indices, size))

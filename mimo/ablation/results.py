@@ -182,7 +182,11 @@ def verdict_rows(judged: list[Judged]) -> list[dict[str, Any]]:
     made = []
     for each in judged:
         v, labels = each.verdict, (VARIANTS[each.claim.better].label, VARIANTS[each.claim.worse].label)
-        row = {"claim": f"{labels[0]} better than {labels[1]}", "source": each.claim.source, "by": each.metric}
+        row: dict[str, Any] = {
+            "claim": f"{labels[0]} better than {labels[1]}",
+            "source": each.claim.source,
+            "by": each.metric,
+        }
         row |= {"at": each.at, "verdict": v.outcome if v else ("holds" if each.holds else "does not")}
         if v is not None:
             interval = {} if np.isinf(v.low) else {"low": v.low, "high": v.high}

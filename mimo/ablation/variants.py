@@ -146,7 +146,7 @@ def beats(better: str, worse: tuple[str, ...], by: Judge, source: str) -> tuple[
 # A network that a core trains in a minute or two, on clips whose shape, texture and direction are known: 16 tokens per
 # frame, of which a shape covers four to nine. It predicts clean latents and trains more at much noise, as all its
 # variants do: networks this small learn next to nothing in as many steps without.
-MINIATURE: dict[str, dict[str, Any]] = {
+MINIATURE: dict[str, Any] = {
     "model": {"depth": 4, "dim": 64, "heads": 4, "decoder_depth": 1, "decoder_layer": 3, "mask_ratio": (0.25, 0.5)}
     | {"parameterization": "flow", "prediction": "clean", "timestep_mean": 1.0}
     | {"frames": 5, "height": 4, "width": 4, "channels": 48, "tokenizer": "dct", "compression": (1, 8, 8)}

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mimo.cli.options import Clips, Device, clip_options, find_device, require_folder
 from mimo.errors import InputError, user_input
@@ -99,7 +99,7 @@ class Probe(Clips):
         encoder = None
         if "cknna" in self.measures:
             encoder = user_input(build_encoder, self.reference, weights=self.encoder_weights).to(device)
-        options = {
+        options: dict[str, Any] = {
             "weights": self.weights,
             "tokenizer_weights": self.tokenizer_weights,
             "trust_pickle": self.trust_pickle,
@@ -139,7 +139,7 @@ class Probe(Clips):
         if not config.num_actions:
             options["use_actions"] = False
         train = self.open(**options)
-        test = {"data": self.test_data, "split": self.test_split, "annotation": self.test_annotation}
+        test: dict[str, Any] = {"data": self.test_data, "split": self.test_split, "annotation": self.test_annotation}
         test = {name: value for name, value in test.items() if value is not None}
         if not test and self.data == "factors" and self.split is None:
             test = {"split": "test"}

@@ -453,7 +453,7 @@ def find_kinds(path: Path, options: dict) -> tuple[dict[type[_ClipFiles], int], 
         odd = next((file for file in files if file.suffix.lower() not in (*VIDEO_SUFFIXES, ".npz")), None)
         if odd is not None:
             raise DataError(f"{options['annotation']}: {odd} is neither a video nor an npz file")
-        found = {
+        found: dict[type[_ClipFiles], list[Path]] = {
             kind: [file for file in files if file.suffix.lower() in kind.suffixes]
             for kind in (VideoFolder, NpzTrajectories)
         }

@@ -122,7 +122,7 @@ def draw_shape(
             view += alpha[f][window] * (paint[f][window] - view)
 
 
-def _distance(u: np.ndarray, v: np.ndarray, radius: np.float32, sides: int) -> np.ndarray:
+def _distance(u: np.ndarray, v: np.ndarray, radius: float | np.float32, sides: int) -> np.ndarray:
     """Signed distance in pixels to a disc (1), a ring (2) or a regular polygon; negative inside."""
     if sides > 2:
         turns = 2 * np.pi / sides * np.arange(sides, dtype=np.float32)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,7 +60,8 @@ def centre_query_weights(
     hooks = []
     for layer in layers:
         watch = partial(_watch, weights=weights, layer=layer, model=model, batch=batch, heads=tuple(heads))
-        hooks.append(model.blocks[layer - 1].attention.register_forward_pre_hook(watch))
+        attention: Any = model.blocks[layer - 1].attention
+        hooks.append(attention.register_forward_pre_hook(watch))
     try:
         hidden_states(model, batch, layers)
     finally:

@@ -36,7 +36,7 @@ class Neighbours(NamedTuple):
     """index: int64 [N, k], the nearest of every row. product: fp64 [N, k], the inner products with them. mean: fp64
     [N], the mean of its inner products with all rows, its own included."""
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody calls
     product: Tensor
     mean: Tensor
 

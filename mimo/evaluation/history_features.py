@@ -42,7 +42,7 @@ class Features(NamedTuple):
 
     features: Tensor
     labels: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody calls
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ from mimo.evaluation.linear_probe import ProbeConfig, linear_probe
 from mimo.evaluation.maps import Projection, project
 from mimo.evaluation.metrics import bootstrap_interval
 from mimo.evaluation.representation import history_layers
-from mimo.evaluation.tables import Row, as_csv, write_tables
+from mimo.evaluation.tables import as_csv, write_tables
 from mimo.folders import atomic_path
 from mimo.runtime import autocast
 from mimo.sampling.loading import Loaded
@@ -116,7 +116,7 @@ class Source:
 
 def probe(
     sources: Sequence[Source], out: Path, request: ProbeRequest, encoder: Encoder | None = None, encoder_name: str = ""
-) -> list[Row]:
+) -> list[dict[str, Any]]:
     """Measure every network and write OUT; returns the rows of its table.
 
     Args:
@@ -212,16 +212,16 @@ class _Probing:
             )
 
     def run(self) -> list[dict[str, Any]]:
-        rows, request = [], self.request
-        tested = None
+        request = self.request
+        rows: list[dict[str, Any]] = []
         if {"probe", "cknna", "map"} & {*request.measures}:
             tested = self.features(self.test)
-        if "probe" in request.measures:
-            rows += self.linear_probes(tested)
-        if "cknna" in request.measures:
-            rows += self.alignment(tested)
-        if "map" in request.measures:
-            self.map(tested, rows)
+            if "probe" in request.measures:
+                rows += self.linear_probes(tested)
+            if "cknna" in request.measures:
+                rows += self.alignment(tested)
+            if "map" in request.measures:
+                self.map(tested, rows)
         if "attention" in request.measures:
             self.attention()
         return rows
@@ -238,7 +238,9 @@ class _Probing:
 
     def linear_probes(self, tested: Features) -> list[dict[str, Any]]:
         request, factors = self.request, self.train.factors()
-        views = [self.features(Chosen(self.train.dataset, self.train.indices, request.seed, flip)) for flip in (0, 1)]
+        views = [
+            self.features(Chosen(self.train.dataset, self.train.indices, request.seed, flip)) for flip in (False, True)
+        ]
         everything = [*views, tested]
         least = [int(max(part.labels[:, i].max() for part in everything)) + 1 for i in range(len(factors))]
         classes = [known or seen for known, seen in zip(factors.values(), least)]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,7 +32,8 @@ def history_layers(model: MiMo) -> tuple[int, ...]:
     """The layers behind which history has hidden states: all of 1..depth, but the last one where training reads the
     noisy frames alone there, as clean ones then end at their keys and values."""
     config = model.config
-    last = model.blocks[-1].norm2.weight is not None or not config.separate_ln or _kind(model) != "clean"
+    block: Any = model.blocks[-1]
+    last = block.norm2.weight is not None or not config.separate_ln or _kind(model) != "clean"
     return tuple(range(1, config.depth + last))
 
 
@@ -55,8 +56,7 @@ def history_batch(
         timestep = torch.full((clips * frames,), policy.timestep or 0.0, device=x.device)
     if config.token_depth:
         masked = torch.zeros(clips * frames * tokens, dtype=torch.bool, device=x.device)  # all tokens are there
-    told = {"actions": actions, "intervals": intervals, "masked": masked}
-    return FrameBatch(listed, x.flatten(0, 1), timestep, **told)
+    return FrameBatch(listed, x.flatten(0, 1), timestep, actions=actions, intervals=intervals, masked=masked)
 
 
 def hidden_states(model: MiMo, batch: FrameBatch, layers: Sequence[int]) -> dict[int, Tensor]:

@@ -133,8 +133,8 @@ def _lengths(loaded: Loaded, config: SampleConfig, protocol: Protocol) -> Sample
         raise InputError(f"--context-frames {shown[0]}: expected fewer than the {shown[1]} frames of a video")
     config = user_input(replace, config, context_frames=latents, num_frames=frames)
     if config.context_frames and c.recipe == "video_dit":
-        shown = loaded.tokenizer.num_frames(config.context_frames)
-        raise InputError(f"--context-frames {shown}: expected 0, as {c.recipe!r} makes clips at once")
+        given = loaded.tokenizer.num_frames(config.context_frames)
+        raise InputError(f"--context-frames {given}: expected 0, as {c.recipe!r} makes clips at once")
     if c.positions == "learned" and config.num_frames > c.frames:
         raise InputError(f"--frames: {config.num_frames} latent frames, but learned positions end at {c.frames}")
     return config
