@@ -326,7 +326,8 @@ def _tell(arguments: argparse.Namespace, budget: common.Budget, rows: list[dict]
     print(common.format_table(list(PUBLISHED), PUBLISHED_COLUMNS))
     if result is not None:
         common.draw(arguments.out, result)
-        print(", ".join(str(arguments.out / f"attention.{kind}") for kind in ("json", "csv", "png")))
+        written = (arguments.out / f"attention.{kind}" for kind in ("json", "csv", "png"))
+        print(", ".join(str(path) for path in written if path.exists()))
     wrong = sorted(
         {f"{row['shape']}: {row['note']}" for row in rows if row["implementation"] == OURS and "note" in row}
     )
