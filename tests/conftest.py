@@ -11,6 +11,9 @@ THREADS = max(1, min(4, (os.cpu_count() or 1) // WORKERS))
 
 # Before torch loads. The tensors here are small: more threads than cores per worker only wait for each other.
 os.environ["OMP_NUM_THREADS"] = str(THREADS)
+# mimo's command line says this where nobody has: also to the tests that call it, and programs that they start later are
+# to have the environment of those before (tests/processes.py).
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
