@@ -36,7 +36,8 @@ LATE = (
 def preload() -> None:
     for package in ("mimo_kernels", "mimo"):
         for module in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
-            if not module.name.endswith(".__main__"):
+            # Commands are not imported, and the extension is by those who use it, if it loads.
+            if not module.name.endswith((".__main__", "._C")):
                 importlib.import_module(module.name)
     for name in LATE:
         importlib.import_module(name)
