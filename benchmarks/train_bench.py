@@ -65,10 +65,14 @@ class Step:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=device.type == "cuda")
         self.latents = torch.randn(clips, *config.latent_shape, device=device)
         self.generator = step_generator(0, 0, device)
+        self.given: dict[str, Tensor] = {}
+        if config.repa_weight > 0:  # as `mimo encode` stores them; making them in the step is the encoder's cost
+            shape = (clips, *config.latent_shape[:3], config.repa_channels)
+            self.given["features"] = torch.randn(shape, device=device)
 
     def loss(self) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            return self.recipe.loss(self.model, self.latents, generator=self.generator).total
+            return self.recipe.loss(self.model, self.latents, generator=self.generator, **self.given).total
 
     def __call__(self) -> None:
         self.loss().backward()

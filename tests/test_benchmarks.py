@@ -229,9 +229,11 @@ def test_every_system_has_its_costs(modules, tmp_path):
         found = costs.of_training(MiMoConfig.from_preset(preset), clips=2)
         assert all(value > 0 for value in found.values()), preset
     assert costs.systems(torch.device("cuda"))["mimo"] == "mimo-xl-k600" and costs.family("far-b-k600") == "far"
-    rows = train_bench.system_rows(torch.device("cpu"), {"acdit": "acdit-tiny", "video-dit": "video-dit-tiny"}, 0.01)
+    rows = train_bench.system_rows(
+        torch.device("cpu"), {name: f"{name}-tiny" for name in ("acdit", "repa", "video-dit")}, 0.01
+    )
     assert not any("note" in row for row in rows), rows
-    acdit, at_once = rows
+    acdit, _, at_once = rows
     assert acdit["rows"] == 2 * acdit["tokens"] == 2 * at_once["rows"] and acdit["sample_gflop_over_acdit"] == 1
     assert all(row["train_ms"] > 0 and row["sample_ms"] > 0 and row["train_gflop"] > 0 for row in rows)
     # Eight frames made together: each meets the weights once per step, and the keys of all eight.
