@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -24,6 +25,16 @@ if not HAS_GPU:
     # Triton reads this when a kernel is decorated, so it has to stand before any test imports one. Tests that compile
     # ahead of time need it unset and run in processes of their own.
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors this small only wait for a second thread; and another number of threads sums in another order, which
+    tells runs apart that are compared with a process of its own."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

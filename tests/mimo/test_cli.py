@@ -19,6 +19,8 @@ from mimo.data import VideoReader, write_video
 from mimo.records import sealed
 from mimo.sampling.loading import load
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = (
     "--model.depth 1 --model.dim 16 --model.heads 2 --model.decoder-depth 1 --model.decoder-layer 1 --model.frames 3 "
     "--model.height 2 --model.width 2 --model.channels 12 --model.compression 1 2 2 --model.video-frames 3 "
@@ -31,15 +33,6 @@ def train(out, *more, data="shapes"):
     return main(
         ["train", "--preset", "mimo-tiny", "--data", str(data), "--out", str(out), *TINY, "--steps", "2", *more]
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small only wait for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

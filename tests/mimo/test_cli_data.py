@@ -20,6 +20,8 @@ from mimo.tokenizers.videovae import VideoVAE, VideoVAEConfig, VideoVAETokenizer
 
 from .. import processes
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Width and depth of a network that takes no time; what the presets say of data, tokenizer, schedule and loss stays.
 NARROW = (
     "--model.depth 1 --model.dim 16 --model.heads 2 --model.decoder-depth 1 --model.decoder-layer 1 --model.height 2 "
@@ -27,15 +29,6 @@ NARROW = (
     "--steps 2"
 ).split()
 TINY = [*NARROW, *"--model.frames 3 --model.video-frames 3 --sample.context-frames 1 --sample.num-frames 3".split()]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small only wait for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -17,16 +17,9 @@ from mimo.tokenizers.dcae import DCAETokenizer, far_config
 from mimo.tokenizers.losses import LPIPS, adaptive_weight, patch_discriminator
 from mimo.tokenizers.train import TokenizerTrainer, TokenizerTraining, train_tokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 AutoencoderDC = pytest.importorskip("diffusers").AutoencoderDC
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The networks here are so small that threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def small_config(compression=8):

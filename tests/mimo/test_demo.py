@@ -20,16 +20,9 @@ from mimo.recipes import RECIPES
 from mimo.sampling.loading import load
 from mimo.training.local import run_together
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FRAMES, CONTEXT = 5, 2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small only wait for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

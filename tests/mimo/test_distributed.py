@@ -20,16 +20,9 @@ from ..processes import finish, in_ranks, start_ranks
 from .small_runs import SAME_NETWORK, VARIANTS, NanAt, make_trainer, whole_state
 from .test_launched import assert_one_line_and_status_2
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RUNS = Path(__file__).with_name("small_runs.py")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small only wait for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # Equal training ---------------------------------------------------------------------------------------------------

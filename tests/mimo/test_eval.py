@@ -22,6 +22,8 @@ from mimo.sampling.videos import generate
 
 from .. import processes
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = (
     "--model.depth 1 --model.dim 16 --model.heads 2 --model.decoder-depth 1 --model.decoder-layer 1 --model.frames 3 "
     "--model.height 2 --model.width 2 --model.channels 12 --model.compression 1 8 8 --model.video-frames 3 "
@@ -29,15 +31,6 @@ TINY = (
     "--sample.steps 2 --sample.context-frames 1 --sample.num-frames 3"
 ).split()
 FEW = "--clips 9 --batch-size 4".split()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small only wait for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from mimo import checkpoint
 from mimo.cli import main
@@ -15,6 +14,8 @@ from mimo.presets import TINY_SYSTEMS
 from mimo.training.log import read_log
 
 from .. import processes
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = (
     "--model.depth 2 --model.dim 32 --model.heads 2 --model.decoder-layer 1 --train.batch-size 2 --train.warmup 2 "
@@ -46,15 +47,6 @@ else:
     Trainer.train_step = stopped_in_a_step
 sys.exit(main(words))
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As in the processes that are interrupted: another number of threads sums in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def interrupted(when, step, *words):

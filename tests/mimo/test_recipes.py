@@ -306,15 +306,6 @@ def test_ema_follows_the_model():
     assert not any(tensor.requires_grad for tensor in ema.tensors.values())
 
 
-@pytest.fixture
-def one_thread():
-    """Tensors this small are only slowed down by a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("changes", [{"parameterization": "flow"}, K600 | {"history_dropout": 0.0}], ids=["flow", "v"])
 def test_overfitting_one_clip_removes_nine_tenths_of_both_losses(changes, one_thread):
     shape = {"frames": 3, "height": 2, "width": 3, "channels": 4}

@@ -27,21 +27,14 @@ from mimo.tokenizers import build_tokenizer
 from mimo.tokenizers.weights import checksum
 from mimo.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLIPS, FRAMES, HEIGHT, WIDTH, CHANNELS, E = 2, 3, 2, 3, 5, 7
 SHAPE = {"depth": 3, "dim": 32, "heads": 2, "frames": FRAMES, "height": HEIGHT, "width": WIDTH, "channels": CHANNELS}
 SMALL = SHAPE | {"decoder_depth": 1, "decoder_layer": 3, "parameterization": "flow"}
 REPA = {"repa_weight": 0.5, "repa_layer": 2, "repa_encoder": "hog", "repa_channels": E, "repa_hidden": 8}
 UNMASKED = {"mask_weight": 0.0, "mask_ratio": (0.0, 0.0)}
 GRID = (4, 3, 2)  # of the features: longer, higher and narrower than the latents
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small only wait for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def config(**changes) -> MiMoConfig:

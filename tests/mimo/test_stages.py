@@ -14,14 +14,7 @@ from mimo.training.trainer import Trainer
 
 from .test_videomar import FRAMES, SMALL
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small only wait for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 TOKENIZED = SMALL | {

@@ -358,15 +358,6 @@ def test_fars_networks_have_the_published_sizes(name, millions):
 # Training -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def one_thread():
-    """Tensors this small are only slowed down by a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_every_parameter_learns(system):
     changes = {"num_classes": CLASSES, "num_actions": ACTIONS, "label_dropout": 0.0}

@@ -27,20 +27,13 @@ from mimo.sampling.masked import frame_temperature, mask_counts
 from mimo.sampling.sampler import Sampler
 from mimo.stages import parse_stages
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLASSES, TOKENS, CHANNELS, FRAMES = 3, 6, 5, 4
 SMALL = {"recipe": "videomar", "depth": 2, "dim": 32, "heads": 2, "frames": FRAMES, "height": 2, "width": 3}
 SMALL |= {"channels": CHANNELS, "token_depth": 1, "token_width": 16, "parameterization": "epsilon"}
 SMALL |= {"mask_weight": 0.0, "mask_ratio": (0.4, 0.7), "decoder_layer": 1}
 CLASS = {"num_classes": CLASSES, "cross_attention": True}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small only wait for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def network(**changes) -> MiMo:

@@ -17,18 +17,11 @@ from mimo.tokenizers import DCTTokenizer, build_tokenizer
 from mimo.tokenizers.protocols import VariationalTokenizer
 from mimo.tokenizers.videovae import K600_MEAN, K600_STD, VideoVAE, VideoVAEConfig, VideoVAETokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # A quarter of the width at every level, everything else as released.
 SMALL = {"hidden_size": 32, "hidden_size_mult": [1, 1, 2, 2], "temporal_length": 4, "z_channels": 16, "embed_dim": 16}
 SMALL |= {"num_res_blocks": 1, "is_causal": False, "first_padding_mode": "zero", "attn_resolutions": []}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The networks here are so small that threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
